@@ -1,0 +1,10 @@
+"""The transformer, its cache, its files and its tokenizers. Knows nothing of training or of what [RESET] is for."""
+
+from model.cache import KVCache
+from model.checkpoint import load_model, save_model
+from model.config import ModelConfig
+from model.errors import InputError
+from model.tokenizer import load_tokenizer
+from model.transformer import Transformer
+
+__all__ = ["InputError", "KVCache", "ModelConfig", "Transformer", "load_model", "load_tokenizer", "save_model"]

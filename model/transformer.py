@@ -1,0 +1,239 @@
+"""The whole network: Llama (2, 3, 3.1, 3.2) and Gemma-2, for training and for cached decoding alike.
+
+    model = Transformer(ModelConfig(...))
+    logits = model(tokens)             # (B, T) int64 -> (B, T, V) fp32: training, scoring
+    logits = model(tokens, cache)      # the same, reading and writing a KVCache: decoding
+
+Read from the bottom up: Transformer, Decoder, Block, Attention. Parameter names are Hugging Face's, so loading a
+checkpoint renames nothing. No dropout, no biases, no attention weights returned, no parallelism.
+
+Shapes: B batch, T time (tokens of this call), S positions attended to (cached and new), D model width (hidden_size),
+H query heads, K key/value heads, G = H / K query heads per key/value head, hd head_dim, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.cache import KVCache
+from model.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), then a learned gain (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float, plus_one: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim) if plus_one else torch.ones(dim))
+        self.eps, self.plus_one = eps, plus_one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        if self.plus_one:  # Gemma: x̂ · (1 + w) in fp32, then round
+            return (normed * (1.0 + self.weight.float())).type_as(x)
+        return self.weight * normed.type_as(x)  # Llama: round, then multiply
+
+
+def rope_frequencies(config: ModelConfig) -> torch.Tensor:
+    """Angle per position of each of the hd/2 pairs, fp32: theta^(-2i/hd), Llama-3.1-scaled where the config says so."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    freqs = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is None:
+        return freqs
+    # Llama 3.1: turns longer than the pretraining context are slowed by `factor`, short ones are left alone, and in
+    # between the two are blended (github.com/meta-llama/llama-models, apply_scaling).
+    s = config.rope_scaling
+    turns = s.original_max_position_embeddings * freqs / (2 * math.pi)  # full turns within the original context
+    blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0.0, 1.0)
+    return freqs * blend + freqs / s.factor * (1.0 - blend)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE in Hugging Face's layout, where dimension i is paired with i + hd/2 ("rotate half").
+
+    (x1, x2) -> (x1·cos − x2·sin, x2·cos + x1·sin). Rolling x by hd/2 gives (x2, x1); `sin` carries the minus sign in
+    its first half. x (B, heads, T, hd); cos, sin (B or 1, 1, T, hd) fp32.
+    """
+    rolled = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x.float() * cos + rolled.float() * sin).type_as(x)
+
+
+def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """Squash x smoothly into (-cap, cap)."""
+    return torch.tanh(x / cap) * cap
+
+
+def attend(q, k, v, blocked, scale: float, cap: float | None) -> torch.Tensor:
+    """softmax(q·kᵀ·scale, masked)·v with grouped heads. q (B, H, T, hd), k and v (B, K, S, hd) -> (B, H, T, hd).
+
+    blocked (B or 1, T, S) is True where a key may not be seen; None means plain causal attention without a cache.
+    """
+    B, H, T, hd = q.shape
+    K, S = k.shape[1], k.shape[2]
+    if cap is None and T > 1:  # PyTorch's fused kernel never builds the (T, S) scores; it knows no softcap
+        if blocked is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != K)
+        return F.scaled_dot_product_attention(q, k, v, ~blocked[:, None], scale=scale, enable_gqa=H != K)
+    # Spelled out. Query head h reads key/value head h // G: with the G heads of a group stacked along T, one matmul
+    # serves them all and no key is copied.
+    q = q.reshape(B, K, (H // K) * T, hd)
+    scores = (q * scale) @ k.transpose(-1, -2)  # (B, K, G·T, S)
+    if cap is not None:
+        scores = softcap(scores, cap)
+    scores = scores.view(B, K, H // K, T, S).masked_fill(blocked[:, None, None], float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(v)
+    return (weights.view(B, K, (H // K) * T, S) @ v).view(B, H, T, hd)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        D, H, K, hd = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(D, H * hd, bias=False)
+        self.k_proj = nn.Linear(D, K * hd, bias=False)
+        self.v_proj = nn.Linear(D, K * hd, bias=False)
+        self.o_proj = nn.Linear(H * hd, D, bias=False)
+        self.scale = (config.query_pre_attn_scalar or hd) ** -0.5
+        self.cap = config.attn_logit_softcapping
+
+    def forward(self, x, cos, sin, blocked, positions, cache: KVCache | None) -> torch.Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, hd)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v, positions)  # (B, K, S, hd)
+        y = attend(q, k, v, blocked, self.scale, self.cap)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) · up(x)): SwiGLU in Llama, tanh-GELU-gated in Gemma (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gelu = config.hidden_act == "gelu_pytorch_tanh"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.gate_proj(x)
+        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); Gemma-2 also norms what it is about to add."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+
+        def norm():
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one)
+
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = norm()  # the same name in both families, in different places: see forward
+        self.mlp = MLP(config)
+        self.post_norms = config.post_norms
+        if config.post_norms:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
+
+    def forward(self, x, *context) -> torch.Tensor:
+        attended = self.self_attn(self.input_layernorm(x), *context)
+        if self.post_norms:  # Gemma-2
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids -> hidden states after the last norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        # Given its weight, Embedding skips its own initialisation, which on the meta device imports half a compiler.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one)
+        # A plain attribute, not a buffer: model.to(bfloat16) must not round the RoPE frequencies.
+        self.rope_freqs = rope_frequencies(config)
+        # Gemma scales embeddings by sqrt(D) rounded to the model's dtype: in bf16 55.5 where sqrt(3072) is 55.4256.
+        self.embed_scale = {
+            dtype: torch.tensor(config.hidden_size**0.5, dtype=dtype, device="cpu").item()
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        }
+
+    def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """tokens (B, T) -> (B, T, D). With a cache, row b's tokens stand at positions lengths[b] + 0 … T-1.
+
+        Rows of different length are padded on the right and read at their own last token: padding is written past a
+        row's end, where no mask reaches, and the next tokens overwrite it. Positions stay what they were in training.
+        """
+        config, T, device = self.config, tokens.shape[1], tokens.device
+        positions = torch.arange(T, device=device)[None]  # (1, T)
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions  # (B, T)
+        if self.rope_freqs.device != device:
+            self.rope_freqs = self.rope_freqs.to(device)
+        angles = positions[:, None, :, None].float() * self.rope_freqs  # (B or 1, 1, T, hd/2)
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (B or 1, 1, T, hd), see rotate
+
+        # blocked[b, t, s]: query t may not see key s. Causal: s lies after t. Local: s also lies outside the window.
+        blocked = blocked_local = None
+        if cache is not None or config.attn_logit_softcapping is not None or config.local_layers:
+            keys = torch.arange(T if cache is None else cache.visible, device=device)  # (S,)
+            blocked = blocked_local = keys > positions[:, :, None]  # (B or 1, T, S)
+            if config.local_layers and len(keys) > config.sliding_window:  # the window counts the query itself
+                blocked_local = blocked | (keys <= positions[:, :, None] - config.sliding_window)
+
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        if config.scale_embeddings:
+            x = x * self.embed_scale[x.dtype]
+        for i, layer in enumerate(self.layers):
+            local = bool(config.local_layers) and config.local_layers[i]
+            x = layer(x, cos, sin, blocked_local if local else blocked, positions, cache)
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
+
+    def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """(B, T) int64 -> (B, T, V) fp32: position t holds the scores of the token at t + 1."""
+        return self.logits(self.model(tokens, cache))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (…, D) -> logits (…, V) fp32. Apart from forward, for callers who need few positions only."""
+        logits = self.lm_head(hidden).float()
+        if self.config.final_logit_softcapping is not None:
+            logits = softcap(logits, self.config.final_logit_softcapping)
+        return logits
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Fresh weights for pretraining: N(0, 0.02), output projections scaled down by depth (GPT-2's recipe)."""
+        generator = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # the norms keep their ones (Llama) or zeros (Gemma)
+                adds_to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+                depth = 2 * self.config.num_hidden_layers if adds_to_stream else 1
+                p.normal_(0.0, 0.02 / math.sqrt(depth), generator=generator)
