@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -31,7 +30,7 @@ from safetensors import safe_open
 
 from backtrack.examples import Example, draw_prefix, load_rows, read_rows, sft_views
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer
-from model.checkpoint import atomic_directory, write_model, write_tensors
+from model.checkpoint import atomic_directory, write_model, write_tensors, write_text
 from model.errors import run
 
 STATE = "training_state.safetensors"
@@ -242,8 +241,7 @@ def rewind_metrics(args, step: int) -> None:
     path = Path(args.out) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.with_suffix(".tmp").write_text("".join(kept))
-    os.replace(path.with_suffix(".tmp"), path)
+    write_text("".join(kept), path)
 
 
 def say(text: str) -> None:

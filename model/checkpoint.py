@@ -249,3 +249,13 @@ def _fsync_tree(directory: Path) -> None:
         for name in names:
             _fsync(Path(root, name))
         _fsync(Path(root))
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a text file atomically: the old content or the new, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    _fsync(temporary)
+    os.replace(temporary, path)

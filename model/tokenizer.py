@@ -112,7 +112,7 @@ class Llama3Tokenizer:
         self.stop_ids = (special["<|end_of_text|>"], special["<|eot_id|>"])
         used = {self.bos_id, self._header, self._header_end, *self.stop_ids}
         reserved = {i for token, i in special.items() if token.startswith("<|reserved_special_token_")}
-        self.reset_id = _reset_id(directory, self, used, max(reserved or self.special_ids - used, default=None))
+        self.reset_id = _reset_id(directory, self, used, max(reserved or {*special.values()} - used, default=None))
         self.template_ids = sorted({self.bos_id, self._header, self._header_end, *self.turn_end, self.reset_id})
 
     def encode(self, text: str) -> list[int]:
