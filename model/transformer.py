@@ -72,7 +72,7 @@ def attend(q, k, v, blocked, scale: float, cap: float | None) -> torch.Tensor:
     """
     B, H, T, hd = q.shape
     K, S = k.shape[1], k.shape[2]
-    if cap is None and T > 1:  # PyTorch's fused kernel never builds the (T, S) scores; it knows no softcap
+    if cap is None and (T > 1 or blocked is None):  # the fused kernel never builds the scores; it knows no softcap
         if blocked is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != K)
         return F.scaled_dot_product_attention(q, k, v, ~blocked[:, None], scale=scale, enable_gqa=H != K)
