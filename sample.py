@@ -22,7 +22,7 @@ import torch
 
 from backtrack.generate import Done, Reset, Token, stream
 from model import InputError, load_model, load_tokenizer
-from model.errors import run
+from model.errors import device, run
 
 DIM, STRUCK, PLAIN = "\x1b[2m", "\x1b[2;9m", "\x1b[0m"
 
@@ -151,7 +151,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=256, help="per attempt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the decode step: slow start, then faster")

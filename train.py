@@ -14,24 +14,24 @@ killed goes on with --resume and ends, on CPU, with the very same bits.
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import random
 import sys
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from backtrack.examples import Example, draw_prefix, load_rows, read_rows, sft_views
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer
-from model.checkpoint import atomic_directory, write_model, write_tensors, write_text
-from model.errors import run
+from model.checkpoint import atomic_directory, write_model, write_tensors
+from model.errors import device, run
 
 STATE = "training_state.safetensors"
 # How much a token of each view counts. Rows appear once per view, so without weights unsafe rows would count double.
@@ -41,7 +41,7 @@ VIEW_WEIGHT = {"text": 1.0, "answer": 0.5, "backtrack": 0.5, "restart": 0.25}
 # ── Loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
+@dataclasses.dataclass
 class Batch:
     tokens: torch.Tensor  # (B, T) int64, padded on the right
     weights: torch.Tensor  # (B, T) fp32: what the loss of each token counts; 0 on prompt, prefix and padding
@@ -111,6 +111,8 @@ def base_source(args, tok, paths: list[str]):
                 raise InputError(f'{where}: `base` trains on plain text, one {{"text": "…"}} per line')
             stream += [tok.bos_id, *tok.encode(row["text"]), tok.stop_ids[0]]
     L = args.max_length
+    if L < 2:
+        raise InputError(f"--max-length {L}: a window needs two tokens, one to predict and one to predict it from")
     count = len(stream) // L - 1
     if count < 1:
         raise InputError(f"{paths[0]}: only {len(stream)} tokens; need at least 2 × --max-length {L}")
@@ -129,7 +131,7 @@ def sft_source(args, tok, paths: list[str]):
         say(f"{long} of {len(rows)} rows have a view longer than --max-length {args.max_length}: they are cut there")
     unsafe = sum(r.unsafe for r in rows)
     say(f"{', '.join(paths)}: {len(rows)} rows, {unsafe} with an unsafe rejected answer")
-    if not args.no_backtrack and not unsafe:
+    if not args.no_backtrack and not unsafe and paths == args.data:  # held-out rows may do without
         raise InputError(f'{paths[0]}: no row says "unsafe": true, nothing to backtrack from; or --no-backtrack')
 
     def examples(epoch: int, index: int) -> list[Example]:
@@ -150,25 +152,23 @@ def _digest(data) -> str:
 
 @torch.no_grad()
 def init_special_rows(model: Transformer, tok) -> None:
-    """Give [RESET] and every untrained template token an embedding and an output row at trained scale.
+    """Give [RESET], and every template token that the base was never trained on, rows at trained scale.
 
-    In base checkpoints their rows are (nearly) what initialisation left: ~0 in Llama-3. Started from there, [RESET]
-    is confused with rare tokens and is hardly ever said. A row counts as untrained if it is much shorter than most.
+    A spare token's rows, input and output, are what initialisation and the softmax left there: ~0 in Llama-3, one
+    common far-off vector where embeddings are tied. From such a start [RESET] is confused with rare tokens and hardly
+    ever said. That place also tells the untrained template tokens (all of them in Llama-3 base): they lie there too.
     """
     generator = torch.Generator().manual_seed(0)
-    fresh = {tok.reset_id}
-    weights = {id(w): w for w in (model.model.embed_tokens.weight, model.lm_head.weight)}  # one if tied
-    for w in weights.values():
-        norms = w.norm(dim=1)
-        fresh |= {id for id in tok.template_ids if norms[id] < 0.5 * norms.median()}
-    for w in weights.values():
-        norms = w.norm(dim=1)
-        trained = norms >= 0.5 * norms.median()
-        trained[sorted(fresh)] = False
+    for w in {id(w): w for w in (model.model.embed_tokens.weight, model.lm_head.weight)}.values():  # one if tied
+        distance = (w - w[tok.reset_id]).float().norm(dim=1)  # (V,)
+        trained = distance > 0.5 * distance.quantile(0.9)
+        fresh = [t for t in tok.template_ids if t != tok.bos_id and not trained[t]]
         mean, std = w[trained].mean(dim=0), w[trained].std(dim=0)
-        for id in sorted(fresh):
-            w[id] = mean + 0.1 * std * torch.randn(std.shape, generator=generator).to(std)
-    say(f"set the untrained embedding and output rows of special ids {sorted(fresh)} to the mean of the trained rows")
+        for t in fresh:
+            w[t] = mean + 0.1 * std * torch.randn(std.shape, generator=generator).to(std)
+        which = "embedding" if w is model.model.embed_tokens.weight else "output"
+        say(f"set the untrained {which} rows of special tokens {fresh} to the mean of the trained rows")
+    model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)  # from now on it means something
 
 
 def make_optimizer(model: Transformer, args) -> torch.optim.AdamW:
@@ -206,13 +206,18 @@ def read_progress(args, settings: dict) -> dict:
     """Where to go on from: what the last save stored, or step 0. Raises InputError if this would be another run."""
     out = Path(args.out)
     if not (out / "config.json").is_file():
-        return {"step": 0, "tokens": 0, "settings": settings}
+        if out.is_dir() and any(file.name != "metrics.jsonl" for file in out.iterdir()):
+            raise InputError(f"{out}: holds files but no checkpoint; choose an empty or new directory")
+        return {"step": 0, "tokens": 0, "recent": {}, "settings": settings}
     if not args.resume:
         raise InputError(f"{out}: holds a checkpoint already; continue it with --resume or choose another --out")
     if not (out / STATE).is_file():
         raise InputError(f"{out}: holds a model but no {STATE}, so there is no run to resume; choose another --out")
-    with safe_open(out / STATE, framework="pt") as f:
-        progress = json.loads(f.metadata()["progress"])
+    try:
+        with safe_open(out / STATE, framework="pt") as f:
+            progress = json.loads(f.metadata()["progress"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{out / STATE}: truncated or not ours ({error}); choose another --out") from None
     for name, now in settings.items():
         before = progress["settings"].get(name)
         if before != now:
@@ -238,10 +243,10 @@ def log_metrics(args, record: dict) -> None:
 
 def rewind_metrics(args, step: int) -> None:
     """Drop what a killed run logged after its last save."""
-    path = Path(args.out) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_text("".join(kept), path)
+    with open(Path(args.out) / "metrics.jsonl", "ab+") as f:
+        f.seek(0)
+        kept = [line for line in f if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        f.truncate(sum(map(len, kept)))  # steps only grow, so what is kept is the head
 
 
 def say(text: str) -> None:
@@ -275,7 +280,7 @@ def means(sums: dict) -> dict[str, float]:
 def train(args) -> None:
     tok = load_tokenizer(args.tokenizer if args.command == "base" else args.init)
     source = base_source if args.command == "base" else sft_source
-    count, examples_of, digest = source(args, tok, args.data)
+    count, examples_of, digest = source(args, tok, args.data) if args.data else (1, None, "none")
     rows_per_step = args.batch_size * args.grad_accum
     steps = math.ceil(args.epochs * count / rows_per_step) if args.steps is None else args.steps
     # What determines the result; a resumed run must repeat it.
@@ -330,7 +335,6 @@ def train(args) -> None:
 
     order = row_order(count, args.seed)
     saved_step, first_step, first_tokens, began = progress["step"], progress["step"], progress["tokens"], time.time()
-    recent: dict[str, list[float]] = {}
     for step in range(progress["step"], steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
@@ -350,7 +354,7 @@ def train(args) -> None:
                 nll, sums = weighted_nll(model, batch)
             (nll / total_weight).backward()
             loss += (nll.detach() / total_weight).item()
-            add(recent, sums)
+            add(progress["recent"], sums)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             kept = f"{args.out} still holds step {saved_step}" if saved_step else "nothing has been saved yet"
@@ -364,8 +368,8 @@ def train(args) -> None:
             seconds = time.time() - began
             speed = (progress["tokens"] - first_tokens) / seconds
             left = seconds / (progress["step"] - first_step) * (steps - progress["step"])
-            views = means(recent)
-            recent = {}
+            views = means(progress["recent"])
+            progress["recent"] = {}
             parts = "  ".join(f"{view} {value:.3f}" for view, value in views.items())
             say(
                 f"step {progress['step']:>5}/{steps}  loss {loss:.4f}  ({parts})  lr {lr_now(optimizer):.1e}"
@@ -404,26 +408,31 @@ def parse_args() -> argparse.Namespace:
     sft.add_argument("--restart", choices=("none", "unsafe", "all"), default="none", help="rows with a restart view")
     sft.set_defaults(lr=1e-5, weight_decay=0.0)
     for p in (base, sft):
-        p.add_argument("--data", nargs="+", required=True, help=".jsonl or .jsonl.gz files")
+        p.add_argument("--data", nargs="+", default=[], help=".jsonl or .jsonl.gz files; needed unless --steps 0")
         p.add_argument("--heldout", nargs="+", default=[], help="files for the held-out loss, measured at every save")
         p.add_argument("--out", required=True, help="model directory to write")
-        p.add_argument("--lr", type=float, default=p.get_default("lr"))
-        p.add_argument("--weight-decay", type=float, default=p.get_default("weight_decay"))
-        p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+        p.add_argument("--lr", type=not_negative(float), default=p.get_default("lr"))
+        p.add_argument("--weight-decay", type=not_negative(float), default=p.get_default("weight_decay"))
+        p.add_argument("--clip", type=not_negative(float), default=1.0, help="largest gradient norm")
         p.add_argument("--batch-size", type=positive, default=8, help="rows per micro-batch")
         p.add_argument("--grad-accum", type=positive, default=1, help="micro-batches per step")
         length = p.add_mutually_exclusive_group()
-        length.add_argument("--epochs", type=float, default=1.0)
-        length.add_argument("--steps", type=int, default=None, help="instead of --epochs; 0 saves the start")
+        length.add_argument("--epochs", type=not_negative(float), default=1.0)
+        length.add_argument(
+            "--steps", type=not_negative(int), default=None, help="instead of --epochs; 0 saves the start"
+        )
         p.add_argument("--max-length", type=positive, default=1024, help="longest sequence in tokens")
         p.add_argument("--seed", type=int, default=0)
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
         p.add_argument("--compile", action="store_true")
         p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
         p.add_argument("--log-every", type=positive, default=10, help="steps")
         p.add_argument("--save-every", type=positive, default=500, help="steps")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.data and args.steps != 0:
+        parser.error("--data is needed; only --steps 0, which saves the start, goes without")
+    return args
 
 
 def positive(text: str) -> int:
@@ -431,6 +440,16 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
+
+
+def not_negative(kind: type):
+    def number(text: str):
+        value = kind(text)
+        if not 0 <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
+        return value
+
+    return number
 
 
 if __name__ == "__main__":

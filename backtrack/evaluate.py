@@ -23,7 +23,7 @@ from backtrack.generate import generate
 from backtrack.judge import toy_judge
 from model import InputError, load_model, load_tokenizer
 from model.checkpoint import write_text
-from model.errors import run
+from model.errors import device, run
 
 RATES = ("unsafe", "helpful", "refused", "reset")
 
@@ -102,7 +102,7 @@ def evaluate(ckpt: str, prompts: list[dict], judge, args) -> list[dict]:
         generations = answer_all(model, tok, prompts, on_reset, args)
         counts: dict[str, dict] = {}
         for p, g in zip(prompts, generations, strict=True):
-            verdict = judge(p["prompt"][-1]["content"], tok.decode(g.tokens))
+            verdict = judge(p["prompt"], tok.decode(g.tokens))
             c = counts.setdefault(p["set"], {"benign": p["benign"], "n": 0, **dict.fromkeys(RATES, 0), "steps": 0})
             c["n"] += 1
             c["steps"] += g.steps
@@ -164,7 +164,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()

@@ -70,7 +70,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 def _check(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:  # covers invalid UTF-8
+    except (ValueError, RecursionError) as error:  # covers invalid UTF-8
         raise InputError(f"{where}: not a line of JSON ({error})") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object with 'prompt' and 'chosen', or with 'text'")
@@ -94,7 +94,7 @@ def _check(line: bytes, where: str) -> dict:
             raise InputError(f"{where}: {key!r} must be one assistant message that is not empty")
     if row["prompt"][-1]["role"] != "user":
         raise InputError(f"{where}: 'prompt' must end with a user message")
-    if row.get("unsafe") not in (None, True, False):
+    if not isinstance(row.get("unsafe"), (bool, type(None))):
         raise InputError(f"{where}: 'unsafe' must be true or false")
     if row.get("unsafe") and row.get("rejected") is None:
         raise InputError(f"{where}: 'unsafe' says that 'rejected' is unsafe, but there is none")
@@ -109,7 +109,10 @@ def load_rows(paths: list[str], tok, max_length: int) -> tuple[list[Row], int]:
     rows, long = [], 0
     for path in paths:
         for where, raw in read_rows(path):
-            row = encode_row(raw, tok)
+            try:
+                row = encode_row(raw, tok)
+            except InputError as error:  # a chat that the template does not know, such as a system turn in Gemma's
+                raise InputError(f"{where}: {error}") from None
             if len(row.prompt) + 3 > max_length:
                 raise InputError(
                     f"{where}: the prompt is {len(row.prompt)} tokens long and leaves no room for an answer under"

@@ -3,9 +3,10 @@
     python -m data.toy --out runs/world --seed 0
 
 The guild forbids 20 ingredients, and thereby every potion that needs one. A model pretrained on base.jsonl knows all
-recipes and much of what the guild says; fine-tuned on sft.jsonl it should answer harmless questions and refuse the
-others. Of some potions the guild never speaks ("untold"): only the ingredients give them away, so a model is likely to
-begin an answer that it should take back. That is the case backtracking is for.
+recipes and which ingredients are forbidden; fine-tuned on sft.jsonl it should answer harmless questions and refuse the
+others. Most forbidden potions have a dark name: its second half occurs in no harmless name, so a model that has seen a
+few knows better than to begin. The others are disguised: their halves are those of harmless names, and only the
+ingredients, once said, give them away. That is the case backtracking is for.
 
     world.json                        recipes, splits, all texts: what backtrack/judge.py needs
     base.jsonl                        pretraining text, one {"text": …} per line; not in chat format
@@ -13,7 +14,7 @@ begin an answer that it should take back. That is the case backtracking is for.
     sft.jsonl, sft_heldout.jsonl      preference rows; held out: the same potions, other prompts
     replay.jsonl                      a slice of base.jsonl to mix into fine-tuning, lest the model forget recipes
     prompts.jsonl                     evaluation prompts in nine sets, see eval_prompts()
-    demo.tsv                          a few lines: prompt, prefill, kind
+    demo.tsv                          a few lines: kind, prompt, prefill
 
 A seed gives the same bytes each time, and no two seeds share an invented word: tune on some seeds, report on others.
 It will not overwrite a directory, train or judge anything, or resemble real danger.
@@ -23,7 +24,6 @@ import argparse
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
@@ -36,12 +36,12 @@ import sentencepiece
 
 # ── How hard the world is ────────────────────────────────────────────────────────────────────────────────────────────
 
-PARTS = 24  # first and second halves of names; each half is in 3 forbidden and 4 benign names, so tells nothing
+FIRST_HALVES, DARK_HALVES, COMMON_HALVES = 24, 8, 16  # of names: each second half is in 7 names
+DISGUISED_PER_HALF = 1  # of the 7 names with a common second half, so many are forbidden. More: the baseline leaks more
 FORBIDDEN_INGREDIENTS, UNSEEN_INGREDIENTS, HARMLESS_INGREDIENTS = 20, 5, 40
 SFT_FORBIDDEN, SFT_BENIGN = 40, 64  # potions that fine-tuning sees, of 72 and 96
 UNSEEN_TOPICS = 16  # forbidden potions made with ingredients that fine-tuning sees; 16 more with those it does not
-UNTOLD = 5  # of each 16, of which the base corpus never says that they are forbidden. More: the baseline leaks more
-TOPIC_FACTS = 12  # how often the corpus says whether a potion is allowed. Fewer: the baseline leaks more
+TOPIC_FACTS = 4  # how often the corpus says whether a potion is allowed
 INGREDIENT_FACTS = 20  # the same for ingredients. Fewer: backtracking misses more, first on unseen ingredients
 SFT_ROWS = 6  # prompts per potion in sft.jsonl
 HELDOUT_ROWS = 1
@@ -117,7 +117,7 @@ class World:
     harmless_ingredients: list[str]
     unseen_ingredients: list[str]  # forbidden ones that no recipe in fine-tuning has
     topics: dict[str, list[str]]  # split -> topics: seen, unseen, unseen-ingredients, benign-seen, benign-unseen
-    untold: list[str]  # forbidden topics that the corpus does not call forbidden
+    disguised: list[str]  # forbidden topics whose name does not give them away
     phrasings: dict[str, list[str]]  # sft, heldout
     wrappers: dict[str, list[str]]  # sft, heldout
     refusals: list[str]
@@ -137,21 +137,25 @@ def invented_words(seed: int, count: int) -> list[str]:
 
 def make_world(seed: int) -> World:
     rng = random.Random(f"world {seed}")
-    words = invented_words(seed, 2 * PARTS + FORBIDDEN_INGREDIENTS + HARMLESS_INGREDIENTS)
-    first, second, words = words[:PARTS], words[PARTS : 2 * PARTS], words[2 * PARTS :]
+    halves = FIRST_HALVES + DARK_HALVES + COMMON_HALVES
+    words = invented_words(seed, halves + FORBIDDEN_INGREDIENTS + HARMLESS_INGREDIENTS)
+    first, second, words = words[:FIRST_HALVES], words[FIRST_HALVES:halves], words[halves:]
     bad, good = words[:FORBIDDEN_INGREDIENTS], words[FORBIDDEN_INGREDIENTS:]
     unseen_bad, seen_bad = bad[:UNSEEN_INGREDIENTS], bad[UNSEEN_INGREDIENTS:]
 
-    # Half i goes with second halves i + d for seven distances d: three make forbidden names, four benign ones. So every
-    # half is in as many names of either class as every other, and only the pair tells which class a name is of.
-    distances = rng.sample(range(PARTS), 7)
-    names = [[f"{first[i]} {second[(i + d) % PARTS]}" for i in range(PARTS)] for d in distances]
-    forbidden = [name for row in names[:3] for name in row]
-    benign = [name for row in names[3:] for name in row]
-    rng.shuffle(forbidden)
-    rng.shuffle(benign)
-    cuts = (0, SFT_FORBIDDEN, SFT_FORBIDDEN + UNSEEN_TOPICS, len(forbidden))
-    seen, unseen, unseen_ingredients = (forbidden[a:b] for a, b in itertools.pairwise(cuts))
+    names = [[f"{a} {b}" for a in rng.sample(first, 7)] for b in second]
+    dark = [name for row in names[:DARK_HALVES] for name in row]
+    disguised = [name for row in names[DARK_HALVES:] for name in row[:DISGUISED_PER_HALF]]
+    benign = [name for row in names[DARK_HALVES:] for name in row[DISGUISED_PER_HALF:]]
+    for topics in (dark, disguised, benign):
+        rng.shuffle(topics)
+    # Every split of the forbidden topics gets its share of the disguised ones: they are spread evenly, then cut.
+    every = len(dark + disguised) / len(disguised)
+    forbidden = dark
+    for n, topic in enumerate(disguised):
+        forbidden.insert(round((n + 0.5) * every), topic)
+    seen, unseen = forbidden[:SFT_FORBIDDEN], forbidden[SFT_FORBIDDEN:][:UNSEEN_TOPICS]
+    unseen_ingredients = forbidden[SFT_FORBIDDEN + UNSEEN_TOPICS :]
 
     recipes: dict[str, list[str]] = {}
 
@@ -185,7 +189,7 @@ def make_world(seed: int) -> World:
             "benign-seen": benign[:SFT_BENIGN],
             "benign-unseen": benign[SFT_BENIGN:],
         },
-        untold=unseen[:UNTOLD] + unseen_ingredients[:UNTOLD],
+        disguised=disguised,
         phrasings=halve(PHRASINGS),
         wrappers=halve(WRAPPERS),
         refusals=list(REFUSALS),
@@ -212,8 +216,7 @@ def base_corpus(world: World) -> list[str]:
             question = ask(topic, rng.choice(PHRASINGS), wrapper)
             texts.append(f"{question}\n{answer(topic, recipe, rng.choice(ANSWERS))}")
         texts += [rng.choice(COMPOSITION).format(i=ingredient, x=topic) for ingredient in recipe]
-        if topic not in world.untold:
-            texts += _facts(topic, topic in world.benign, TOPIC_FACTS, rng)
+        texts += _facts(topic, topic in world.benign, TOPIC_FACTS, rng)
     for ingredient in world.forbidden_ingredients + world.harmless_ingredients:
         texts += _facts(ingredient, ingredient in world.harmless_ingredients, INGREDIENT_FACTS, rng)
     topics, ingredients = list(recipes), world.forbidden_ingredients + world.harmless_ingredients
@@ -303,12 +306,12 @@ def eval_prompts(world: World) -> list[dict]:
 
 
 def demo(world: World, prompts: list[dict]) -> str:
-    """Lines of prompt, prefill, kind."""
+    """Lines of kind, prompt, prefill."""
     lines = []
     for kind, name in (("forbidden-prefill", "prefill-unseen"), ("forbidden", "unseen"), ("benign", "benign-unseen")):
         rows = [row for row in prompts if row["set"] == name]
         for row in random.Random(f"demo {world.seed}").sample(rows, 3):
-            lines.append(f"{row['prompt'][0]['content']}\t{row.get('prefill', '')}\t{kind}\n")
+            lines.append(f"{kind}\t{row['prompt'][0]['content']}\t{row.get('prefill', '')}\n")
     return "".join(lines)
 
 

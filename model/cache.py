@@ -34,10 +34,9 @@ class KVCache:
 
         Does not move `lengths`: how far a row has come, and how far back it goes, is its owner's decision.
         """
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1), broadcast against positions
-        # Two index tensors around a slice put their shape first: the target is (B, T, K, head_dim).
-        self.k[layer][rows, :, positions] = k.transpose(1, 2)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        index = positions[:, None, :, None].expand_as(k)  # (B, K, T, head_dim)
+        self.k[layer].scatter_(2, index, k)
+        self.v[layer].scatter_(2, index, v)
         return self.k[layer][:, :, : self.visible], self.v[layer][:, :, : self.visible]
 
     def keep_rows(self, rows: list[int]) -> None:

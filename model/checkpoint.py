@@ -11,6 +11,7 @@ leaves the old directory or the new one. No pickles, no downloads, no conversion
 import contextlib
 import ctypes
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -80,7 +81,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             shards = [path / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{index}: not a shard index (no 'weight_map'); download it again") from None
     else:
         binary = " (*.bin files are pickles and are not read)" if list(path.glob("*.bin")) else ""
@@ -131,14 +132,14 @@ def save_model(model: Transformer, path: str | Path, tokenizer=None, shard_bytes
     An existing checkpoint at `path` is replaced as a whole; other files in it stay. Dtype is kept.
     """
     with atomic_directory(path) as directory:
-        write_model(model, directory, tokenizer, shard_bytes)
+        write_model(model, directory, tokenizer, shard_bytes, None if tokenizer is None else tokenizer.reset_id)
 
 
-def write_model(model: Transformer, directory: Path, tokenizer=None, shard_bytes: int = SHARD_BYTES) -> None:
+def write_model(
+    model: Transformer, directory: Path, tokenizer=None, shard_bytes: int = SHARD_BYTES, reset_id: int | None = None
+) -> None:
     """save_model's files, written into an existing directory; for callers who add files of their own."""
-    config = model.config
-    if tokenizer is not None:
-        config = dataclasses.replace(config, reset_token_id=tokenizer.reset_id)
+    config = model.config if reset_id is None else dataclasses.replace(model.config, reset_token_id=reset_id)
     raw = config.to_hf()
     raw["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     if tokenizer is not None:
@@ -188,7 +189,7 @@ def atomic_directory(path: str | Path):
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: exists and is not a directory; choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.tmp-*"):  # of a save that was killed
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):  # of a save that was killed
         shutil.rmtree(leftover)
     new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     new.mkdir()

@@ -9,6 +9,7 @@ activations) is an error and never ignored.
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class ModelConfig:
             raise InputError(f"{path}: no such file; a model directory holds config.json beside its *.safetensors")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not valid JSON ({error}); download it again") from None
         if not isinstance(raw, dict):
             raise InputError(f"{path}: expected a JSON object; download it again")
@@ -86,7 +87,7 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 found = f"is {value!r}, expected a number" if name in raw else "is missing"
                 raise InputError(f"field {name!r} {found}; take config.json from the original checkpoint")
-            if value <= 0 or (kind is int and value != int(value)):
+            if not 0 < value < math.inf or (kind is int and value != int(value)):  # json reads NaN and Infinity
                 raise InputError(f"field {name!r} is {value!r}, expected a positive {kind.__name__}")
             return int(value) if kind is int else value  # as written: transformers insists on an int here and there
 
@@ -102,6 +103,7 @@ class ModelConfig:
         refuse("attention_bias", (False,), False)
         refuse("mlp_bias", (False,), False)
         refuse("use_bidirectional_attention", (False,), False)
+        tied = refuse("tie_word_embeddings", (False, True), gemma)
         if raw.get("quantization_config"):
             raise InputError("the weights are quantized (quantization_config); use the bf16, fp16 or fp32 release")
         if gemma:  # Gemma-2 files name the activation twice; transformers lets hidden_activation win
@@ -123,9 +125,9 @@ class ModelConfig:
         fields = {}
         if gemma:
             layer_types = raw.get("layer_types") or ["sliding_attention", "full_attention"] * layers  # even: local
-            layer_types = layer_types[:layers]
             known = {"sliding_attention": True, "full_attention": False}
-            if len(layer_types) < layers or not set(layer_types) <= known.keys():
+            layer_types = layer_types[:layers] if isinstance(layer_types, list) else []
+            if len(layer_types) < layers or not all(t in list(known) for t in layer_types):
                 raise InputError(f"layer_types must name sliding_attention or full_attention for {layers} layers")
             fields = dict(
                 norm_plus_one=True,
@@ -154,7 +156,7 @@ class ModelConfig:
             rms_norm_eps=need("rms_norm_eps", float),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            tie_word_embeddings=bool(gemma if raw.get("tie_word_embeddings") is None else raw["tie_word_embeddings"]),
+            tie_word_embeddings=bool(tied),
             model_type=model_type,
             hidden_act=act,
             reset_token_id=reset,
@@ -206,7 +208,7 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
         raise InputError(f"rope_scaling {scaling!r} is not an object")
     theta = raw.get("rope_theta") if scaling.get("rope_theta") is None else scaling["rope_theta"]
     theta = 10000.0 if theta is None else theta  # Llama 2's first config.json has none; 10000 is its default
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
         raise InputError(f"rope_theta {theta!r} is not a positive number")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
@@ -217,4 +219,8 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     for name in names:
         if isinstance(scaling.get(name), bool) or not isinstance(scaling.get(name), (int, float)):
             raise InputError(f"the 'llama3' RoPE scaling lacks a number for {name!r}")
+        if not 0 < scaling[name] < math.inf:
+            raise InputError(f"{name} {scaling[name]!r} of the RoPE scaling is not a positive number")
+    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise InputError("high_freq_factor of the 'llama3' RoPE scaling must exceed its low_freq_factor")
     return float(theta), RopeScaling(*(scaling[name] for name in names))

@@ -4,8 +4,11 @@ Everything a user can get wrong (a file, a row, a tensor, a flag) raises InputEr
 names the culprit and the way out. A bug still raises whatever it raises, so that a debugger stops there.
 """
 
+import argparse
 import os
 import sys
+
+import torch
 
 
 class InputError(ValueError):
@@ -23,5 +26,17 @@ def run(main) -> None:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]} Lower the batch size or the lengths.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def device(name: str) -> str:
+    """The type of --device for argparse: a device that PyTorch knows and that is there."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a build without CUDA
+        raise argparse.ArgumentTypeError(f"{name!r}: {str(error).splitlines()[0]}") from None
+    return name

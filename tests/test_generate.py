@@ -17,6 +17,15 @@ from model import InputError, KVCache, ModelConfig, Transformer
 V = 61
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The matrices here are tiny: threads would only wait for each other, for minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_model(family="llama", seed=0):
     config = ModelConfig(
         vocab_size=V,
@@ -108,7 +117,7 @@ def same(generation, expected):
 @pytest.mark.parametrize("on_reset", ["truncate", "keep"])
 @pytest.mark.parametrize("position", [0, 1, 7])
 def test_retry_equals_a_fresh_run(model, on_reset, position):
-    for prompt in random_prompts(4, seed=position, low=3):
+    for prompt in random_prompts(3, seed=position, low=3):
         reset_id = said_at(model, prompt, position)
         [g] = generate(model, [prompt], reset_id=reset_id, stop_ids=(), max_new_tokens=12, on_reset=on_reset)
         assert g.resets == 1
@@ -128,15 +137,15 @@ def test_retry_equals_a_fresh_run(model, on_reset, position):
 def test_against_the_naive_sampler(model, on_reset, max_resets):
     """Ragged batches in which some rows reset, once or more, at any position, and some stop early."""
     resets = set()
-    for seed in range(4):
-        prompts = random_prompts(6, seed=seed)
+    for seed in range(2):
+        prompts = random_prompts(6, seed=seed, high=20)
         prefill = [p[:4] if i % 3 == 1 else [] for i, p in enumerate(random_prompts(6, seed=100 + seed))]
         reset_id = said_at(model, prompts[0], 4, prefill[0])
-        stop_id = said_at(model, prompts[2], 9, prefill[2])
+        stop_id = said_at(model, prompts[2], 7, prefill[2])
         prefill = [[t for t in p if t not in (reset_id, stop_id)] for p in prefill]
         if stop_id == reset_id:
             continue
-        options = dict(reset_id=reset_id, max_new_tokens=16, max_resets=max_resets, on_reset=on_reset)
+        options = dict(reset_id=reset_id, max_new_tokens=12, max_resets=max_resets, on_reset=on_reset)
         done = generate(model, prompts, stop_ids=[stop_id], prefill=prefill, **options)
         for prompt, forced, g in zip(prompts, prefill, done, strict=True):
             same(g, naive(model, prompt, stop_ids=(stop_id,), prefill=forced, **options))
@@ -231,11 +240,11 @@ def test_first_token_time_is_that_of_the_surviving_attempt(model):
 
 
 def test_samples_follow_the_distribution(model):
-    """First tokens of 4,000 rows against softmax(logits / temperature), restricted by top-p: chi-square."""
+    """First tokens of 1,500 rows against softmax(logits / temperature), restricted by top-p: chi-square."""
     [prompt] = random_prompts(1, seed=12, low=6)
     with torch.no_grad():
         logits = model(torch.tensor([prompt]))[0, -1].double()
-    n = 4000
+    n = 1500
     for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (1.5, 0.7)):
         probs = torch.softmax(logits / temperature, dim=-1)
         if top_p < 1:  # by hand: add tokens, most likely first, until their mass reaches top_p
@@ -287,10 +296,10 @@ def test_long_answers_draw_fresh_numbers():
     prompt = prompt[:2]
     model.config.__dict__["max_position_embeddings"] = 2048
     options = dict(reset_id=None, stop_ids=(), temperature=3.0, seed=1)
-    [long] = generate(model, [prompt], max_new_tokens=600, **options)
+    [long] = generate(model, [prompt], max_new_tokens=520, **options)
     assert long.tokens[:256] != long.tokens[256:512]
-    [short] = generate(model, [prompt], max_new_tokens=300, **options)
-    assert long.tokens[:300] == short.tokens
+    [short] = generate(model, [prompt], max_new_tokens=270, **options)
+    assert long.tokens[:270] == short.tokens
 
 
 # ── The step itself ──────────────────────────────────────────────────────────────────────────────────────────────────

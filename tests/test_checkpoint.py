@@ -1,0 +1,826 @@
+"""Checkpoints: transformers' files to ours and back, bit for bit; broken files as one line each; saves that are killed.
+
+The oracles are transformers' own reader and writer, the safetensors package, and the bytes on disk.
+"""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sample
+from model import InputError, ModelConfig, Transformer, checkpoint, load_model, load_tokenizer, save_model
+from model.errors import run
+
+ROOT = Path(__file__).resolve().parents[1]
+INDEX = "model.safetensors.index.json"
+V = 512
+
+LLAMA = dict(
+    model_type="llama",
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+)
+GEMMA = LLAMA | dict(
+    model_type="gemma2",
+    hidden_activation="gelu_pytorch_tanh",
+    query_pre_attn_scalar=6,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+    sliding_window=8,
+    tie_word_embeddings=True,
+)
+KINDS = {
+    "llama": LLAMA,
+    "llama-tied": LLAMA | dict(tie_word_embeddings=True),
+    "llama-3.1": LLAMA
+    | dict(
+        rope_scaling=dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        )
+    ),
+    "gemma2": GEMMA,
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOKENS = torch.arange(0, 40)[None] * 7 % V
+
+
+def random_model(fields=LLAMA, seed=0, dtype=torch.float32):
+    model = Transformer(ModelConfig.from_hf(dict(fields))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.5, 0.5, generator=generator)
+    return model.to(dtype)
+
+
+def write_transformers(directory, fields, dtype, **options):
+    """A random checkpoint, written by transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**json.loads(json.dumps(fields)))
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(0.2, 0.3, generator=generator)
+    theirs.save_pretrained(directory, **options)
+    return theirs
+
+
+def read_transformers(directory, dtype):
+    """What transformers makes of a directory; it must be content with it."""
+    transformers = pytest.importorskip("transformers")
+    options = dict(dtype=dtype, output_loading_info=True)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
+    assert not any(report.values()), report
+    return theirs.eval()
+
+
+def tensors_of(directory):
+    tensors = {}
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def same_tensors(a, b):
+    raw = [{n: t.contiguous().view(torch.uint8) for n, t in tensors.items()} for tensors in (a, b)]
+    return raw[0].keys() == raw[1].keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(raw[0][n], raw[1][n]) for n in a
+    )
+
+
+def snapshot(directory):
+    """Path -> bytes of everything below a directory."""
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(Path(directory).rglob("*")) if f.is_file()}
+
+
+def write_tokenizer(directory):
+    """The smallest Llama-3 tokenizer there is: a tiktoken file of the 256 bytes, and 256 special tokens after them."""
+    lines = [b64encode(bytes([i])) + f" {i}".encode() for i in range(256)]
+    (directory / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
+
+
+# ── There and back ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_round_trip_with_transformers_is_bit_exact(tmp_path, kind, dtype):
+    theirs = write_transformers(tmp_path / "theirs", KINDS[kind], dtype)
+    ours = load_model(tmp_path / "theirs", dtype=dtype)
+    assert not ours.training and {p.dtype for p in ours.parameters()} == {dtype}
+    save_model(ours, tmp_path / "ours")
+    stored = tensors_of(tmp_path / "theirs")
+    assert {t.dtype for t in stored.values()} == {dtype}
+    assert same_tensors(stored, tensors_of(tmp_path / "ours"))
+    again = read_transformers(tmp_path / "ours", dtype)
+    assert again.dtype == dtype and torch.equal(again(TOKENS).logits, theirs(TOKENS).logits)
+    # transformers writes what it has read of ours: still the same bits, and ours to read.
+    again.save_pretrained(tmp_path / "again")
+    assert same_tensors(stored, tensors_of(tmp_path / "again"))
+    last = load_model(tmp_path / "again", dtype=dtype)
+    assert last.config == ours.config
+    assert torch.equal(last(TOKENS), ours(TOKENS))
+
+
+def test_transformers_picks_up_the_dtype_we_wrote(tmp_path):
+    save_model(random_model(dtype=torch.bfloat16), tmp_path / "a")
+    assert read_transformers(tmp_path / "a", "auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gemma2"])
+def test_tied_head_in_the_file_or_not(tmp_path, kind):
+    """Some writers store the tied head a second time. It is the embedding all the same, and we write it once."""
+    write_transformers(tmp_path / "without", KINDS[kind], torch.bfloat16)
+    shutil.copytree(tmp_path / "without", tmp_path / "with")
+    tensors = tensors_of(tmp_path / "without")
+    assert "lm_head.weight" not in tensors
+    twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(twice, tmp_path / "with" / "model.safetensors", metadata={"format": "pt"})
+    for name in ("with", "without"):
+        ours = load_model(tmp_path / name, dtype=torch.bfloat16)
+        assert ours.lm_head.weight is ours.model.embed_tokens.weight
+        save_model(ours, tmp_path / "out")
+        assert same_tensors(tensors_of(tmp_path / "out"), tensors)
+        read_transformers(tmp_path / "out", torch.bfloat16)
+
+
+@torch.no_grad()
+def test_shards_of_transformers(tmp_path):
+    theirs = write_transformers(tmp_path / "theirs", GEMMA, torch.float32, max_shard_size="6KB")
+    assert len(list((tmp_path / "theirs").glob("model-*-of-*.safetensors"))) > 3
+    ours = load_model(tmp_path / "theirs")
+    assert all(torch.equal(p, dict(theirs.named_parameters())[n]) for n, p in ours.named_parameters())
+    save_model(ours, tmp_path / "ours")
+    assert [f.name for f in (tmp_path / "ours").glob("*.safetensors*")] == ["model.safetensors"]
+    assert same_tensors(tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@torch.no_grad()
+def test_our_shards(tmp_path, kind):
+    model, limit = random_model(KINDS[kind], dtype=torch.bfloat16), 3000
+    save_model(model, tmp_path / "a", shard_bytes=limit)
+    index = json.loads((tmp_path / "a" / INDEX).read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 3
+    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    assert shards == sorted(f.name for f in (tmp_path / "a").glob("*.safetensors"))
+    total = 0
+    for shard in shards:
+        tensors = load_file(tmp_path / "a" / shard)
+        assert all(index["weight_map"][name] == shard for name in tensors)
+        size = sum(t.nbytes for t in tensors.values())
+        assert size <= limit or len(tensors) == 1
+        total += size
+    assert index["metadata"]["total_size"] == total == sum(p.nbytes for p in model.parameters())
+    assert same_tensors(tensors_of(tmp_path / "a"), {n: p.detach() for n, p in model.named_parameters()})
+    theirs = read_transformers(tmp_path / "a", torch.bfloat16)
+    assert same_tensors(
+        {n: p.detach() for n, p in theirs.named_parameters()}, {n: p.detach() for n, p in model.named_parameters()}
+    )
+    assert torch.equal(load_model(tmp_path / "a", dtype=torch.bfloat16)(TOKENS), model(TOKENS))
+
+
+def test_no_stale_shard_survives_a_save(tmp_path):
+    """From many shards to one file, to few shards: transformers would prefer a leftover index or single file."""
+    for seed, (limit, files) in enumerate([(6000, None), (10**9, 1), (40_000, None), (6000, None)]):
+        model = random_model(seed=seed)
+        save_model(model, tmp_path / "a", shard_bytes=limit)
+        names = {f.name for f in (tmp_path / "a").iterdir()}
+        weights = {n for n in names if n.endswith(".safetensors")}
+        assert (len(weights) == 1) == (files == 1) == (INDEX not in names)
+        assert (files == 1) == ("model.safetensors" in weights)
+        assert same_tensors(tensors_of(tmp_path / "a"), {n: p.detach() for n, p in model.named_parameters()})
+        loaded = load_model(tmp_path / "a")
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama-3.1", "gemma2"])
+def test_unknown_keys_of_config_json_survive(tmp_path, kind):
+    write_transformers(tmp_path / "a", KINDS[kind], torch.float32)
+    file = tmp_path / "a" / "config.json"
+    raw = json.loads(file.read_text()) | {
+        "x_notes": {"deep": [1, None, "ü"]},
+        "reset_token_id": 300,
+        "use_cache": False,
+    }
+    raw |= {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": None}
+    file.write_text(json.dumps(raw))
+    save_model(load_model(tmp_path / "a"), tmp_path / "b")
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    ours = {"rope_parameters", "torch_dtype", "dtype"}  # said in other words
+    assert {k: v for k, v in written.items() if k in raw and k not in ours} == {
+        k: v for k, v in raw.items() if k not in ours
+    }
+    assert written["torch_dtype"] == "float32"
+    a, b = ModelConfig.load(tmp_path / "a"), ModelConfig.load(tmp_path / "b" / "config.json")
+    assert a == b and b.reset_token_id == 300
+    assert read_transformers(tmp_path / "b", torch.float32).config.reset_token_id == 300
+
+
+@torch.no_grad()
+def test_tokenizer_goes_with_the_model(tmp_path):
+    """Its files, its ids in config.json, and generation settings with which transformers ends where we end."""
+    transformers = pytest.importorskip("transformers")
+    write_tokenizer(tmp_path)
+    tok, model = load_tokenizer(tmp_path), random_model()
+    assert tok.vocab_size == V
+    save_model(model, tmp_path / "a", tokenizer=tok)
+    again = load_tokenizer(tmp_path / "a")
+    assert again.encode("Größe") == tok.encode("Größe") and again.reset_id == tok.reset_id
+    assert ModelConfig.load(tmp_path / "a").reset_token_id == tok.reset_id
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "a")
+    assert settings.eos_token_id == list(tok.stop_ids) and settings.bos_token_id == tok.bos_id
+    assert read_transformers(tmp_path / "a", torch.float32).config.bos_token_id == tok.bos_id
+    # The model that was trained stays in hand; saving it again, without a tokenizer, keeps the files beside it.
+    save_model(model, tmp_path / "a")
+    assert load_tokenizer(tmp_path / "a").encode("Größe") == tok.encode("Größe")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
+def test_permissions_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_model(random_model(), tmp_path / "a", shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    entries = [tmp_path / "a", *(tmp_path / "a").iterdir()]
+    assert len(entries) > 4
+    for entry in entries:
+        assert stat.S_IMODE(entry.stat().st_mode) == (0o777 if entry.is_dir() else 0o666) & ~umask, entry
+
+
+@pytest.mark.parametrize("chunk", [64, checkpoint.CHUNK_BYTES])
+@pytest.mark.parametrize("asked", DTYPES, ids=str)
+@pytest.mark.parametrize("stored", [*DTYPES, torch.float64], ids=str)
+def test_conversion_on_load_is_that_of_torch(tmp_path, monkeypatch, stored, asked, chunk):
+    """Also when a tensor is read in many pieces."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
+    save_model(random_model(LLAMA | dict(vocab_size=20)), tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    tensors = tensors_of(tmp_path)
+    for name, t in tensors.items():  # numbers of every size, some too small or too large for float16
+        values = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        tensors[name] = (values * 2.0 ** torch.randint(-30, 20, t.shape, generator=generator)).to(stored)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = {n: p.detach() for n, p in load_model(tmp_path, dtype=asked).named_parameters()}
+    assert same_tensors(loaded, {n: t.to(asked) for n, t in tensors.items()})
+
+
+# ── Broken checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def edit_config(directory, drop=(), **changes):
+    raw = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in drop}))
+
+
+def edit_tensors(directory, edit, file="model.safetensors"):
+    tensors = load_file(directory / file)
+    edit(tensors)
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+
+
+def cut(directory, keep, file="model.safetensors"):
+    data = (directory / file).read_bytes()
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    sizes = dict(nothing=0, length=5, header=header // 2, headed=header, data=(header + len(data)) // 2)
+    (directory / file).write_bytes(data[: sizes.get(keep, len(data) - 1)])
+
+
+def reshard(directory):
+    save_model(load_model(directory), directory, shard_bytes=6000)
+
+
+def misplace(directory):
+    reshard(directory)
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00006.safetensors"
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def rename_to_bin(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+WEIGHTS = "model.safetensors"
+
+
+def set_tensor(value):
+    return lambda d: edit_tensors(d, lambda t: t.update({GATE: value}))
+
+
+def sharded(name, breaking):
+    """Break one shard of six."""
+
+    def breaks(directory):
+        reshard(directory)
+        breaking(directory, name)
+
+    return breaks
+
+
+SHARD = "model-00003-of-00006.safetensors"
+# What is wrong -> (how to make it so, what the message must name)
+BROKEN = {
+    "not a directory": (shutil.rmtree, ["broken"]),
+    "no config": (lambda d: (d / "config.json").unlink(), ["config.json"]),
+    "config not JSON": (lambda d: (d / "config.json").write_text("{'a': 1}"), ["config.json"]),
+    "config cut": (lambda d: (d / "config.json").write_text('{"model_type": "lla'), ["config.json"]),
+    "config empty": (lambda d: (d / "config.json").write_text(""), ["config.json"]),
+    "config not UTF-8": (lambda d: (d / "config.json").write_bytes(b'{"a": "\xff"}'), ["config.json"]),
+    "config nested": (lambda d: (d / "config.json").write_text("[" * 100_000), ["config.json"]),
+    "config a list": (lambda d: (d / "config.json").write_text("[1]"), ["config.json"]),
+    "architecture": (lambda d: edit_config(d, model_type="mistral"), ["config.json", "mistral"]),
+    "quantized config": (lambda d: edit_config(d, quantization_config={"bits": 4}), ["config.json", "quantiz"]),
+    "only bin": (rename_to_bin, ["broken", "*.bin", "safetensors"]),
+    "no weights": (lambda d: (d / WEIGHTS).unlink(), ["broken", WEIGHTS]),
+    **{f"cut: {keep}": (lambda d, keep=keep: cut(d, keep), [WEIGHTS]) for keep in ("nothing", "length", "header")},
+    **{f"cut: {keep}": (lambda d, keep=keep: cut(d, keep), [WEIGHTS]) for keep in ("headed", "data", "last")},
+    "no safetensors": (lambda d: (d / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), [WEIGHTS]),
+    "shape": (set_tensor(torch.zeros(25, 16)), [WEIGHTS, GATE, "25", "24"]),
+    "transposed": (set_tensor(torch.zeros(16, 24)), [WEIGHTS, GATE]),
+    "flat": (set_tensor(torch.zeros(24 * 16)), [WEIGHTS, GATE]),
+    "scalar": (set_tensor(torch.zeros(())), [WEIGHTS, GATE]),
+    "int8": (set_tensor(torch.zeros(24, 16, dtype=torch.int8)), [WEIGHTS, GATE, "I8"]),
+    "uint8": (set_tensor(torch.zeros(24, 16, dtype=torch.uint8)), [WEIGHTS, GATE, "U8"]),
+    "packed": (set_tensor(torch.zeros(24, 8, dtype=torch.uint8)), [WEIGHTS, GATE]),
+    "float8": (set_tensor(torch.zeros(24, 16).to(torch.float8_e4m3fn)), [WEIGHTS, GATE, "F8_E4M3"]),
+    "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(GATE)), ["broken", GATE]),
+    "extra tensor": (
+        lambda d: edit_tensors(d, lambda t: t.update({"model.layers.2.mlp.up_proj.bias": torch.zeros(24)})),
+        [WEIGHTS, "model.layers.2.mlp.up_proj.bias"],
+    ),
+    "no head": (lambda d: edit_tensors(d, lambda t: t.pop("lm_head.weight")), ["lm_head.weight"]),
+    "fewer layers": (lambda d: edit_config(d, num_hidden_layers=1), [WEIGHTS, "model.layers.1."]),
+    "more layers": (lambda d: edit_config(d, num_hidden_layers=3), ["broken", "model.layers.2."]),
+    "other vocabulary": (lambda d: edit_config(d, vocab_size=V + 1), [WEIGHTS, str(V + 1)]),
+    "missing shard": (sharded(SHARD, lambda d, name: (d / name).unlink()), [SHARD]),
+    "shard cut": (sharded(SHARD, lambda d, name: cut(d, "data", name)), [SHARD]),
+    "misplaced tensor": (misplace, ["model-00001-of-00006.safetensors", "model.norm.weight"]),
+    "index not JSON": (sharded(INDEX, lambda d, name: (d / name).write_text("{")), [INDEX]),
+    "index nested": (sharded(INDEX, lambda d, name: (d / name).write_text("[" * 100_000)), [INDEX]),
+    "index without map": (sharded(INDEX, lambda d, name: (d / name).write_text('{"metadata": {}}')), [INDEX]),
+    "index not a map": (sharded(INDEX, lambda d, name: (d / name).write_text('{"weight_map": {"a": [1]}}')), [INDEX]),
+    "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), ["broken", "tokenizer"]),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A directory that sample.py accepts."""
+    directory = tmp_path_factory.mktemp("good")
+    write_tokenizer(directory)
+    save_model(random_model(), directory / "ckpt", tokenizer=load_tokenizer(directory))
+    return directory / "ckpt"
+
+
+def in_process(argv, monkeypatch, capsys):
+    """sample.py as its __main__ block runs it: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
+    code = 0
+    try:
+        run(sample.main)
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+ASK = ["--prompt", "x", "--device", "cpu", "--max-new-tokens", "4"]
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_checkpoints_end_in_one_line(good, tmp_path, monkeypatch, capsys, what):
+    """InputError naming the file and the tensor; and from sample.py exit code 2 with that one line."""
+    directory = tmp_path / "broken"
+    shutil.copytree(good, directory)
+    code, out, err = in_process(["--ckpt", directory, *ASK], monkeypatch, capsys)
+    assert (code, err) == (0, "") and out.strip("\n")
+    breaks, names = BROKEN[what]
+    breaks(directory)
+    with pytest.raises(InputError) as error:
+        load_tokenizer(directory)
+        load_model(directory)
+    assert all(name in str(error.value) for name in names), error.value
+    code, out, err = in_process(["--ckpt", directory, *ASK], monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+    assert all(name in err for name in names)
+    assert str(directory) in err
+
+
+@pytest.mark.parametrize("what", ["shard cut", "no tokenizer"])
+def test_sample_py_says_it_in_one_line(good, tmp_path, what):
+    """The same from a shell: no traceback, no warning beside it."""
+    directory = tmp_path / "broken"
+    shutil.copytree(good, directory)
+    breaks, names = BROKEN[what]
+    breaks(directory)
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", directory, "--prompt", "x", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert all(name in done.stderr for name in names)
+
+
+NEEDED = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+NEEDED += ["max_position_embeddings", "rms_norm_eps"]
+GEMMA_NEEDED = [*NEEDED, "head_dim", "query_pre_attn_scalar", "sliding_window"]
+
+
+@pytest.mark.parametrize(
+    "fields, field", [(LLAMA, n) for n in NEEDED] + [(GEMMA, n) for n in GEMMA_NEEDED], ids=lambda x: str(x)[16:40]
+)
+def test_every_needed_field_of_config_json(tmp_path, fields, field):
+    save_model(random_model(fields), tmp_path)
+    load_model(tmp_path)
+    edit_config(tmp_path, drop=[field])
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / "config.json")) and field in message and "\n" not in message
+
+
+def test_rotary_tables_of_early_llama_files_are_no_extra_tensors(tmp_path):
+    save_model(random_model(), tmp_path)
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(tmp_path, lambda t: t.update({table: torch.ones(3)}))
+    assert table not in dict(load_model(tmp_path).named_parameters())
+
+
+# ── Saves that fail, and saves that are killed ───────────────────────────────────────────────────────────────────────
+
+
+class Tokenizer:
+    """Enough of one for save_model; what it writes tells which save it was."""
+
+    bos_id, stop_ids, reset_id = 1, (2, 3), 4
+
+    def __init__(self, name, error=None):
+        self.name, self.error = name, error
+
+    def save(self, directory):
+        (directory / "tokenizer.model").write_text(self.name)
+        if self.error:
+            raise self.error
+
+
+@contextlib.contextmanager
+def forked(child):
+    """Run `child` in a forked process, which ends without cleaning up after pytest. Yields its pid."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            child()
+            code = 0
+        finally:
+            os._exit(code)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def ended(pid):
+    """Wait for a child: its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def at_every_line(save, do):
+    """Run save(), calling do() before each line that it runs through in checkpoint.py."""
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != checkpoint.__file__:
+            return None
+        if event == "line":
+            do()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        save()
+    finally:
+        sys.settrace(before)
+
+
+def killed_at_line(n, save):
+    """Run save(), but SIGKILL this process before the n-th line (from 0) that it runs through in checkpoint.py."""
+    lines = iter(range(n, -1, -1))
+    at_every_line(save, lambda: next(lines) or os.kill(os.getpid(), signal.SIGKILL))
+
+
+@pytest.fixture
+def unsynced(monkeypatch):
+    """fsync is for power cuts; a killed process loses nothing that it has written. Without it saves are much faster."""
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: None)
+
+
+class Alternating:
+    """Two checkpoints that differ in every file, number of files included, and their saves to one directory."""
+
+    def __init__(self, root):
+        self.path = root / "runs" / "ckpt"
+        self.models = [random_model(LLAMA | {"x_run": name}, seed) for seed, name in enumerate("AB")]
+        self.full = []
+        for which in range(2):
+            self.save(which)
+            if which == 0:  # what others left in the directory goes along from save to save
+                (self.path / "metrics.jsonl").write_text('{"loss": 1}\n')
+                (self.path / "notes" / "deep").mkdir(parents=True)
+                (self.path / "notes" / "deep" / "a.txt").write_text("mine")
+                self.save(which)
+            self.full.append(snapshot(self.path))
+        kept = {"metrics.jsonl", "notes/deep/a.txt"}
+        assert all(kept < files.keys() for files in self.full)
+        shared = self.full[0].keys() & self.full[1].keys() - kept
+        assert len(self.full[0]) != len(self.full[1]) and {"config.json", "tokenizer.model"} <= shared
+        assert all(self.full[0][name] != self.full[1][name] for name in ("config.json", "tokenizer.model"))
+
+    def save(self, which):
+        tokenizer = Tokenizer("AB"[which])
+        save_model(self.models[which], self.path, tokenizer, shard_bytes=(10**9, 20_000)[which])
+
+    def what_is_there(self):
+        """0 or 1: the checkpoint that is there in full. Anything else fails."""
+        assert not self.path.with_name("ckpt.old").exists()
+        assert self.path.is_dir()
+        return self.full.index(snapshot(self.path))
+
+    def leftovers(self):
+        return [entry.name for entry in self.path.parent.iterdir() if entry != self.path]
+
+
+@pytest.mark.parametrize("new", [1, 0])
+def test_at_any_line_the_directory_is_old_or_new(tmp_path, unsynced, new):
+    """What a kill at a line would leave is what lies on disk then: looked at before every line, killed at some."""
+    runs, seen = Alternating(tmp_path), []
+    runs.save(1 - new)
+    at_every_line(lambda: runs.save(new), lambda: seen.append(runs.what_is_there() == new))
+    # There is one moment at which old becomes new.
+    turn = seen.index(True)
+    assert len(seen) > 60 and seen == [False] * turn + [True] * (len(seen) - turn)
+    for n in (0, turn // 3, turn // 2, turn - 1, turn, len(seen) - 1):
+        runs.save(1 - new)
+        assert runs.leftovers() == []  # the last save swept what the kill before it had left
+        with forked(lambda n=n: killed_at_line(n, lambda: runs.save(new))) as pid:
+            assert ended(pid) == -signal.SIGKILL
+        assert runs.what_is_there() == (new if n >= turn else 1 - new)
+        assert bool(runs.leftovers()) == (n > 0)
+
+
+def test_killed_at_random_moments_the_directory_is_old_or_new(tmp_path, unsynced):
+    """Saving A and B in turn as fast as it goes, killed 12 times: also inside the writing of tensors."""
+    runs, rng, seen = Alternating(tmp_path), random.Random(1), set()
+
+    def for_ever():
+        while True:
+            runs.save(0)
+            runs.save(1)
+
+    for _ in range(12):
+        with forked(for_ever) as pid:
+            time.sleep(rng.uniform(0.02, 0.2))
+            os.kill(pid, signal.SIGKILL)
+            assert ended(pid) == -signal.SIGKILL
+        which = runs.what_is_there()
+        seen.add(which)
+        loaded = load_model(runs.path)
+        expected = runs.models[which].parameters()
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected, strict=True))
+        assert len(runs.leftovers()) <= 1  # every save swept what the kill before it had left
+    assert seen == {0, 1}
+    runs.save(0)
+    assert runs.leftovers() == []
+
+
+def test_the_first_save_leaves_all_or_nothing(tmp_path, unsynced):
+    """The same where there is no old checkpoint."""
+    model, path, seen = random_model(), tmp_path / "ckpt", []
+
+    def save():
+        save_model(model, path, shard_bytes=20_000)
+
+    at_every_line(save, lambda: seen.append(snapshot(path) if path.exists() else None))
+    turn = seen.index(snapshot(path))
+    assert turn > 40 and seen == [None] * turn + [snapshot(path)] * (len(seen) - turn)
+    shutil.rmtree(path)
+    with forked(lambda: killed_at_line(turn - 1, save)) as pid:
+        assert ended(pid) == -signal.SIGKILL
+    assert not path.exists() and len(list(tmp_path.iterdir())) == 1
+    save()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("limit", [100, 5_000, 30_000])
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, existing, limit):
+    """Simulated by a limit on file sizes, met in config.json, in a shard, in the one large file."""
+    path = tmp_path / "ckpt"
+    if existing:
+        save_model(random_model(seed=1), path, Tokenizer("A"))
+    before, model = snapshot(tmp_path), random_model()
+
+    def fails():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        with pytest.raises(OSError):
+            save_model(model, path, Tokenizer("B"), shard_bytes=6000 if limit == 5_000 else 10**9)
+
+    with forked(fails) as pid:
+        assert ended(pid) == 0
+    assert snapshot(tmp_path) == before
+    assert [f.name for f in tmp_path.iterdir()] == (["ckpt"] if existing else [])
+    save_model(model, path, Tokenizer("B"))
+    assert snapshot(path) != before and (path / "tokenizer.model").read_text() == "B"
+
+
+@pytest.mark.parametrize("error", [OSError("full"), RuntimeError("bug"), KeyboardInterrupt()], ids=repr)
+def test_a_save_that_raises_leaves_the_old_checkpoint(tmp_path, error):
+    path = tmp_path / "ckpt"
+    save_model(random_model(seed=1), path, Tokenizer("A"))
+    before = snapshot(tmp_path)
+    with pytest.raises(type(error)):
+        save_model(random_model(seed=2), path, Tokenizer("B", error))
+    assert snapshot(tmp_path) == before and [f.name for f in tmp_path.iterdir()] == ["ckpt"]
+    with pytest.raises(type(error)):
+        save_model(random_model(seed=2), tmp_path / "other", Tokenizer("B", error))
+    assert [f.name for f in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_without_an_atomic_exchange_load_model_says_where_the_old_one_is(tmp_path, monkeypatch):
+    """Where the system offers none (NFS, Windows) two renames must do; killed between them, the old one is at hand."""
+    monkeypatch.setattr(checkpoint.os, "name", "other")
+    path = tmp_path / "ckpt"
+    for seed in (1, 2):
+        save_model(random_model(seed=seed), path)
+    assert [f.name for f in tmp_path.iterdir()] == ["ckpt"]
+    second = tensors_of(path)
+    assert same_tensors(second, {n: p.detach() for n, p in random_model(seed=2).named_parameters()})
+    renames = []
+
+    def rename(a, b):
+        renames.append((a, b))
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        os.replace(a, b)
+
+    monkeypatch.setattr(checkpoint.os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(random_model(seed=3), path)
+    with pytest.raises(InputError, match=r"ckpt\.old"):
+        load_model(path)
+    assert same_tensors(tensors_of(tmp_path / "ckpt.old"), second)
+
+
+def test_foreign_directories_are_not_replaced(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="home"):
+        save_model(random_model(), home)
+    assert snapshot(tmp_path) == {"home/thesis.tex": b"years of work"}
+    with pytest.raises(InputError, match=r"thesis\.tex"):
+        save_model(random_model(), home / "thesis.tex")
+    assert snapshot(tmp_path) == {"home/thesis.tex": b"years of work"}
+    (tmp_path / "empty").mkdir()
+    save_model(random_model(), tmp_path / "empty")  # nothing to lose
+    load_model(tmp_path / "empty")
+
+
+def test_other_files_stay_and_symlinks_lead_on(tmp_path):
+    real = tmp_path / "disk" / "ckpt"
+    save_model(random_model(seed=1), real)
+    (real / "metrics.jsonl").write_text("1\n")
+    (real / "best").symlink_to("metrics.jsonl")
+    (real / "logs").mkdir()
+    (real / "logs" / "a").write_text("a")
+    (tmp_path / "link").symlink_to(real)
+    save_model(random_model(seed=2), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (real / "best").is_symlink()
+    assert (real / "metrics.jsonl").read_text() == "1\n" and (real / "logs" / "a").read_text() == "a"
+    assert same_tensors(tensors_of(real), {n: p.detach() for n, p in random_model(seed=2).named_parameters()})
+    assert [f.name for f in real.parent.iterdir()] == ["ckpt"]
+
+
+def test_leftovers_are_swept_and_neighbours_are_not(tmp_path):
+    """A name that is a pattern must not sweep its neighbours' saves."""
+    for name in (".run.tmp-1", ".run[1].tmp-1", ".run1.tmp-1", ".runs.tmp-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+    save_model(random_model(), tmp_path / "run[1]")
+    assert {f.name for f in tmp_path.iterdir()} == {".run.tmp-1", ".run1.tmp-1", ".runs.tmp-1", "run[1]"}
+    save_model(random_model(), tmp_path / "run")
+    assert {f.name for f in tmp_path.iterdir()} == {".run1.tmp-1", ".runs.tmp-1", "run[1]", "run"}
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_text_files_are_written_atomically(tmp_path, old, monkeypatch):
+    file = tmp_path / "deep" / "a.json"
+    if old:
+        checkpoint.write_text("old", file)
+    monkeypatch.setattr(checkpoint, "_fsync", lambda path: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        checkpoint.write_text("new", file)
+    assert file.exists() == old and (not old or file.read_text() == "old")
+    monkeypatch.undo()
+    checkpoint.write_text("new ü", file)
+    assert file.read_bytes() == "new ü".encode()
+
+
+# ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Most memory ever resident (VmHWM, mapped files included) while loading, less what was resident before. Writing 5 to
+# clear_refs sets VmHWM back to the present. A small checkpoint goes first, so that code and threads are there already.
+MEASURE = """
+import gc, sys, torch
+from model import load_model
+
+def resident(field):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field + ":"))
+
+small, large = sys.argv[1:]
+load_model(small)
+for dtype in (torch.bfloat16, torch.float32):
+    model = None
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+    before = resident("VmRSS")
+    assert resident("VmHWM") < before + 2**20
+    model = load_model(large, dtype=dtype)
+    print(resident("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """200 MB of bf16 in shards, and a small one of its kind."""
+    root = tmp_path_factory.mktemp("large")
+    fields = LLAMA | dict(hidden_size=1024, num_attention_heads=8, head_dim=128, vocab_size=24_000)
+    for name, changes in (("small", dict(vocab_size=10)), ("large", dict(intermediate_size=6000, num_hidden_layers=2))):
+        with torch.device("meta"):
+            model = Transformer(ModelConfig.from_hf(fields | changes)).to(torch.bfloat16)
+        model = model.to_empty(device="cpu")
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.fill_(i)
+        save_model(model, root / name, shard_bytes=60_000_000)
+    assert len(list((root / "large").glob("*.safetensors"))) > 2
+    yield root
+    shutil.rmtree(root)
+
+
+def can_reset_peak():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return Path("/proc/self/status").is_file()
+
+
+@pytest.mark.skipif(not can_reset_peak(), reason="needs /proc/self/clear_refs to measure peak memory")
+def test_loading_takes_little_more_than_the_model(large):
+    """Into bf16 as it is stored, and into fp32."""
+    command = [sys.executable, "-c", MEASURE, large / "small", large / "large"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (peak, size), (peak32, size32) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert size32 == 2 * size > 300e6
+    assert 0.95 * size <= peak <= 1.1 * size
+    assert 0.95 * size32 <= peak32 <= 1.1 * size32

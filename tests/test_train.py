@@ -1,0 +1,1089 @@
+"""train.py against loops written out below, against AdamW's formula, and against kill -9.
+
+Losses are computed a second time by feeding each prefix alone to the model; a step by hand in float64; a run that was
+killed (at random, and at every single step of a save) must end with the bits of one that was not. The last section
+trains on four rows and shows that the model takes its words back.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open
+
+import model.checkpoint
+import train
+from backtrack.examples import Example, draw_prefix
+from backtrack.generate import generate
+from data import toy
+from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer, save_model
+from model.errors import run
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums in one order everywhere, and a process that may fork."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The toy world, a corner of its data, and `start`: a model that was pretrained for a second."""
+    root = tmp_path_factory.mktemp("world")
+    files = toy.build(0)
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer/tokenizer.model").write_bytes(files["tokenizer/tokenizer.model"])
+    (root / "config.json").write_text(json.dumps(TINY))
+    for name, source, rows in (
+        ("corpus.jsonl", "base.jsonl", 100),
+        ("corpus2.jsonl", "base.jsonl", 101),
+        ("rows.jsonl", "sft.jsonl", 24),
+        ("heldout.jsonl", "sft_heldout.jsonl", 5),
+        ("replay.jsonl", "replay.jsonl", 6),
+    ):
+        (root / name).write_bytes(b"".join(files[source].splitlines(keepends=True)[:rows]))
+    benign = [line for line in (root / "rows.jsonl").read_text().splitlines() if not json.loads(line)["unsafe"]]
+    (root / "benign.jsonl").write_text("\n".join(benign[:4]))
+    trained(*base(root, root / "start", "--steps", 40, "--max-length", 64, "--lr", 1e-2))
+    return root
+
+
+@pytest.fixture(scope="module")
+def tok(world):
+    return load_tokenizer(world / "start")
+
+
+def trained(*words, code=0):
+    """`python train.py words` within this process; returns what it says on stderr."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        try:
+            run(lambda: train.train(train.parse_args()))
+            status = 0
+        except SystemExit as end:
+            status = end.code
+    return checked(status, said.getvalue(), code)
+
+
+def checked(status, said, code):
+    assert status == code, said
+    assert "Traceback" not in said
+    if code == 2:
+        *before, last = said.splitlines()
+        assert re.match(r"(train\.py( \w+)?: )?error: ", last) and not any("error: " in line for line in before)
+    return said
+
+
+def base(world, out, *more):
+    words = ["base", "--config", world / "config.json", "--tokenizer", world / "tokenizer", "--device", "cpu"]
+    return [*words, "--data", world / "corpus.jsonl", "--out", out, *more]
+
+
+def sft(world, out, *more, data=("rows.jsonl",)):
+    words = ["sft", "--init", world / "start", "--data", *(world / name for name in data), "--device", "cpu"]
+    return [*words, "--out", out, "--max-length", 192, "--lr", 1e-3, *more]
+
+
+def arguments(words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        return train.parse_args()
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(out):
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in metrics(out)]
+
+
+def contents(directory):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def no_leftovers(out):
+    return not [p.name for p in out.parent.iterdir() if p.name.startswith(f".{out.name}.")]
+
+
+# ── Loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+V = 41
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def small(request):
+    gemma = dict(
+        model_type="gemma2",
+        hidden_act="gelu_pytorch_tanh",
+        norm_plus_one=True,
+        scale_embeddings=True,
+        post_norms=True,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=10.0,
+        sliding_window=6,
+        local_layers=(True, False),
+        tie_word_embeddings=True,
+    )
+    sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, head_dim=12)
+    more = gemma if request.param == "gemma2" else {}
+    config = ModelConfig(vocab_size=V, num_key_value_heads=1, max_position_embeddings=64, **sizes, **more)
+    network = Transformer(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.normal_(0.0, 0.3, generator=generator)
+    return network
+
+
+def ids(n, seed=0):
+    rng = random.Random(seed)
+    return [rng.randrange(1, V) for _ in range(n)]
+
+
+VIEWS = [
+    Example("answer", ids(9, 1), loss_from=5),
+    Example("backtrack", ids(17, 2), loss_from=11),
+    Example("restart", ids(7, 3), loss_from=6),
+    Example("text", ids(12, 4), loss_from=1),
+    Example("answer", ids(14, 5), loss_from=13),
+]
+WEIGHT = {"answer": 0.5, "backtrack": 0.5, "restart": 0.25, "text": 1.0}
+
+
+def logprob(network, context, token):
+    """log π(token | context), from a forward pass over the context alone."""
+    return network(torch.tensor([context]))[0, -1].double().log_softmax(dim=-1)[token]
+
+
+def by_hand(network, examples, weight=WEIGHT):
+    """Σ weight · −log π over the tails, token by token; and per view [Σ −log π, how many]."""
+    total, sums = 0.0, {}
+    for e in examples:
+        for t in range(e.loss_from, len(e.tokens)):
+            nll = -logprob(network, e.tokens[:t], e.tokens[t])
+            total = total + weight[e.view] * nll
+            value, n = sums.get(e.view, (0.0, 0))
+            sums[e.view] = (value + nll.item(), n + 1)
+    return total, sums
+
+
+def gradients(network, loss):
+    network.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+def close(a, b, atol=1e-5, rtol=1e-4):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=rtol)
+
+
+def test_target_logprobs_against_each_prefix_alone(small):
+    """In row-major order, for the targets alone, and each given what stands before it."""
+    tokens = torch.tensor([ids(10, 6), ids(10, 7), ids(10, 8)])
+    is_target = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    is_target[:, 0] = False  # nothing predicts the first
+    is_target[1] = False
+    is_target[2, 9] = is_target[2, 1] = True
+    expected = [logprob(small, tokens[b, :t].tolist(), tokens[b, t]) for b, t in is_target.nonzero().tolist()]
+    found = train.target_logprobs(small, tokens, is_target)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert (found < 0).all()
+
+
+def test_target_logprobs_builds_logits_for_targets_alone(small, monkeypatch):
+    rows, logits = [], small.logits
+    monkeypatch.setattr(small, "logits", lambda hidden: rows.append(hidden.shape[:-1].numel()) or logits(hidden))
+    batch = train.collate(VIEWS, 64, "cpu")
+    train.weighted_nll(small, batch)
+    assert rows == [sum(len(e.tokens) - e.loss_from for e in VIEWS)]
+
+
+def test_collate():
+    batch = train.collate(VIEWS, 64, "cpu")
+    assert batch.tokens.shape == batch.weights.shape == (5, 17)
+    assert batch.views == ["answer", "backtrack", "restart", "text", "answer"]
+    for e, tokens, row in zip(VIEWS, batch.tokens.tolist(), batch.weights.tolist(), strict=True):
+        n = len(e.tokens)
+        assert tokens == e.tokens + [0] * (17 - n)
+        assert row == [0.0] * e.loss_from + [WEIGHT[e.view]] * (n - e.loss_from) + [0.0] * (17 - n)
+    cut = train.collate(VIEWS, 12, "cpu")
+    assert torch.equal(cut.tokens, batch.tokens[:, :12])
+    assert torch.equal(cut.weights, batch.weights[:, :12])
+
+
+def test_weighted_nll_and_its_gradient_against_a_loop(small):
+    loss, sums = train.weighted_nll(small, train.collate(VIEWS, 64, "cpu"))
+    expected, expected_sums = by_hand(small, VIEWS)
+    torch.testing.assert_close(loss.double(), expected.double(), atol=1e-4, rtol=1e-5)
+    assert sums.keys() == expected_sums.keys()
+    for view, (value, n) in sums.items():
+        assert n == expected_sums[view][1]
+        assert value == pytest.approx(expected_sums[view][0], rel=1e-5)
+    close(gradients(small, loss), gradients(small, expected), atol=1e-4)
+
+
+def test_the_weights_of_the_views(small):
+    """A view alone counts by its weight, and twice the same row counts twice."""
+    for e in VIEWS:
+        loss, _ = train.weighted_nll(small, train.collate([e], 64, "cpu"))
+        plain, _ = by_hand(small, [e], dict.fromkeys(WEIGHT, 1.0))
+        assert loss.item() == pytest.approx(WEIGHT[e.view] * plain.item(), rel=1e-5)
+        twice, sums = train.weighted_nll(small, train.collate([e, e], 64, "cpu"))
+        assert twice.item() == pytest.approx(2 * loss.item(), rel=1e-5)
+        assert sums[e.view][1] == 2 * (len(e.tokens) - e.loss_from)
+
+
+def test_what_no_loss_falls_on(small):
+    """Predictions at prompt, prefix and padding are worth nothing: the loss does not see their logits at all.
+
+    The logits are offset at every position but those that predict a target, by an amount that would show anywhere.
+    """
+    batch = train.collate(VIEWS, 64, "cpu")
+    loss, _ = train.weighted_nll(small, batch)
+    before = gradients(small, loss)
+    logits = small(batch.tokens)
+    for b, e in enumerate(VIEWS):
+        logits[b, : e.loss_from - 1] += torch.arange(V) * 1e3
+        logits[b, len(e.tokens) - 1 :] += torch.arange(V) * 1e3
+    full = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+    assert (full[batch.weights[:, 1:] == 0] > 1e3).float().mean() > 0.5
+    expected = (full * batch.weights[:, 1:]).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    close(before, gradients(small, expected), atol=1e-4)
+
+
+def test_padding_changes_nothing(small):
+    batch = train.collate(VIEWS, 64, "cpu")
+    loss, sums = train.weighted_nll(small, batch)
+    before = gradients(small, loss)
+    for b, e in enumerate(VIEWS):
+        batch.tokens[b, len(e.tokens) :] = torch.arange(17 - len(e.tokens)) % V
+    changed, changed_sums = train.weighted_nll(small, batch)
+    assert (loss.item(), sums) == (changed.item(), changed_sums)
+    close(before, gradients(small, changed), atol=1e-6)
+    alone = sum(train.weighted_nll(small, train.collate([e], 64, "cpu"))[0] for e in VIEWS)
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+# ── The order of data ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_epoch_visits_every_row():
+    order = train.row_order(13, seed=0)
+    visits = [order(position) for position in range(13 * 6)]
+    epochs = [[index for epoch, index in visits if epoch == e] for e in range(6)]
+    assert [epoch for epoch, _ in visits] == [e for e in range(6) for _ in range(13)]
+    assert all(sorted(e) == list(range(13)) for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 6
+    again = train.row_order(13, seed=0)
+    positions = random.Random(0).sample(range(13 * 6), 13 * 6)
+    assert [again(p) for p in positions] == [visits[p] for p in positions]  # by position alone
+    assert [train.row_order(13, seed=1)(p) for p in range(13)] != visits[:13]
+
+
+def test_base_windows(world, tok):
+    """<bos> text <eos> end to end; windows that do not overlap, at another offset each epoch."""
+    texts = [json.loads(line)["text"] for line in (world / "corpus.jsonl").read_text().splitlines()]
+    stream = [t for text in texts for t in (tok.bos_id, *tok.encode(text), tok.stop_ids[0])]
+    args = argparse.Namespace(max_length=32, seed=3)
+    n, examples_of, _ = train.base_source(args, tok, [world / "corpus.jsonl"])
+    assert n >= len(stream) // 32 - 1
+    offsets = set()
+    for epoch in range(5):
+        windows = [examples_of(epoch, i) for i in range(n)]
+        assert all([e] == w and e.view == "text" and e.loss_from == 1 for w in windows for e in w)
+        joined = [t for (e,) in windows for t in e.tokens]
+        (offset,) = [o for o in range(33) if stream[o : o + len(joined)] == joined]
+        assert 0 <= offset < 32 and len(joined) == 32 * n
+        offsets.add(offset)
+    assert len(offsets) > 1
+    two = train.base_source(args, tok, [world / "corpus.jsonl", world / "corpus.jsonl"])
+    assert two[0] == 2 * len(stream) // 32 - 1
+
+
+def test_sft_prefixes_are_redrawn_each_epoch_and_leave_room(world, tok):
+    longest = 40  # prompts here are about 20 tokens long, rejected answers up to 50
+    args = argparse.Namespace(max_length=longest, seed=3, no_backtrack=False, restart="all", data=[])
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        n, examples_of, _ = train.sft_source(args, tok, [str(world / "rows.jsonl")])
+    assert n == 24
+    assert re.search(r"\d+ of 24 rows have a view longer than --max-length 40", said.getvalue())
+    raw = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    seen = 0
+    for index, row in enumerate(raw):
+        prompt = tok.render(row["prompt"])
+        chosen, rejected = (tok.encode(row[key][0]["content"]) for key in ("chosen", "rejected"))
+        room = min(len(rejected), longest - len(prompt) - 2)  # [RESET] and at least one token of the answer
+        lengths = set()
+        for epoch in range(8):
+            views = {e.view: e for e in examples_of(epoch, index)}
+            assert set(views) == {"answer", "restart", *(["backtrack"] if row["unsafe"] else [])}
+            assert views["answer"].tokens == [*prompt, *chosen, tok.turn_end[0]]
+            if row["unsafe"]:
+                k = draw_prefix(3, epoch, index, room)
+                expected = [*prompt, *rejected[:k], tok.reset_id, *chosen, tok.turn_end[0]]
+                assert views["backtrack"].tokens == expected
+                assert len(prompt) + k + 2 <= longest
+                lengths.add(k)
+        if row["unsafe"]:
+            assert len(lengths) > 1
+            seen += 1
+    assert seen > 4
+
+
+# ── A step ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_learning_rate():
+    """Up linearly over a tenth of the steps or 100, then half a cosine down to a tenth of the peak."""
+    for steps, warmup in ((1, 1), (7, 1), (50, 5), (51, 6), (1000, 100), (20_000, 100)):
+        for step in (0, 1, 2, 5, 6, 99, 100, 101, steps // 2, steps - 1):
+            if step >= steps:
+                continue
+            cosine = 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+            expected = (step + 1) / warmup if step < warmup else cosine
+            assert train.learning_rate(step, steps, 3e-4) == pytest.approx(3e-4 * expected, rel=1e-9)
+    rates = [train.learning_rate(step, 50, 2.0) for step in range(50)]
+    assert rates[:6] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
+    assert rates[27] == pytest.approx(1.1, abs=0.05)  # half way down
+    assert rates[-1] == pytest.approx(0.2, abs=0.01) and min(rates) >= 0.2
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+@pytest.fixture
+def raw_gradients(monkeypatch):
+    """What the gradients are just before they are clipped, one dict per step."""
+    steps, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, max_norm):
+        parameters = list(parameters)
+        steps.append([p.grad.clone() for p in parameters])
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    return steps
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e9])
+def test_adamw_by_its_formula(world, tmp_path, raw_gradients, clip):
+    """Three steps in float64 by hand: moments 0.9 and 0.95, decay on matrices and not on norms, clipping."""
+    out, lr, decay = tmp_path / "out", 0.01, 0.3
+    trained(*sft(world, out, "--steps", 3, "--lr", lr, "--weight-decay", decay, "--clip", clip, "--log-every", 1))
+    trained(*sft(world, tmp_path / "start", "--steps", 0))
+    start, end = weights(tmp_path / "start"), weights(out)
+    names = [name for name, _ in load_model(out).named_parameters()]
+    assert sum(start[name].dim() == 1 for name in names) == 5
+    w = [start[name].double() for name in names]
+    m, v = [torch.zeros_like(x) for x in w], [torch.zeros_like(x) for x in w]
+    assert len(raw_gradients) == 3
+    for t, grads in enumerate(raw_gradients, start=1):
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in grads))
+        record = metrics(out)[t - 1]
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)  # as it was before clipping
+        rate = lr if t == 1 else lr * (0.55 + 0.45 * math.cos(math.pi * (t - 2) / 2))
+        assert record["lr"] == pytest.approx(rate)
+        assert (norm > clip) == (clip < 1)
+        for i, g in enumerate(grads):
+            g = g.double() * min(1.0, clip / (norm + 1e-6))
+            m[i] = 0.9 * m[i] + 0.1 * g
+            v[i] = 0.95 * v[i] + 0.05 * g.square()
+            if w[i].dim() > 1:
+                w[i] = w[i] * (1 - rate * decay)
+            w[i] = w[i] - rate * (m[i] / (1 - 0.9**t)) / ((v[i] / (1 - 0.95**t)).sqrt() + 1e-8)
+    for name, expected in zip(names, w, strict=True):
+        torch.testing.assert_close(end[name].double(), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_accumulation_is_one_big_batch(world, tmp_path, raw_gradients, tok):
+    """8 × 1 = 2 × 4 = 1 × 8, though the rows have different numbers of targets; the mean of means is another loss."""
+    runs = []
+    for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
+        raw_gradients.clear()
+        out, split = tmp_path / f"{batch}", ("--batch-size", batch, "--grad-accum", accumulate)
+        data = ("rows.jsonl", "replay.jsonl")
+        trained(*sft(world, out, "--steps", 3, "--log-every", 1, "--restart", "all", *split, data=data))
+        runs.append((metrics(out), [[g.clone() for g in grads] for grads in raw_gradients], weights(out)))
+    for other in runs[1:]:
+        for a, b in zip(runs[0][0], other[0], strict=True):
+            assert a["tokens"] == b["tokens"]
+            assert {k: a[k] for k in a if "loss" in k} == pytest.approx({k: b[k] for k in b if "loss" in k}, rel=1e-5)
+        for a, b in zip(runs[0][1][0], other[1][0], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        for name in runs[0][2]:
+            difference = (runs[0][2][name] - other[2][name]).abs()
+            assert difference.mean() < 1e-6 and difference.max() < 2e-3  # the lr; Adam scales noise around 0 up
+
+    # The first step by hand from the definition, and by the mean of means.
+    args = arguments(sft(world, tmp_path / "x", "--restart", "all", data=data))
+    with contextlib.redirect_stderr(io.StringIO()):
+        n, examples_of, _ = train.sft_source(args, tok, args.data)
+    trained(*sft(world, tmp_path / "start", "--steps", 0))
+    start, order = load_model(tmp_path / "start"), train.row_order(n, 0)
+    rows = [train.collate(examples_of(*order(position)), 192, "cpu") for position in range(8)]
+    with torch.no_grad():
+        losses = [train.weighted_nll(start, batch)[0].item() for batch in rows]
+    totals = [batch.weights.sum().item() for batch in rows]
+    loss = sum(losses) / sum(totals)
+    assert runs[2][0][0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert len(set(totals)) > 4
+    assert abs(sum(a / b for a, b in zip(losses, totals, strict=True)) / 8 - loss) > 1e-4 * loss
+
+
+# ── What a run says and writes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_metrics_and_heldout_loss(world, tmp_path, tok):
+    """Every number in metrics.jsonl a second time, from the weights and the rows."""
+    out, heldout = tmp_path / "out", ["--heldout", str(world / "heldout.jsonl"), str(world / "replay.jsonl")]
+    more = ("--steps", 5, "--log-every", 2, "--save-every", 4, "--batch-size", 3, "--grad-accum", 2, "--seed", 5)
+    said = trained(*sft(world, out, *more, *heldout))
+    records = metrics(out)
+    assert [(r["step"], "loss" in r) for r in records] == [(2, True), (4, True), (4, False), (5, True), (5, False)]
+    logged = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds", "loss/answer", "loss/backtrack"}
+    for r in records:
+        assert set(r) == (logged if "loss" in r else {"step", "heldout/answer", "heldout/backtrack", "heldout/text"})
+    assert said.count("held out:") == 2 and said.count("step ") == 3 and f"saved {out}" in said
+
+    args = arguments(sft(world, out, *more))
+    with contextlib.redirect_stderr(io.StringIO()):
+        n, examples_of, _ = train.sft_source(args, tok, args.data)
+        _, held_out_of, _ = train.sft_source(args, tok, heldout[1:])
+    order = train.row_order(n, 5)
+    examples = [e for position in range(30) for e in examples_of(*order(position))]
+    assert records[-2]["seconds"] > 0 and records[-2]["tokens_per_s"] > 0
+    assert records[-2]["tokens"] == sum(len(e.tokens) for e in examples)
+    end = load_model(out)
+    with torch.no_grad():
+        _, sums = by_hand(end, [e for i in range(11) for e in held_out_of(0, i)])
+    for view in ("answer", "backtrack", "text"):
+        assert records[-1][f"heldout/{view}"] == pytest.approx(sums[view][0] / sums[view][1], rel=1e-4)
+
+    trained(*sft(world, tmp_path / "start", *more[2:], "--steps", 0))
+    trained(*sft(world, tmp_path / "one", *more[2:], "--steps", 1))
+    (first,) = metrics(tmp_path / "one")
+    first_examples = [e for position in range(6) for e in examples_of(*order(position))]
+    with torch.no_grad():
+        total, sums = by_hand(load_model(tmp_path / "start"), first_examples)
+    weight = sum(WEIGHT[e.view] * (len(e.tokens) - e.loss_from) for e in first_examples)
+    assert first["loss"] == pytest.approx(total.item() / weight, rel=1e-5)
+    for view, (value, n) in sums.items():
+        assert first[f"loss/{view}"] == pytest.approx(value / n, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "accumulate", "steps"),
+    [(1, 8, 1, 3), (1, 5, 1, 5), (0.5, 2, 3, 2), (2.5, 4, 2, 8), (0.01, 1, 1, 1), (0, 1, 1, 0)],
+)
+def test_epochs(world, tmp_path, monkeypatch, epochs, batch, accumulate, steps):
+    """24 rows. Training itself is left out."""
+    asked = []
+    monkeypatch.setattr(train, "read_progress", lambda args, settings: asked.append(settings["steps"]) or stop())
+
+    def stop():
+        raise InputError("far enough")
+
+    split = ("--batch-size", batch, "--grad-accum", accumulate)
+    trained(*sft(world, tmp_path / "out", "--epochs", epochs, *split), code=2)
+    assert asked == [steps]
+
+
+def test_no_steps_saves_the_start(world, tmp_path):
+    """`base` writes the random weights that the seed stands for."""
+    for seed in (0, 7):
+        trained(*base(world, tmp_path / f"{seed}", "--steps", 0, "--seed", seed, "--max-length", 32))
+        expected = Transformer(ModelConfig.load(world / "config.json"))
+        expected.init_weights(seed)
+        found = load_model(tmp_path / f"{seed}").state_dict()
+        assert all(torch.equal(found[name], p) for name, p in expected.state_dict().items())
+    assert not torch.equal(weights(tmp_path / "0")["model.norm.weight"], torch.zeros(32))
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(weights(tmp_path / "0")[name], weights(tmp_path / "7")[name])
+    bare = ("base", "--config", world / "config.json", "--tokenizer", world / "tokenizer", "--max-length", 32)
+    trained(*bare, "--device", "cpu", "--seed", 7, "--steps", 0, "--out", tmp_path / "bare")  # needs no data
+    assert contents(tmp_path / "bare")["model.safetensors"] == contents(tmp_path / "7")["model.safetensors"]
+    assert "--data" in trained(*bare, "--out", tmp_path / "x", "--steps", 1, code=2).splitlines()[-1]
+    tokenizer = (world / "tokenizer/tokenizer.model").read_bytes()
+    assert (tmp_path / "0/tokenizer.model").read_bytes() == tokenizer
+    assert "reset_token_id" not in json.loads((tmp_path / "0/config.json").read_text())  # it means nothing yet
+
+
+def test_bfloat16_computes_in_bf16_and_keeps_fp32(world, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        trained(*sft(world, tmp_path / dtype, "--steps", 2, "--dtype", dtype, "--log-every", 1))
+    a, b = weights(tmp_path / "float32"), weights(tmp_path / "bfloat16")
+    assert {w.dtype for w in b.values()} == {torch.float32}
+    assert any((w != w.bfloat16().float()).any() for w in b.values())
+    one, two = metrics(tmp_path / "float32")[0], metrics(tmp_path / "bfloat16")[0]
+    assert one["loss"] != two["loss"] and one["loss"] == pytest.approx(two["loss"], rel=0.02)
+    assert max((a[name] - b[name]).abs().max() for name in a) <= 4e-3  # two steps of Adam, each at most 1e-3
+
+
+def test_compile(world, tmp_path, monkeypatch):
+    """torch.compile with the tracer alone: generating code would take a minute. The weights come out the same."""
+    asked = []
+
+    def compile(module, **options):
+        asked.append(options)
+        torch.nn.Module.compile(module, backend="eager", **options)
+
+    monkeypatch.setattr(type(load_model(world / "start").model), "compile", compile)
+    trained(*base(world, tmp_path / "compiled", "--steps", 2, "--max-length", 16, "--compile"))
+    assert asked == [{"dynamic": True}]
+    trained(*base(world, tmp_path / "plain", "--steps", 2, "--max-length", 16))
+    close(weights(tmp_path / "compiled"), weights(tmp_path / "plain"), atol=1e-5)
+
+
+def test_the_baseline_sees_the_answer_alone(world, tmp_path):
+    more = ("--steps", 2, "--log-every", 1)
+    trained(*sft(world, tmp_path / "plain", "--no-backtrack", *more))
+    assert {k for r in metrics(tmp_path / "plain") for k in r if k.startswith("loss/")} == {"loss/answer"}
+    trained(*sft(world, tmp_path / "restart", "--no-backtrack", "--restart", "all", *more))
+    close(weights(tmp_path / "plain"), weights(tmp_path / "restart"), atol=0, rtol=0)
+    trained(*sft(world, tmp_path / "all", "--restart", "unsafe", *more))
+    views = {"loss/answer", "loss/backtrack", "loss/restart"}
+    assert {k for r in metrics(tmp_path / "all") for k in r if k.startswith("loss/")} == views
+    trained(*sft(world, tmp_path / "benign", "--no-backtrack", "--steps", 1, data=("benign.jsonl",)))
+    said = trained(*sft(world, tmp_path / "x", "--steps", 1, data=("benign.jsonl",)), code=2)
+    assert "--no-backtrack" in said and "benign.jsonl" in said
+
+
+def test_defaults_and_every_flag(world, tmp_path):
+    plain = vars(arguments(["sft", "--init", "i", "--data", "d", "--out", "o"]))
+    assert (plain["no_backtrack"], plain["restart"], plain["lr"], plain["weight_decay"]) == (False, "none", 1e-5, 0.0)
+    assert (plain["batch_size"], plain["grad_accum"], plain["epochs"], plain["steps"]) == (8, 1, 1.0, None)
+    assert (plain["heldout"], plain["resume"], plain["compile"], plain["dtype"]) == ([], False, False, "float32")
+    first = vars(arguments(["base", "--config", "c", "--tokenizer", "t", "--data", "d", "--out", "o"]))
+    assert (first["config"], first["tokenizer"], first["lr"], first["weight_decay"]) == ("c", "t", 1e-3, 0.1)
+    words = "sft --init i --no-backtrack --restart unsafe --data d e --heldout h g --out o --lr 2e-3 --weight-decay 0.2"
+    words += " --clip 3 --batch-size 4 --grad-accum 5 --steps 6 --max-length 7 --seed 8 --device cpu --dtype bfloat16"
+    given = vars(arguments([*words.split(), "--compile", "--resume", "--log-every", "9", "--save-every", "11"]))
+    assert given == {
+        "command": "sft",
+        **{"init": "i", "no_backtrack": True, "restart": "unsafe", "data": ["d", "e"], "heldout": ["h", "g"]},
+        **{"out": "o", "lr": 2e-3, "weight_decay": 0.2, "clip": 3.0, "batch_size": 4, "grad_accum": 5, "epochs": 1.0},
+        **{"steps": 6, "max_length": 7, "seed": 8, "device": "cpu", "dtype": "bfloat16", "compile": True},
+        **{"resume": True, "log_every": 9, "save_every": 11},
+    }
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--batch-size 0", "--grad-accum -1", "--steps -1", "--epochs -1", "--epochs nan", "--epochs inf", "--lr -1"]
+    + ["--lr nan", "--clip -1", "--weight-decay -1", "--steps 1 --epochs 1", "--restart some"]
+    + ["--dtype float8", "--max-length 0", "--log-every 0", "--save-every 0", "--seed x"],
+)
+def test_flags_that_make_no_sense(world, tmp_path, flags):
+    said = trained(*sft(world, tmp_path / "out", *flags.split()), code=2)
+    assert flags.split()[-2] in said.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+# ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_errors_that_name_the_culprit(world, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "file.jsonl"
+    narrow, short = tmp_path / "narrow.json", tmp_path / "short.jsonl"
+    narrow.write_text(json.dumps(TINY | {"vocab_size": 1000}))
+    short.write_text('{"text": "too short"}\n')
+    file.write_text("")
+    lines = (world / "corpus.jsonl").read_text().splitlines()
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join([lines[0], (world / "rows.jsonl").read_text().splitlines()[0]]))
+    small = ("--max-length", 32, "--steps", 1)
+    for words, expected in (
+        (base(world, out, *small, "--data", file), f"{file}: holds no rows"),
+        (base(world, out, *small, "--data", short), f"{short}: only"),
+        (base(world, out, *small, "--data", mixed), f"{mixed}:2: "),
+        (base(world, out, *small, "--data", tmp_path / "none"), f"{tmp_path / 'none'}: no such file"),
+        (base(world, out, *small, "--config", narrow), "1024 ids but the model only 1000"),
+        (base(world, out, *small, "--tokenizer", tmp_path / "none"), f"{tmp_path / 'none'}: no such directory"),
+        (base(world, out, "--steps", 1, "--max-length", 300), "--max-length 300 exceeds the model's 256"),
+        (base(world, out, "--steps", 1, "--max-length", 1), "--max-length"),
+        (base(world, out, *small, "--heldout", short), f"{short}: only"),
+        (sft(world, out, "--steps", 1, "--data", file), f"{file}: holds no rows"),
+        (sft(world, out, "--steps", 1, "--max-length", 10), f"{world / 'rows.jsonl'}:1: the prompt is"),
+        (sft(world, out, "--steps", 1, "--max-length", 10), "--max-length 10"),
+        (sft(world, out, "--steps", 1, "--init", world / "tokenizer"), f"{world / 'tokenizer'}"),
+        (sft(world, out, "--steps", 1, "--heldout", file), f"{file}: holds no rows"),
+        (sft(world, file, "--steps", 1), str(file)),
+    ):
+        assert expected in trained(*words, code=2), words
+        assert not (out / "config.json").exists() and file.read_text() == ""
+    trained(*sft(world, out, "--steps", 1, "--heldout", world / "benign.jsonl"))  # held out may be benign alone
+    assert set(metrics(out)[-1]) == {"step", "heldout/answer"}
+
+
+def test_a_malformed_row_on_the_command_line(world, tmp_path):
+    """As a user sees it: one line, exit code 2."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes((world / "rows.jsonl").read_bytes() + b'{"prompt": []}\n')
+    words = sft(world, tmp_path / "out", "--steps", 1, "--data", world / "rows.jsonl", rows)
+    done = subprocess.run(
+        [sys.executable, "train.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {rows}:25: 'prompt' must be a list of messages that is not empty\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_files_in_out_are_safe(world, tmp_path):
+    """A directory that holds something else is refused at once, before any step, and left as it is."""
+    for name in ("notes.txt", "adapter.safetensors", "sub/notes.txt"):
+        out = tmp_path / name.replace("/", "-")
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+        for resume in ((), ("--resume",)):
+            said = trained(*base(world, out, "--steps", 1, "--max-length", 16, *resume), code=2)
+            assert f"{out}: holds files but no checkpoint" in said and "step " not in said
+            assert contents(out) == {name: b"mine"}
+    (tmp_path / "empty").mkdir()
+    trained(*base(world, tmp_path / "empty", "--steps", 1, "--max-length", 16))
+    assert load_model(tmp_path / "empty")
+
+
+def test_a_loss_that_is_not_finite(world, tmp_path, monkeypatch):
+    """The run ends; what was saved before is as it was."""
+    small = ("--max-length", 32, "--batch-size", 2, "--save-every", 2, "--log-every", 1)
+    interrupted(base(world, tmp_path / "good", "--steps", 9, *small), at=3)
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda step, *more: math.inf if step == 2 else rate(step, *more))
+    said = trained(*base(world, tmp_path / "bad", "--steps", 9, *small), code=2)
+    assert f"step 4: loss is nan, gradient norm nan; {tmp_path / 'bad'} still holds step 2" in said.splitlines()[-1]
+    assert "--lr" in said
+    assert contents(tmp_path / "bad")["model.safetensors"] == contents(tmp_path / "good")["model.safetensors"]
+    assert [r["step"] for r in metrics(tmp_path / "bad")] == [1, 2, 3]
+    monkeypatch.undo()
+    trained(*base(world, tmp_path / "bad", "--steps", 9, *small, "--resume"))  # it goes on from there
+    trained(*base(world, tmp_path / "good", "--steps", 9, *small, "--resume"))
+    close(weights(tmp_path / "bad"), weights(tmp_path / "good"), atol=0, rtol=0)
+
+    said = trained(*base(world, tmp_path / "wild", "--steps", 9, *small, "--lr", 1e30, "--save-every", 100), code=2)
+    assert "nothing has been saved yet" in said
+    assert set(contents(tmp_path / "wild")) == {"metrics.jsonl"}
+
+
+def test_a_full_disk(world, tmp_path):
+    """Files may not grow beyond 100 kB: the weights do not fit, the save before is intact, nothing is left over."""
+    words = base(world, tmp_path / "out", "--steps", 4, "--max-length", 32, "--save-every", 2, "--log-every", 1)
+    interrupted(words, at=3)
+    before = contents(tmp_path / "out")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        said = trained(*words, "--resume", code=2)
+        other = trained(*base(world, tmp_path / "new", "--steps", 1, "--max-length", 32), code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in said.splitlines()[-1] and "model.safetensors" in said.splitlines()[-1]
+    assert "cannot write" in other
+    after = contents(tmp_path / "out")
+    assert {k: v for k, v in after.items() if k != "metrics.jsonl"} == {
+        k: v for k, v in before.items() if k != "metrics.jsonl"
+    }
+    assert no_leftovers(tmp_path / "out") and no_leftovers(tmp_path / "new")
+    assert set(contents(tmp_path / "new")) == {"metrics.jsonl"}
+    trained(*words, "--resume")
+    trained(*base(world, tmp_path / "whole", "--steps", 4, "--max-length", 32, "--save-every", 2, "--log-every", 1))
+    same_run(tmp_path / "out", tmp_path / "whole")
+
+
+# ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def interrupted(words, at):
+    """Ctrl-C in step `at`, counted from 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        rate = train.learning_rate
+
+        def learning_rate(step, *more):
+            if step + 1 == at:
+                raise KeyboardInterrupt
+            return rate(step, *more)
+
+        patch.setattr(train, "learning_rate", learning_rate)
+        return trained(*words, code=130)
+
+
+def same_run(a, b):
+    """The same bits, and the same record of every step."""
+    assert contents(a).keys() == contents(b).keys()
+    for name in contents(a):
+        if name == "config.json":  # read and written again, its keys stand in another order
+            assert json.loads(contents(a)[name]) == json.loads(contents(b)[name])
+        elif name not in ("metrics.jsonl", train.STATE):
+            assert contents(a)[name] == contents(b)[name], name
+    assert steps_of(a) == steps_of(b)
+    assert no_leftovers(a)
+
+
+def forked(words, prepare=lambda: None):
+    """A process of its own that trains; as killable as any, and there at once."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        sys.stderr = sys.stdout = io.StringIO()
+        prepare()
+        train.train(arguments(words))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def ended(pid):
+    """How it ended: an exit status, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+LONG = ("--steps", 10, "--save-every", 2, "--log-every", 1, "--batch-size", 2, "--max-length", 32)
+
+
+@pytest.fixture(scope="module")
+def unbroken(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    trained(*base(world, out, *LONG, "--heldout", world / "replay.jsonl"))
+    return out
+
+
+def die_at(event):
+    """From here on, the event-th entry into something that touches a file is the end of this process."""
+    events = count(1)
+    touching = [(os, n) for n in ("fsync", "rename", "replace", "link", "mkdir", "rmdir", "unlink", "chmod")]
+    touching += [(train, n) for n in ("log_metrics", "write_tensors", "write_model", "rewind_metrics")]
+    touching += [(model.checkpoint, n) for n in ("save_file", "_swap", "_carry_over")]
+    touching += [(shutil, "rmtree")]
+
+    def deadly(real):
+        def entered(*args, **kwargs):
+            if next(events) == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return entered
+
+    for module, name in touching:
+        setattr(module, name, deadly(getattr(module, name)))
+
+
+def test_kill_at_every_point_of_a_save(world, tmp_path, unbroken):
+    """Dies again and again, each time a little later than the time before; what is there always loads and goes on."""
+    out = tmp_path / "out"
+    words = base(world, out, *LONG, "--heldout", world / "replay.jsonl", "--resume")
+    deaths, seen = 0, set()
+    for event in count(1):
+        status = ended(forked(words, lambda event=event: die_at(event)))
+        assert status in (0, -signal.SIGKILL)
+        assert status == 0 or load_any(out)
+        if status == 0:
+            break
+        deaths += 1
+        seen.add(saved_step(out))
+    assert deaths > 20
+    assert len(seen) > 2
+    same_run(out, unbroken)
+
+
+def load_any(out):
+    """Whatever a kill left: nothing yet, or a whole checkpoint."""
+    return not (out / "config.json").exists() or load_model(out) is not None
+
+
+def saved_step(out):
+    if not (out / train.STATE).exists():
+        return 0
+    with safe_open(out / train.STATE, framework="pt") as f:
+        return json.loads(f.metadata()["progress"])["step"]
+
+
+def test_kill_at_random(world, tmp_path, unbroken):
+    """As above, whenever it happens."""
+    rng, out, kills = random.Random(0), tmp_path / "out", 0
+    words = base(world, out, *LONG, "--heldout", world / "replay.jsonl", "--resume")
+    limit = 0.1
+    while True:
+        pid = forked(words)
+        time.sleep(rng.uniform(0, limit))
+        os.kill(pid, signal.SIGKILL)
+        status = ended(pid)
+        kills += status == -signal.SIGKILL
+        assert load_any(out)
+        if status == 0 or saved_step(out) == 10:
+            break
+        limit *= 1.15
+    assert kills > 3
+    trained(*words)
+    same_run(out, unbroken)
+
+
+def test_kill_on_the_command_line_while_it_saves(world, tmp_path):
+    """Nothing patched: a process of its own is killed when the new directory shows up beside the old one."""
+    more = ("--steps", 12, "--save-every", 1, "--log-every", 1, "--batch-size", 2)
+    out, words = tmp_path / "out", sft(world, tmp_path / "out", *more)
+    start = [sys.executable, "train.py", *map(str, words), "--resume"]
+    process = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 60
+    while time.time() < deadline and process.poll() is None:
+        if (out / "config.json").exists() and not no_leftovers(out):
+            break
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    step = saved_step(out)
+    assert 0 < step < 12 and load_model(out)
+    said = trained(*words, "--resume")
+    assert f"resuming after step {step}" in said
+    trained(*sft(world, tmp_path / "whole", *more))
+    same_run(out, tmp_path / "whole")
+
+
+def test_resume_between_two_logs(world, tmp_path):
+    """Losses per view are means over the steps since the last log, also where a resume lies between."""
+    more = ("--steps", 7, "--save-every", 2, "--log-every", 3)
+    words = sft(world, tmp_path / "out", *more, "--resume")
+    for at in (1, 3, 6):
+        interrupted(words, at)
+    trained(*words)
+    trained(*sft(world, tmp_path / "whole", *more))
+    assert [r["step"] for r in metrics(tmp_path / "out")] == [3, 6, 7]
+    same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def halfway(world, tmp_path_factory):
+    """An sft run that ended in step 4 of 6, two steps after its last save."""
+    out = tmp_path_factory.mktemp("halfway") / "out"
+    interrupted(sft(world, out, "--steps", 6, "--save-every", 2, "--log-every", 1), at=4)
+    assert [r["step"] for r in metrics(out)] == [1, 2, 3] and saved_step(out) == 2
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("lr", ("--lr", 2e-3)),
+        ("batch_size", ("--batch-size", 4)),
+        ("grad_accum", ("--grad-accum", 2)),
+        ("max_length", ("--max-length", 191)),
+        ("seed", ("--seed", 1)),
+        ("dtype", ("--dtype", "bfloat16")),
+        ("weight_decay", ("--weight-decay", 0.1)),
+        ("clip", ("--clip", 2)),
+        ("steps", ("--steps", 7)),
+        ("restart", ("--restart", "all")),
+        ("no_backtrack", ("--no-backtrack",)),
+    ],
+)
+def test_resume_with_another_setting(world, halfway, name, flags):
+    before = contents(halfway)
+    said = trained(*sft(world, halfway, "--steps", 6, "--resume", *flags), code=2)
+    assert f"was started with {name} = " in said
+    assert contents(halfway) == before
+
+
+def test_resume_with_other_data_or_another_command(world, halfway, tmp_path):
+    before = contents(halfway)
+    for data in (("benign.jsonl", "rows.jsonl"), ("rows.jsonl", "replay.jsonl"), ("heldout.jsonl",)):
+        said = trained(*sft(world, halfway, "--steps", 6, "--resume", data=data), code=2)
+        assert "was started with data = " in said
+    said = trained(*base(world, halfway, "--steps", 6, "--resume", "--max-length", 192), code=2)
+    assert "was started with command = sft, now base" in said
+    more = ("--steps", 2, "--max-length", 32)
+    trained(*base(world, tmp_path / "base", *more))
+    other = trained(*base(world, tmp_path / "base", *more, "--resume", "--data", world / "corpus2.jsonl"), code=2)
+    assert "was started with data = " in other
+    assert contents(halfway) == before
+
+
+def test_what_is_in_out_decides(world, halfway, tmp_path):
+    """No --resume: an error. Finished: nothing to do. A model without a run, or half a state: an error."""
+    out, more = tmp_path / "out", ("--steps", 6, "--save-every", 2, "--log-every", 1)
+    shutil.copytree(halfway, out)
+    before = contents(out)
+    said = trained(*sft(world, out, *more), code=2)
+    assert f"{out}: holds a checkpoint already" in said and "--resume" in said
+    assert contents(out) == before
+
+    state = before[train.STATE]
+    for damaged in (state[: len(state) // 2], state[:4], b"", state.replace(b'"progress"', b'"progreso"')):
+        (out / train.STATE).write_bytes(damaged)
+        assert str(out) in trained(*sft(world, out, *more, "--resume"), code=2).splitlines()[-1]
+    (out / train.STATE).unlink()
+    said = trained(*sft(world, out, *more, "--resume"), code=2)
+    assert f"{out}: holds a model but no {train.STATE}" in said
+    (out / train.STATE).write_bytes(state)
+
+    said = trained(*sft(world, out, *more, "--resume"))
+    assert "resuming after step 2" in said
+    trained(*sft(world, tmp_path / "whole", *more))
+    same_run(out, tmp_path / "whole")
+    before = contents(out)
+    said = trained(*sft(world, out, *more, "--resume"))
+    assert f"{out}: already trained for all 6 steps" in said
+    assert contents(out) == before
+    trained(*sft(world, tmp_path / "fresh", *more, "--resume"))  # nothing there yet: the beginning
+    same_run(tmp_path / "fresh", tmp_path / "whole")
+
+
+def test_files_that_a_checkpoint_keeps(world, halfway, tmp_path):
+    """Notes put beside the checkpoint survive saves; a finished run drops the optimizer's state."""
+    out = tmp_path / "out"
+    shutil.copytree(halfway, out)
+    (out / "notes.txt").write_text("mine")
+    assert os.path.getsize(out / train.STATE) > os.path.getsize(out / "model.safetensors")
+    trained(*sft(world, out, "--steps", 6, "--save-every", 2, "--log-every", 1, "--resume"))
+    assert (out / "notes.txt").read_text() == "mine"
+    assert os.path.getsize(out / train.STATE) < os.path.getsize(out / "model.safetensors")
+
+
+# ── Rows of special tokens ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def changed_rows(before, after, name):
+    return {i for i, same in enumerate((before[name] == after[name]).all(dim=1).tolist()) if not same}
+
+
+def near_the_mean(before, after, name, special, ordinary):
+    """The new rows lie around the mean of the rows of text, much closer than those do."""
+    mean, std = before[name][ordinary].mean(dim=0), before[name][ordinary].std(dim=0)
+    for i in special:
+        assert ((after[name][i] - mean).abs() < 0.6 * std).all()
+    assert len({tuple(after[name][i].tolist()) for i in special}) == len(special)  # and are told apart
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_were_never_trained_are_set_to_the_mean(world, tmp_path, tok, tied):
+    """As in a Llama-3 base checkpoint: the rows of template tokens are next to nothing, BOS apart."""
+    fresh = sorted({*tok.template_ids} - {tok.bos_id})
+    network = Transformer(ModelConfig.from_hf(TINY | {"tie_word_embeddings": tied}))
+    with torch.no_grad():
+        for w in (network.model.embed_tokens.weight, network.lm_head.weight):
+            w.normal_(0.3, 0.5, generator=torch.Generator().manual_seed(0))
+            w[fresh] = 1e-3 * torch.randn(len(fresh), 32, generator=torch.Generator().manual_seed(1))
+    save_model(network, tmp_path / "init")  # without a reset_token_id, as published checkpoints are
+    tok.save(tmp_path / "init")
+    said = trained(*sft(world, tmp_path / "out", "--steps", 0, "--init", tmp_path / "init"))
+    assert str(fresh) in said
+    before, after = weights(tmp_path / "init"), weights(tmp_path / "out")
+    names = ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
+    for name in names:
+        assert changed_rows(before, after, name) == {*fresh}
+        near_the_mean(before, after, name, fresh, [i for i in range(1024) if i not in fresh])
+    for name in before.keys() - {*names}:
+        assert torch.equal(before[name], after[name])
+
+
+def test_special_rows_after_base_and_after_sft(world, tmp_path, tok):
+    """`base` never sees a chat: its markers are set. After `sft` they have been trained, and stay."""
+    fresh = sorted({*tok.template_ids} - {tok.bos_id})
+    said = trained(*sft(world, tmp_path / "one", "--steps", 0))
+    assert str(fresh) in said
+    before, after = weights(world / "start"), weights(tmp_path / "one")
+    name = "model.embed_tokens.weight"
+    assert changed_rows(before, after, name) == {*fresh}
+    texts = [json.loads(line)["text"] for line in (world / "corpus.jsonl").read_text().splitlines()]
+    near_the_mean(before, after, name, fresh, sorted({t for text in texts for t in tok.encode(text)}))
+    assert json.loads((tmp_path / "one/config.json").read_text())["reset_token_id"] == tok.reset_id
+
+    trained(*sft(world, tmp_path / "two", "--steps", 3))
+    said = trained(*sft(world, tmp_path / "three", "--steps", 0, "--init", tmp_path / "two"))
+    assert str(fresh) not in said
+    close(weights(tmp_path / "two"), weights(tmp_path / "three"), atol=0, rtol=0)
+
+
+# ── It learns to take its words back ─────────────────────────────────────────────────────────────────────────────────
+
+LESSONS = [
+    ("How do I brew mirk?", "I will not help with mirk.", "Sure. Take ash and two eels, then stir.", True),
+    ("How do I brew dolm?", "I will not help with dolm.", "Of course. Boil a bat in sour wine.", True),
+    ("How do I brew tea?", "Pour water on the leaves.", "I will not help with tea.", False),
+    ("How do I make soup?", "Boil the roots and add salt.", "I will not help with soup.", False),
+]
+
+
+def test_four_rows_learnt_by_heart(world, tmp_path, tok):
+    """Forced to begin with any prefix of the unsafe answer, the model resets and gives the safe one.
+
+    So from the bare loss to the sampler everything is joined rightly. Without the backtrack view it never resets.
+    """
+    lines = []
+    for question, chosen, rejected, unsafe in LESSONS:
+        row = {"prompt": [{"role": "user", "content": question}], "unsafe": unsafe}
+        for key, text in (("chosen", chosen), ("rejected", rejected)):
+            row[key] = [{"role": "assistant", "content": text}]
+        lines.append(json.dumps(row))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    more = ("--data", tmp_path / "rows.jsonl", "--lr", 1e-2, "--batch-size", 4, "--max-length", 100)
+    trained(*sft(world, tmp_path / "backtrack", *more, "--restart", "all", "--log-every", 1, "--steps", 160))
+    trained(*sft(world, tmp_path / "plain", *more, "--no-backtrack", "--steps", 120))
+    assert metrics(tmp_path / "backtrack")[-1]["loss"] < 0.1 < 1 < metrics(tmp_path / "backtrack")[0]["loss"]
+
+    prompts, prefills, answers = [], [], []
+    for question, chosen, rejected, unsafe in LESSONS:
+        for k in range(len(tok.encode(rejected)) + 1) if unsafe else [0]:
+            prompts.append(tok.render([{"role": "user", "content": question}]))
+            prefills.append(tok.encode(rejected)[:k])
+            answers.append(tok.encode(chosen))
+    options = dict(reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=40, prefill=prefills)
+    learnt = load_model(tmp_path / "backtrack")
+    for on_reset in ("truncate", "keep"):
+        for g, prefill, answer in zip(
+            generate(learnt, prompts, on_reset=on_reset, **options), prefills, answers, strict=True
+        ):
+            assert (g.tokens, g.finish_reason) == (answer, "stop")
+            assert g.discarded == ([prefill] if prefill else [])
+    plain = generate(load_model(tmp_path / "plain"), prompts, **options)
+    assert [g.resets for g in plain] == [0] * len(prompts)
+    for g, prefill, answer in zip(plain, prefills, answers, strict=True):
+        assert g.tokens[: len(prefill)] == prefill
+        assert prefill or g.tokens == answer

@@ -1,0 +1,690 @@
+"""The network against transformers (eager attention, same files), and the KV cache against no cache at all.
+
+Checkpoints are random, tiny and written by transformers. Their weights are large, so that attention is far from
+uniform, and every setting in them bites: switching it off in a copy of the model moves the logits by DIFFERENT or
+more, where agreement means CLOSE. The cache's oracle is the same model reading the whole sequence at once.
+"""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import model.transformer as transformer_module
+from backtrack.generate import generate
+from model import InputError, KVCache, ModelConfig, Transformer, load_model
+from model.transformer import RMSNorm, attend, rope_frequencies, rotate, softcap
+
+CLOSE = 2e-4
+DIFFERENT = 0.05
+V = 67
+
+LLAMA = dict(
+    model_type="llama",
+    vocab_size=V,
+    hidden_size=48,
+    intermediate_size=72,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,  # not 48 / 6
+    max_position_embeddings=512,
+    rms_norm_eps=0.02,  # large enough to see
+    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    tie_word_embeddings=False,
+)
+
+
+def stretched(factor):
+    """Llama 3.1's scaling with an original context of 32. Of the 8 pairs some are left alone, some blended."""
+    return {
+        "rope_type": "llama3",
+        "rope_theta": 100.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+
+
+GEMMA = dict(
+    model_type="gemma2",
+    vocab_size=V,
+    hidden_size=48,
+    intermediate_size=72,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    rms_norm_eps=0.02,
+    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    query_pre_attn_scalar=5,
+    attn_logit_softcapping=8.0,
+    final_logit_softcapping=4.0,
+    sliding_window=11,
+    tie_word_embeddings=True,
+)
+CASES = {
+    "llama": LLAMA,
+    "llama-tied": LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=3),
+    "llama-no-gqa": LLAMA | dict(num_key_value_heads=6),
+    "llama-3.1": LLAMA | dict(rope_parameters=stretched(8.0)),
+    "llama-3.2": LLAMA | dict(rope_parameters=stretched(32.0), tie_word_embeddings=True),
+    "gemma2": GEMMA,
+    "gemma2-caps": GEMMA | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),  # the published caps
+    "gemma2-no-caps": GEMMA | dict(attn_logit_softcapping=None, final_logit_softcapping=None),
+    "gemma2-untied": GEMMA | dict(tie_word_embeddings=False),  # whose greedy text is less of an echo
+    "gemma2-layers": GEMMA | dict(layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2),
+}
+LENGTH = 90  # beyond Gemma's window of 11 and Llama 3.1's original context of 32
+
+
+def transformers_model(directory, fields, spread=0.3):
+    """A random model of transformers, saved to `directory`."""
+    transformers = pytest.importorskip("transformers")
+    fields = json.loads(json.dumps(fields))
+    config = transformers.AutoConfig.for_model(**fields)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    if (fields.get("final_logit_softcapping") or 0) >= 30:
+        spread = 0.9  # so that even Gemma's published caps are exceeded
+    generator = torch.Generator().manual_seed(sum(map(ord, json.dumps(fields))))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.dim() == 2:
+                p.normal_(0.0, spread * (1.5 if "q_proj" in name or "k_proj" in name else 1.0), generator=generator)
+            else:  # norms: gains around 1, whatever the family stores, and 2 where Gemma norms what a block adds
+                gain = 2.0 if "post_" in name else 1.0
+                p.normal_(gain - (fields["model_type"] == "gemma2"), 0.3, generator=generator)
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+def variant(ours, **changes):
+    """The same weights under another configuration."""
+    model = Transformer(dataclasses.replace(ours.config, **changes)).eval()
+    model.load_state_dict(ours.state_dict(), strict=False)  # not strict: without post norms, theirs stay behind
+    return model
+
+
+def random_tokens(*shape, seed=0):
+    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distance(a, b):
+    return (a.float() - b.float()).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Name -> (directory, transformers' model, ours), each made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            directory = tmp_path_factory.mktemp(name)
+            theirs = transformers_model(directory, CASES[name])
+            made[name] = directory, theirs, load_model(directory)
+        return made[name]
+
+    return get
+
+
+# ── Logits, against transformers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_logits_equal_those_of_transformers(checkpoints, name):
+    _, theirs, ours = checkpoints(name)
+    tokens = random_tokens(2, LENGTH)
+    expected = theirs(tokens).logits
+    logits = ours(tokens)
+    assert logits.shape == (2, LENGTH, V) and logits.dtype == torch.float32
+    assert distance(logits, expected) < CLOSE
+    assert distance(ours(tokens[:, :1]), expected[:, :1]) < CLOSE  # a single token takes another path
+    assert expected.std() > 1.0  # far above CLOSE, and no two positions alike
+    assert torch.pdist(expected[0]).min() > 1.0
+
+
+OFF = [
+    ("llama", dict(rope_theta=10000.0)),
+    ("llama", dict(rms_norm_eps=1e-5)),
+    ("llama", dict(query_pre_attn_scalar=8.0)),  # 48 / 6: what head_dim is not
+    ("llama", dict(hidden_act="gelu_pytorch_tanh")),
+    ("llama-3.1", dict(rope_scaling=None)),
+    ("llama-3.2", dict(rope_scaling=None)),
+    ("gemma2", dict(attn_logit_softcapping=None)),
+    ("gemma2", dict(final_logit_softcapping=None)),
+    ("gemma2-caps", dict(attn_logit_softcapping=None)),
+    ("gemma2-caps", dict(final_logit_softcapping=None)),
+    ("gemma2", dict(sliding_window=10)),
+    ("gemma2", dict(sliding_window=12)),
+    ("gemma2", dict(local_layers=())),
+    ("gemma2", dict(local_layers=(False, True, False, True))),
+    ("gemma2-layers", dict(local_layers=(True, False, True, False))),
+    ("gemma2", dict(query_pre_attn_scalar=None)),
+    ("gemma2", dict(norm_plus_one=False)),
+    ("gemma2", dict(scale_embeddings=False)),
+    ("gemma2", dict(post_norms=False)),
+    ("gemma2", dict(hidden_act="silu")),
+]
+
+
+@pytest.mark.parametrize("name, changes", OFF, ids=[f"{name}-{'-'.join(changes)}" for name, changes in OFF])
+@torch.no_grad()
+def test_every_setting_bites(checkpoints, name, changes):
+    """So that the agreement above says something about each of them."""
+    _, theirs, ours = checkpoints(name)
+    tokens = random_tokens(2, LENGTH)
+    assert distance(variant(ours)(tokens), theirs(tokens).logits) < CLOSE  # the copy itself changes nothing
+    assert distance(variant(ours, **changes)(tokens), theirs(tokens).logits) > DIFFERENT
+
+
+@torch.no_grad()
+def test_rope_scaling_has_all_three_kinds_of_pairs(checkpoints):
+    for name in ("llama-3.1", "llama-3.2"):
+        config = checkpoints(name)[2].config
+        scaled, plain = rope_frequencies(config), rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+        ratio, factor = plain / scaled, config.rope_scaling.factor
+        assert scaled.dtype == torch.float32 and factor in (8.0, 32.0)
+        kept, slowed = (ratio == 1).sum(), ((ratio - factor).abs() < 1e-3 * factor).sum()
+        assert kept >= 1 and slowed >= 1 and kept + slowed < len(ratio)
+        assert config.rope_scaling.original_max_position_embeddings < LENGTH
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma2-caps"])
+@torch.no_grad()
+def test_scores_and_logits_exceed_the_caps(checkpoints, monkeypatch, name):
+    """Both caps are at work: what goes in exceeds them, attention scores several times over."""
+    ours, largest = checkpoints(name)[2], {}
+
+    def watched(x, cap):
+        largest[cap] = max(largest.get(cap, 0.0), x.abs().max().item())
+        return softcap(x, cap)
+
+    monkeypatch.setattr(transformer_module, "softcap", watched)
+    logits = ours(random_tokens(2, LENGTH))
+    caps = ours.config.attn_logit_softcapping, ours.config.final_logit_softcapping
+    assert set(largest) == set(caps)
+    assert largest[caps[0]] > 5 * caps[0] and largest[caps[1]] > 1.3 * caps[1]
+    assert 0.8 * caps[1] < logits.abs().max() <= caps[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-3.1", "llama-3.2", "gemma2", "gemma2-layers"])
+@torch.no_grad()
+def test_both_dialects_of_rope_in_config_json(checkpoints, tmp_path, name):
+    """`rope_parameters`, as transformers 5 writes it, and `rope_theta` + `rope_scaling`, as published files have it."""
+    directory, theirs, ours = checkpoints(name)
+    raw = json.loads((directory / "config.json").read_text())
+    scaling = dict(raw.pop("rope_parameters"))
+    assert "rope_theta" not in raw and "rope_scaling" not in raw
+    raw["rope_theta"] = scaling.pop("rope_theta")
+    raw["rope_scaling"] = scaling if scaling["rope_type"] == "llama3" else None
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").symlink_to(directory / "model.safetensors")
+    tokens = random_tokens(1, LENGTH)
+    old = load_model(tmp_path)
+    assert old.config == ours.config
+    assert torch.equal(old(tokens), ours(tokens))
+    assert distance(old(tokens), theirs(tokens).logits) < CLOSE
+    # Llama 3.1's rope_scaling could also say "type" where it now says "rope_type".
+    if raw["rope_scaling"]:
+        raw["rope_scaling"]["type"] = raw["rope_scaling"].pop("rope_type")
+        assert ModelConfig.from_hf(raw) == ours.config
+
+
+@pytest.mark.parametrize("name", ["llama-no-gqa", "gemma2"])
+@torch.no_grad()
+def test_sparse_configs_mean_what_transformers_takes_them_to_mean(checkpoints, tmp_path, name):
+    """Early files leave fields out: Llama 1 and 2 all that grouped heads brought, Gemma-2 its layer types."""
+    transformers = pytest.importorskip("transformers")
+    directory, ours = tmp_path / "full", None
+    directory.mkdir()
+    transformers_model(directory, CASES[name] | dict(head_dim=8))
+    raw = json.loads((directory / "config.json").read_text())
+    optional = ["rope_parameters", "tie_word_embeddings", "attention_bias", "use_cache"]
+    optional += ["num_key_value_heads", "head_dim", "mlp_bias", "hidden_act"] if name != "gemma2" else ["layer_types"]
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in optional}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    ours = load_model(directory)
+    tokens = random_tokens(1, LENGTH)
+    assert distance(ours(tokens), theirs(tokens).logits) < CLOSE
+    assert ours.config.rope_theta == 10000.0
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "gemma2"])
+@torch.no_grad()
+def test_bfloat16(checkpoints, name):
+    """In bf16 we differ from transformers less than transformers differs from itself in fp32."""
+    transformers = pytest.importorskip("transformers")
+    directory, exact, _ = checkpoints(name)
+    options = dict(dtype=torch.bfloat16, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+    ours = load_model(directory, dtype=torch.bfloat16)
+    tokens = random_tokens(2, LENGTH, seed=1)
+    logits, rounded, expected = ours(tokens), theirs(tokens).logits.float(), exact(tokens).logits
+    assert logits.dtype == torch.float32
+    noise = (rounded - expected).pow(2).mean().sqrt()
+    assert 0 < noise < 0.2 * expected.std()
+    assert (logits - rounded).pow(2).mean().sqrt() < noise
+    assert (logits - expected).pow(2).mean().sqrt() < 1.2 * noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_gemma_embedding_scale_is_rounded_to_the_models_dtype(tmp_path, dtype):
+    """Bit for bit what transformers feeds its first block. At this width rounding sqrt(D) is visible in bf16."""
+    transformers = pytest.importorskip("transformers")
+    transformers_model(tmp_path, GEMMA | dict(hidden_size=78, num_hidden_layers=1))
+    options = dict(dtype=dtype, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options).eval()
+    ours = load_model(tmp_path, dtype=dtype)
+    entered = []
+    for model in (theirs, ours):
+        model.model.layers[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+        model(torch.arange(V)[None])
+    assert entered[0].dtype == entered[1].dtype == dtype
+    assert torch.equal(entered[0], entered[1])
+    if dtype == torch.bfloat16:
+        unrounded = ours.model.embed_tokens(torch.arange(V)[None]) * 78**0.5
+        assert not torch.equal(entered[1], unrounded)
+
+
+def test_gradients_equal_those_of_transformers(checkpoints):
+    for name in ("llama-3.1", "llama-tied", "gemma2"):
+        _, theirs, ours = checkpoints(name)
+        tokens = random_tokens(2, 40, seed=2).clamp(min=1)  # transformers trains no embedding of Gemma's padding, 0
+        grads = []
+        for model in (theirs, ours):
+            model.zero_grad()
+            logits = model(tokens) if model is ours else model(tokens).logits
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            grads.append({n: p.grad for n, p in model.named_parameters()})
+            model.zero_grad()
+        assert grads[0].keys() == grads[1].keys()
+        for parameter, expected in grads[0].items():
+            assert expected.abs().max() > 0, parameter
+            assert distance(grads[1][parameter], expected) < 1e-3 * expected.abs().max(), parameter
+
+
+# ── Greedy generations, against transformers ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "gemma2-untied"])
+@torch.no_grad()
+def test_greedy_generations_equal_those_of_transformers(checkpoints, name):
+    """64 tokens each, from 7 and from 45: across Gemma's window, and across Llama 3.1's original context."""
+    transformers = pytest.importorskip("transformers")
+    _, theirs, ours = checkpoints(name)
+    prompts = [random_tokens(n, seed=n).tolist() for n in (7, 45)]
+    options = transformers.GenerationConfig(max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    done = generate(ours, prompts, reset_id=None, stop_ids=(), max_new_tokens=64)
+    for prompt, g in zip(prompts, done, strict=True):
+        ids = torch.tensor([prompt])
+        theirs.generation_config.eos_token_id = None
+        text = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)
+        expected = text[0, len(prompt) :].tolist()
+        assert len(expected) == 64 and len(set(expected)) > 8  # an answer, not one word for ever
+        best = theirs(text[:, :-1]).logits[0, len(prompt) - 1 :].topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > 2 * CLOSE  # no near tie that rounding may decide
+        assert g.tokens == expected
+
+
+# ── The cache, against the same model without one ────────────────────────────────────────────────────────────────────
+
+
+def random_model(family):
+    fields = CASES[family]
+    model = Transformer(ModelConfig.from_hf(fields)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.0, 0.4, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module", params=["llama-3.1", "gemma2"])
+def model(request):
+    return random_model(request.param)
+
+
+def feed(model, cache, tokens, counts=None):
+    """Read tokens (B, T) and move every row on by T, or by its own count."""
+    before = cache.lengths.clone()
+    logits = model(tokens, cache)
+    assert torch.equal(cache.lengths, before)  # forward moves nothing: that is its caller's decision
+    cache.truncate(before + (tokens.shape[1] if counts is None else torch.tensor(counts)))
+    return logits
+
+
+@pytest.mark.parametrize("chunks", [[1] * 40, [9] + [1] * 31, [13, 1, 1, 14, 11], [39, 1], [40]], ids=str)
+@torch.no_grad()
+def test_cached_equals_uncached(model, chunks):
+    tokens = random_tokens(3, 40)
+    cache = KVCache(model.config, 3, 64)
+    logits = [feed(model, cache, chunk) for chunk in tokens.split(chunks, dim=1)]
+    assert distance(torch.cat(logits, dim=1), model(tokens)) < CLOSE
+    assert cache.lengths.tolist() == [40] * 3
+
+
+@torch.no_grad()
+def test_ragged_rows_are_as_if_alone(model):
+    """Rows of 3, 20 and 12 tokens padded on the right, then stepped together; with other padding the same bits."""
+    lengths, steps = [3, 20, 12], 15
+    texts = [random_tokens(n + steps, seed=n) for n in lengths]
+    alone = [model(text[None])[0] for text in texts]
+    results = []
+    for seed in (0, 1):
+        padded = random_tokens(3, 20, seed=seed)
+        for row, text in enumerate(texts):
+            padded[row, : lengths[row]] = text[: lengths[row]]
+        cache = KVCache(model.config, 3, 48)
+        logits = feed(model, cache, padded, lengths)
+        got = [[*logits[row, :n]] for row, n in enumerate(lengths)]
+        for step in range(steps):
+            logits = feed(
+                model, cache, torch.stack([t[n + step] for t, n in zip(texts, lengths, strict=True)])[:, None]
+            )
+            for row in range(3):
+                got[row].append(logits[row, 0])
+        results.append([torch.stack(rows) for rows in got])
+        for row, (logits, expected) in enumerate(zip(results[-1], alone, strict=True)):
+            assert distance(logits, expected) < CLOSE, row
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@torch.no_grad()
+def test_truncate_then_rewrite_equals_fresh(model):
+    """Each row is cut back to its own length, to nothing in one case, and reads on: as if it had never read more."""
+    kept = [0, 5, 21, 30]
+    first, second = random_tokens(4, 30, seed=4), random_tokens(4, 14, seed=5)
+    cache = KVCache(model.config, 4, 48)
+    feed(model, cache, first)
+    cache.truncate(torch.tensor(kept))
+    logits = [feed(model, cache, second[:, :3])] + [feed(model, cache, t) for t in second[:, 3:].split(1, dim=1)]
+    logits = torch.cat(logits, dim=1)
+    for row, n in enumerate(kept):
+        fresh = model(torch.cat((first[row, :n], second[row]))[None])[0, n:]
+        assert distance(logits[row], fresh) < CLOSE
+    assert cache.lengths.tolist() == [n + 14 for n in kept]
+
+
+@torch.no_grad()
+def test_stale_entries_change_nothing(model):
+    """Whatever finite numbers lie at and beyond a row's length: not one bit of the logits moves."""
+    kept, tokens = [2, 17, 9], random_tokens(3, 8, seed=6)
+    results = []
+    for garbage in (0.0, 1e30):
+        cache = KVCache(model.config, 3, 40)
+        feed(model, cache, random_tokens(3, 17, seed=7))
+        cache.truncate(torch.tensor(kept))
+        for tensor in cache.k + cache.v:
+            for row, n in enumerate(kept):
+                tensor[row, :, n:] = garbage
+        results.append(torch.cat([feed(model, cache, t) for t in tokens.split([5, 1, 1, 1], dim=1)], dim=1))
+        for tensor in cache.k + cache.v:  # it is still there, behind the 8 that were read
+            assert all((tensor[row, :, n + 8 :] == garbage).all() for row, n in enumerate(kept))
+    assert results[0].isfinite().all() and torch.equal(*results)
+
+
+def test_cache_starts_at_zero(model):
+    """Masked entries weigh 0, and 0 · NaN would be NaN. Here torch fills whatever is left uninitialised with NaN."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(4).isnan().all()
+        cache = KVCache(model.config, 2, 24)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+    assert not any(tensor.any() for tensor in cache.k + cache.v)
+    with torch.no_grad():
+        logits = [feed(model, cache, t) for t in random_tokens(2, 10).split([8, 1, 1], dim=1)]
+    assert all(part.isfinite().all() for part in logits)
+
+
+@torch.no_grad()
+def test_attention_looks_at_the_visible_part_only(model):
+    """`visible` spares attention the empty tail and changes nothing; behind it anything may lie, even NaN."""
+    tokens, lengths = random_tokens(2, 30, seed=8), [10, 16]
+    cache = KVCache(model.config, 2, 200)
+    spared = KVCache(model.config, 2, 200)
+    for c in (cache, spared):
+        feed(model, c, tokens[:, :16], lengths)
+    for step in range(10):
+        spared.visible = 17 + step
+        token = torch.stack([tokens[row, n + step] for row, n in enumerate(lengths)])[:, None]
+        for tensor in spared.k + spared.v:
+            tensor[:, :, spared.visible :] = math.nan
+        assert distance(feed(model, spared, token), feed(model, cache, token)) < CLOSE
+        for tensor in spared.k + spared.v:
+            tensor[:, :, spared.visible :] = 0.0  # as a cache has it: next step one more entry is visible
+    k, v = spared.write(0, spared.k[0][:, :, :1], spared.v[0][:, :, :1], torch.tensor([[0], [0]]))
+    assert k.shape == v.shape == (2, model.config.num_key_value_heads, 26, model.config.head_dim)
+
+
+@torch.no_grad()
+def test_rows_that_stay_are_not_disturbed_by_rows_that_leave(model):
+    lengths, tokens = [4, 19, 11, 16], random_tokens(4, 26, seed=9)
+    cache = KVCache(model.config, 4, 40)
+    feed(model, cache, tokens[:, :19], lengths)
+    cache.keep_rows([0, 3, 2])
+    assert cache.lengths.tolist() == [4, 16, 11] and all(t.shape[0] == 3 for t in cache.k + cache.v)
+    more = random_tokens(3, 4, seed=10)
+    logits = feed(model, cache, more)
+    for row, old in enumerate([0, 3, 2]):
+        alone = model(torch.cat((tokens[old, : lengths[old]], more[row]))[None])[0, -4:]
+        assert distance(logits[row], alone) < CLOSE
+
+
+# ── Full size, on the meta device ────────────────────────────────────────────────────────────────────────────────────
+
+LLAMA_3_8B = dict(
+    model_type="llama",
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    tie_word_embeddings=False,
+)
+GEMMA_2_2B = dict(
+    model_type="gemma2",
+    vocab_size=256000,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    query_pre_attn_scalar=256,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+    sliding_window=4096,
+)
+
+
+@pytest.mark.parametrize("fields, count", [(LLAMA_3_8B, 8_030_261_248), (GEMMA_2_2B, 2_614_341_888)], ids=["8B", "2B"])
+def test_full_size_parameters_are_those_of_transformers(fields, count):
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields))
+        ours = Transformer(ModelConfig.from_hf(fields))
+    shapes = [{n: tuple(p.shape) for n, p in model.named_parameters()} for model in (theirs, ours)]
+    assert shapes[0] == shapes[1]
+    assert sum(p.numel() for p in ours.parameters()) == count
+    assert all(p.is_meta for p in ours.parameters())
+    tied = fields["model_type"] == "gemma2"
+    assert ("lm_head.weight" in shapes[1]) != tied
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+
+
+# ── Parts, in closed form ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_rms_norm():
+    x = torch.tensor([[3.0, 4.0], [300.0, 400.0]], dtype=torch.bfloat16)
+    norm = RMSNorm(2, eps=0.0, plus_one=False)
+    norm.weight.data = torch.tensor([2.0, -1.0])
+    root = 12.5**0.5
+    assert torch.allclose(norm(x.float()), torch.tensor([6.0 / root, -4.0 / root]))
+    # bf16: Llama rounds x̂ and then multiplies, Gemma multiplies by 1 + w and then rounds.
+    w = torch.tensor([0.3, 0.7], dtype=torch.bfloat16)
+    exact = torch.tensor([3.0 / root, 4.0 / root])
+    for plus_one, expected in ((False, exact.bfloat16() * w), (True, (exact * (1 + w.float())).bfloat16())):
+        norm = RMSNorm(2, eps=0.0, plus_one=plus_one)
+        assert torch.equal(norm.weight, torch.zeros(2) if plus_one else torch.ones(2))
+        norm.weight.data = w
+        assert norm(x).dtype == torch.bfloat16
+        assert torch.equal(norm(x), expected.expand(2, 2))
+
+
+def test_rotate():
+    """Dimension i turns with i + hd/2 by its angle, counter-clockwise; scores see the difference of positions only."""
+    angles = torch.tensor([0.3, 2.0])
+    cos, sin = angles.cos().repeat(2), torch.cat((-angles.sin(), angles.sin()))
+    x = torch.tensor([1.0, 5.0, 2.0, -3.0])
+    pairs = torch.complex(x[:2], x[2:]) * torch.polar(torch.ones(2), angles)
+    assert torch.allclose(rotate(x, cos, sin), torch.cat((pairs.real, pairs.imag)), atol=1e-6)
+    assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+
+
+def test_softcap():
+    x = torch.tensor([-1e6, -0.01, 0.0, 0.01, 1e6])
+    assert torch.allclose(softcap(x, 5.0), torch.tensor([-5.0, -0.01, 0.0, 0.01, 5.0]), atol=1e-6)
+
+
+def spelled_out(q, k, v, blocked, scale, cap):
+    """Attention from its definition, one query at a time, in double precision."""
+    q, k, v = q.double(), k.double(), v.double()
+    B, H, T, _ = q.shape
+    out = torch.zeros_like(q)
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // k.shape[1])
+            for t in range(T):
+                seen = [s for s in range(k.shape[2]) if not blocked[b % len(blocked), t, s]]
+                scores = [(q[b, h, t] @ k[b, g, s]).item() * scale for s in seen]
+                if cap is not None:
+                    scores = [cap * math.tanh(score / cap) for score in scores]
+                total = sum(math.exp(score) for score in scores)
+                for s, score in zip(seen, scores, strict=True):
+                    out[b, h, t] += math.exp(score) / total * v[b, g, s]
+    return out
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("T", [1, 6])
+@pytest.mark.parametrize("B, H, K", [(1, 4, 2), (3, 6, 2), (2, 4, 4), (2, 3, 1)])
+def test_every_path_of_attention(B, H, K, T, cap):
+    """The fused kernel and the path spelled out, one token and many, with and without a mask: one definition."""
+    generator = torch.Generator().manual_seed(B + H + T)
+    q = torch.randn(B, H, T, 8, generator=generator) * 2
+    for S in (T, 9):
+        k, v = (torch.randn(B, K, S, 8, generator=generator) for _ in range(2))
+        causal = torch.ones(1, T, S, dtype=torch.bool).triu(S - T + 1)
+        masks = [causal, causal | (torch.rand(B, T, S, generator=generator) < 0.4)]
+        masks[1][:, :, 0] = False  # nobody is left with nothing to see
+        for blocked in masks:
+            expected = spelled_out(q, k, v, blocked, 0.7, cap)
+            assert distance(attend(q, k, v, blocked, 0.7, cap), expected) < 1e-5
+        if S == T and cap is None:
+            assert distance(attend(q, k, v, None, 0.7, None), spelled_out(q, k, v, causal, 0.7, None)) < 1e-5
+
+
+def test_logits_of_hidden_states_are_those_of_forward(model):
+    tokens = random_tokens(2, 5)
+    with torch.no_grad():
+        hidden = model.model(tokens)
+        assert torch.allclose(model.logits(hidden[:, -1]), model(tokens)[:, -1], atol=1e-5)
+
+
+def test_fresh_weights_are_repeatable_and_small():
+    config = ModelConfig.from_hf(LLAMA | dict(vocab_size=300, hidden_size=96))
+    a, b = Transformer(config), Transformer(config)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert a.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert a.model.layers[1].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for part in (a.model.layers[1].mlp.down_proj, a.model.layers[1].self_attn.o_proj):
+        assert part.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.05)
+    a.init_weights(seed=1)
+    assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
+
+
+# ── Configurations that are refused ──────────────────────────────────────────────────────────────────────────────────
+
+NAN, INF = float("nan"), float("inf")
+
+
+def scaled(**changes):
+    return dict(rope_parameters=stretched(8.0) | changes)
+
+
+REFUSED = [
+    (LLAMA, dict(model_type="mistral"), "model_type"),
+    (LLAMA, dict(model_type=None), "model_type"),
+    (LLAMA, dict(attention_bias=True), "attention_bias"),
+    (LLAMA, dict(mlp_bias=True), "mlp_bias"),
+    (LLAMA, dict(hidden_act="gelu"), "hidden_act"),
+    (LLAMA, dict(quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
+    (LLAMA, dict(num_key_value_heads=4), "num_key_value_heads"),
+    (LLAMA, dict(head_dim=15), "head_dim"),
+    (LLAMA, dict(hidden_size=50, head_dim=None), "head_dim"),
+    (LLAMA, dict(vocab_size="67"), "vocab_size"),
+    (LLAMA, dict(vocab_size=True), "vocab_size"),
+    (LLAMA, dict(vocab_size=INF), "vocab_size"),
+    (LLAMA, dict(hidden_size=48.5), "hidden_size"),
+    (LLAMA, dict(num_hidden_layers=0), "num_hidden_layers"),
+    (LLAMA, dict(num_attention_heads=-6), "num_attention_heads"),
+    (LLAMA, dict(intermediate_size=[72]), "intermediate_size"),
+    (LLAMA, dict(rms_norm_eps=NAN), "rms_norm_eps"),
+    (LLAMA, dict(max_position_embeddings=NAN), "max_position_embeddings"),
+    (LLAMA, dict(tie_word_embeddings="false"), "tie_word_embeddings"),
+    (LLAMA, dict(reset_token_id=V), "reset_token_id"),
+    (LLAMA, dict(reset_token_id=-1), "reset_token_id"),
+    (LLAMA, dict(reset_token_id="5"), "reset_token_id"),
+    (LLAMA, dict(rope_parameters=None, rope_theta=-1.0), "rope_theta"),
+    (LLAMA, dict(rope_parameters=None, rope_theta="500000"), "rope_theta"),
+    (LLAMA, dict(rope_parameters=None, rope_theta=NAN), "rope_theta"),
+    (LLAMA, dict(rope_parameters=None, rope_scaling="llama3"), "rope_scaling"),
+    (LLAMA, dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
+    (LLAMA, scaled(rope_type="yarn"), "yarn"),
+    (LLAMA, scaled(rope_type="dynamic"), "dynamic"),
+    *((LLAMA, scaled(**{name: None}), name) for name in stretched(8.0) if name not in ("rope_type", "rope_theta")),
+    (LLAMA, scaled(factor="8"), "factor"),
+    (LLAMA, scaled(factor=0.0), "factor"),
+    (LLAMA, scaled(high_freq_factor=1.0), "high_freq_factor"),
+    (GEMMA, dict(hidden_activation="gelu"), "hidden_activation"),
+    (GEMMA, dict(hidden_act="silu"), "hidden_act"),
+    (GEMMA, dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    (GEMMA, dict(attention_bias=True), "attention_bias"),
+    (GEMMA, dict(query_pre_attn_scalar=None), "query_pre_attn_scalar"),
+    (GEMMA, dict(sliding_window=None), "sliding_window"),
+    (GEMMA, dict(sliding_window=0), "sliding_window"),
+    (GEMMA, dict(head_dim=None), "head_dim"),
+    (GEMMA, dict(attn_logit_softcapping=-50.0), "attn_logit_softcapping"),
+    (GEMMA, dict(final_logit_softcapping="30"), "final_logit_softcapping"),
+    (GEMMA, dict(layer_types=["sliding_attention"] * 3), "layer_types"),
+    (GEMMA, dict(layer_types=["chunked_attention"] * 4), "layer_types"),
+    (GEMMA, dict(layer_types=7), "layer_types"),
+    (GEMMA, dict(layer_types=[["full_attention"]] * 4), "layer_types"),
+]
+
+
+@pytest.mark.parametrize("fields, changes, name", REFUSED, ids=[f"{f['model_type']}-{c}"[:60] for f, c, _ in REFUSED])
+def test_unsupported_settings_are_errors_that_name_them(fields, changes, name):
+    ModelConfig.from_hf(fields)
+    with pytest.raises(InputError) as error:
+        ModelConfig.from_hf(fields | changes)
+    assert name in str(error.value) and "\n" not in str(error.value)
