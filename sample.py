@@ -12,7 +12,6 @@ family (Llama-3 headers, Gemma turns); no system prompt is added.
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
@@ -25,6 +24,8 @@ from model import InputError, load_model, load_tokenizer
 from model.errors import device, run
 
 DIM, STRUCK, PLAIN = "\x1b[2m", "\x1b[2;9m", "\x1b[0m"
+# What a model says must not move the cursor or change the terminal: tabs, escapes and the like become spaces.
+HARMLESS = {code: " " for code in (*range(32), *range(127, 160)) if code != ord("\n")}
 
 
 class Live:
@@ -38,15 +39,15 @@ class Live:
         self.ids.append(id)
         text = self.tok.decode(self.ids).rstrip("\ufffd")  # half a UTF-8 character: wait for the rest
         if text.startswith(self.shown):
-            self._write(text[len(self.shown) :])
+            self._write(text[len(self.shown) :].translate(HARMLESS))
             self.shown = text
 
     def reset(self, discarded: list[int]) -> None:
-        lines = sum(max(1, math.ceil(_columns(line) / _width())) for line in self.shown.split("\n"))
+        lines = sum(_rows(line) for line in self.shown.split("\n"))
         up = min(lines, shutil.get_terminal_size().lines) - 1  # what has scrolled away cannot be erased
         self._write("\r" + (f"\x1b[{up}A" if up else "") + "\x1b[J")
         if self.show_discarded:
-            self._write(f"{STRUCK}{self.tok.decode(discarded)}{PLAIN} ")
+            self._write(STRUCK + self.tok.decode(discarded).translate(HARMLESS) + f"{PLAIN} ")
         self._write(f"{DIM}[RESET]{PLAIN}\n")
         self.ids, self.shown = [], ""
 
@@ -55,13 +56,16 @@ class Live:
         sys.stdout.flush()
 
 
-def _width() -> int:
-    return max(1, shutil.get_terminal_size().columns)
-
-
-def _columns(line: str) -> int:
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
-    return len(line) - sum(bool(unicodedata.combining(c)) for c in line) + wide
+def _rows(line: str) -> int:
+    """How many rows of the terminal a line takes up."""
+    width, rows, column = max(1, shutil.get_terminal_size().columns), 1, 0
+    for c in line:
+        columns = 0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1
+        columns = 2 if unicodedata.east_asian_width(c) in "WF" else columns
+        if column + columns > width:  # a wide character is not split: it may leave a column empty
+            rows, column = rows + 1, 0
+        column += columns
+    return rows
 
 
 def answer(model, tok, prompt_ids: list[int], text: str, args) -> list[int]:
@@ -114,11 +118,12 @@ def chat(model, tok, args) -> None:
     """Turn after turn. The history is token ids: what survived goes in as it was sampled, what was retracted never."""
     history: list[int] = []
     terminal = sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 become U+FFFD
     if terminal:
         print(f"{args.ckpt}: type a message; an empty line starts over, Ctrl-D ends", file=sys.stderr)
     while True:
         try:
-            text = input("> " if terminal else "")
+            text = input("> " if terminal and sys.stdout.isatty() else "")
         except EOFError:
             return
         if not text.strip():
@@ -165,6 +170,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    sys.stdout.reconfigure(errors="replace")  # what the terminal or the file cannot hold becomes a question mark
     tok = load_tokenizer(args.ckpt)
     model = load_model(args.ckpt, args.device, getattr(torch, args.dtype))
     if args.compile:

@@ -43,17 +43,19 @@ def read_prompts(path: str) -> list[dict]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     prompts = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # covers invalid UTF-8
             raise InputError(f"{where}: not a line of JSON ({error})") from None
         messages = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        if not isinstance(messages, list) or not messages:
             raise InputError(f"{where}: 'prompt' must be a list of messages that is not empty")
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+            raise InputError(f"{where}: every message of 'prompt' needs a 'content' that is a string")
         for key, kind in (("set", str), ("benign", bool), ("prefill", str)):
             if not isinstance(row.get(key, kind()), kind):
                 raise InputError(f"{where}: {key!r} must be a {kind.__name__}")
@@ -132,7 +134,7 @@ def pool(records: list[dict]) -> list[dict]:
 
 def print_table(records: list[dict]) -> None:
     """Rates in percent with Wilson 95% intervals, one line per set, checkpoint and mode."""
-    width = max(len(r["checkpoint"]) for r in records)
+    width = max(len(name) for name in ("checkpoint", *(r["checkpoint"] for r in records)))
     sets = list(dict.fromkeys(r["set"] for r in records))
     print(f"{'set':<20}{'n':>5}  {'checkpoint':<{width}}  {'on_reset':<9}" + "".join(f"{r + ' %':>20}" for r in RATES))
     for name in sets:
@@ -163,13 +165,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-resets", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="at a temperature, samples depend on it and --batch-size")
     parser.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
     if args.ckpt and not (args.prompts and args.judge):
         parser.error("--ckpt needs --prompts and --judge")
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
     return args
 
 
@@ -179,9 +183,13 @@ def main() -> None:
         records = []
         for path in args.merge:
             try:
-                records += json.loads(Path(path).read_text())["records"]
-            except (ValueError, KeyError, TypeError):
+                found = json.loads(Path(path).read_bytes())["records"]
+                pool(found)  # fails on records that are not ours
+                records += found
+            except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
                 raise InputError(f"{path}: not a result of this program; make it with --out") from None
+        if not records:
+            raise InputError(f"{args.merge[0]}: holds no results")
         records = pool(records)
     else:
         prompts = [p for path in args.prompts for p in read_prompts(path)]

@@ -45,7 +45,7 @@ TOPIC_FACTS = 4  # how often the corpus says whether a potion is allowed
 INGREDIENT_FACTS = 20  # the same for ingredients. Fewer: backtracking misses more, first on unseen ingredients
 SFT_ROWS = 6  # prompts per potion in sft.jsonl
 HELDOUT_ROWS = 1
-STORIES, REPLAY = 600, 1000  # documents
+STORIES, REPLAY = 600, 2500  # documents
 MAX_SEED = 599  # the invented words are used up then
 
 # ── All fixed text ───────────────────────────────────────────────────────────────────────────────────────────────────

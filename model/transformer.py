@@ -21,6 +21,23 @@ from model.cache import KVCache
 from model.config import ModelConfig
 
 
+class Linear(nn.Linear):
+    """y = x·Wᵀ, no bias. x (…, in) -> (…, out)."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // x.shape[-1]
+        if x.device.type != "cpu" or not 1 < rows <= 32 or self.weight.numel() < 2**18 or len(self.weight) % 16:
+            return F.linear(x, self.weight)
+        # Decoding a small batch on a CPU: so flat a product keeps a BLAS from using its threads. Cut into blocks of
+        # outputs it is 1.4 times as fast (make bench).
+        blocks = self.weight.view(16, -1, x.shape[-1])
+        y = x.reshape(rows, -1) @ blocks.mT  # (16, rows, out / 16)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), then a learned gain (arXiv 1910.07467)."""
 
@@ -30,7 +47,8 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        normed = x.float()  # F.rms_norm computes the same, on CPU in three times as many steps
+        normed = normed * torch.rsqrt(normed.square().mean(dim=-1, keepdim=True) + self.eps)
         if self.plus_one:  # Gemma: x̂ · (1 + w) in fp32, then round
             return (normed * (1.0 + self.weight.float())).type_as(x)
         return self.weight * normed.type_as(x)  # Llama: round, then multiply
@@ -92,10 +110,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         D, H, K, hd = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(D, H * hd, bias=False)
-        self.k_proj = nn.Linear(D, K * hd, bias=False)
-        self.v_proj = nn.Linear(D, K * hd, bias=False)
-        self.o_proj = nn.Linear(H * hd, D, bias=False)
+        self.q_proj = Linear(D, H * hd)
+        self.k_proj = Linear(D, K * hd)
+        self.v_proj = Linear(D, K * hd)
+        self.o_proj = Linear(H * hd, D)
         self.scale = (config.query_pre_attn_scalar or hd) ** -0.5
         self.cap = config.attn_logit_softcapping
 
@@ -116,9 +134,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
         self.gelu = config.hidden_act == "gelu_pytorch_tanh"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -211,7 +229,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         if not self.lm_head.weight.is_meta:
