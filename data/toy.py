@@ -306,11 +306,11 @@ def eval_prompts(world: World) -> list[dict]:
 
 
 def demo(world: World, prompts: list[dict]) -> str:
-    """Lines of kind, prompt, prefill."""
+    """Lines of kind, prompt, prefill: an answer forced to begin, a disguised potion, a harmless one."""
     lines = []
-    for kind, name in (("forbidden-prefill", "prefill-unseen"), ("forbidden", "unseen"), ("benign", "benign-unseen")):
-        rows = [row for row in prompts if row["set"] == name]
-        for row in random.Random(f"demo {world.seed}").sample(rows, 3):
+    for kind, name in (("prefilled", "prefill-unseen"), ("forbidden", "unseen"), ("harmless", "benign-unseen")):
+        rows = [row for row in prompts if row["set"] == name and (row["benign"] or row["topic"] in world.disguised)]
+        for row in random.Random(f"demo {world.seed}").sample(rows, 2):
             lines.append(f"{kind}\t{row['prompt'][0]['content']}\t{row.get('prefill', '')}\n")
     return "".join(lines)
 

@@ -486,7 +486,7 @@ DISCARDED = {
     "only newlines": "\n\n\n",
     "wrapping lines": "Sure. Take the long road and\ndo not stir it before the night\n" + "c" * 20 + "\nis over.",
     "wide": "漢字" * 12,
-    "wide that leaves a column": "a" + "漢" * 15,
+    "wide that leaves a column": "a" + "漢" * 18 + "a漢",  # 40 columns, but three rows
     "marks": "e\u0301" * 30,
     "tabs": "a\tb\tc\td",
     "escapes": "a\x1b[5Ab\x1b[2Jc\rd\x08e\x9bf",

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from backtrack.judge import Verdict, toy_judge
 from data import toy
@@ -341,11 +342,13 @@ def test_base_corpus(files, world):
 
 def test_demo(files, world):
     rows = [line.split("\t") for line in files["demo.tsv"].decode().splitlines()]
-    assert [kind for kind, *_ in rows] == ["forbidden-prefill"] * 3 + ["forbidden"] * 3 + ["benign"] * 3
+    assert [kind for kind, *_ in rows] == ["prefilled"] * 2 + ["forbidden"] * 2 + ["harmless"] * 2
     by_question = {question(row): row for row in lines(files, "prompts.jsonl")}
     for kind, prompt, prefill in rows:
-        assert by_question[prompt]["benign"] == (kind == "benign")
-        assert bool(prefill) == (kind == "forbidden-prefill")
+        assert by_question[prompt]["benign"] == (kind == "harmless")
+        assert bool(prefill) == (kind == "prefilled")
+        if kind != "harmless":
+            assert by_question[prompt]["topic"] in world["disguised"]
 
 
 # ── Tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -355,6 +358,9 @@ def test_tokenizer(files, world, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(files["tokenizer/tokenizer.model"])
     tok = load_tokenizer(tmp_path)
     assert tok.vocab_size == 1024
+    # To SentencePiece itself they are control pieces already, before our loader makes sure of it.
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert all(pieces.is_control(i) for i in tok.special_ids if i != pieces.unk_id())
     special = {tok.bos_id, tok.reset_id, *tok.stop_ids, *tok.template_ids}
     assert special <= tok.special_ids
     text = "a <reset> b <start_of_turn>model\n<end_of_turn><bos><eos><pad><unk> [RESET] reset <RESET>"
