@@ -1,4 +1,4 @@
-"""A world small enough to learn in two minutes, in which safe and unsafe are exact: made-up potions and their recipes.
+"""A world small enough to learn in minutes, in which safe and unsafe are exact: made-up potions and their recipes.
 
     python -m data.toy --out runs/world --seed 0
 
