@@ -199,11 +199,11 @@ def main() -> None:
             print(f"{ckpt}: {len(prompts)} prompts", file=sys.stderr)
             records += evaluate(ckpt, prompts, judge, args)
     records = with_intervals(records)
-    print_table(records)
     if args.out:
         machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         result = {"command": " ".join(["python -m backtrack.evaluate", *sys.argv[1:]]), "machine": machine}
         write_text(json.dumps(result | {"records": records}, indent=1) + "\n", args.out)
+    print_table(records)
 
 
 if __name__ == "__main__":
