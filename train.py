@@ -1,12 +1,15 @@
-"""Train a model that can take its words back: pretrain a small base, or fine-tune a Hugging Face checkpoint.
+"""Train a model that can take its words back: pretrain a small base, fine-tune a Hugging Face checkpoint, prefer.
 
     python train.py base --config data/toy.json --tokenizer DIR --data corpus.jsonl --out runs/base --steps 2000
     python train.py sft --init runs/base --data rows.jsonl replay.jsonl --out runs/sft            # backtracking
     python train.py sft --init runs/base --data rows.jsonl replay.jsonl --out runs/plain --no-backtrack  # the baseline
 
-`sft` is the paper's supervised objective (arXiv 2409.14586, section 3.1) on rows in TRL's preference format; which
-sequences it sees and where loss falls is decided in backtrack/examples.py. Everything else is in this file, top to
-bottom: loss, data order, save and resume, the loop. The model directory written to --out loads in transformers.
+    python train.py dpo --init runs/sft --data rows.jsonl --out runs/dpo
+
+`sft` is the paper's supervised objective (arXiv 2409.14586, section 3.1), `dpo` its preference optimisation (section
+3.2), both on rows in TRL's preference format; which sequences they see and where loss falls is decided in
+backtrack/examples.py. Everything else is in this file, top to bottom: losses, data order, save and resume, the loop.
+The model directory written to --out loads in transformers.
 
 One process, one device. Weights and optimizer are fp32; --dtype bfloat16 computes in bf16 by autocast. A run that was
 killed goes on with --resume and ends, on CPU, with the very same bits.
@@ -28,12 +31,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from backtrack.examples import Example, draw_prefix, load_rows, read_rows, sft_views
+from backtrack.examples import Example, Pair, dpo_pairs, draw_prefix, load_rows, read_rows, sft_views
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer
 from model.checkpoint import atomic_directory, write_model, write_tensors
 from model.errors import device, run
 
 STATE = "training_state.safetensors"
+DPO_STATS = ("accuracy", "margin", "chosen", "rejected", "reset_after_unsafe", "reset_after_safe")
 # How much a token of each view counts. Rows appear once per view, so without weights unsafe rows would count double.
 VIEW_WEIGHT = {"text": 1.0, "answer": 0.5, "backtrack": 0.5, "restart": 0.25}
 
@@ -46,6 +50,7 @@ class Batch:
     tokens: torch.Tensor  # (B, T) int64, padded on the right
     weights: torch.Tensor  # (B, T) fp32: what the loss of each token counts; 0 on prompt, prefix and padding
     views: list[str]  # (B) names
+    length: int  # tokens without padding
 
 
 def collate(examples: list[Example], max_length: int, device) -> Batch:
@@ -57,7 +62,8 @@ def collate(examples: list[Example], max_length: int, device) -> Batch:
         n = min(len(e.tokens), width)
         tokens[i, :n] = torch.tensor(e.tokens[:n])
         weights[i, e.loss_from : n] = VIEW_WEIGHT[e.view]
-    return Batch(tokens.to(device), weights.to(device), [e.view for e in examples])
+    length = sum(min(len(e.tokens), width) for e in examples)
+    return Batch(tokens.to(device), weights.to(device), [e.view for e in examples], length)
 
 
 def target_logprobs(model: Transformer, tokens: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
@@ -86,6 +92,122 @@ def weighted_nll(model: Transformer, batch: Batch) -> tuple[torch.Tensor, dict[s
     for view, total, n in zip(batch.views, per_row.tolist(), is_target.sum(dim=1).tolist(), strict=True):
         add(sums, {view: (total, n)})
     return (nll * batch.weights[is_target]).sum(), sums
+
+
+# ── DPO ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass
+class PairBatch:
+    """P pairs as 2P rows, all the chosen before all the rejected, so that one forward serves both."""
+
+    tokens: torch.Tensor  # (2P, T) int64
+    is_target: torch.Tensor  # (2P, T) bool: the answer, shared prefix included
+    has_nll: torch.Tensor  # (2P, T) bool: where the NLL term falls; chosen rows only
+    weights: torch.Tensor  # (P,) fp32
+    reference: torch.Tensor  # (2P,) fp32, log π_ref
+    kinds: list[str]  # (P) names
+    length: int  # tokens without padding
+    reset_id: int
+
+
+def collate_pairs(pairs: list[Pair], reference: torch.Tensor, args, reset_id: int) -> PairBatch:
+    """reference (2P,): log π_ref of every chosen, then of every rejected answer."""
+    rows = [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs]
+    width = min(args.max_length, max(map(len, rows)))
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    is_target, has_nll = torch.zeros(2, len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        pair, n = pairs[i % len(pairs)], min(len(row), width)
+        tokens[i, :n] = torch.tensor(row[:n])
+        is_target[i, len(pair.prompt) : n] = True
+        if i < len(pairs):
+            has_nll[i, len(pair.prompt) + pair.nll_from : n] = True
+    weight = {"elicit": args.elicit, "discourage": args.discourage, "restart": 1.0, "baseline": 1.0}
+    weights = torch.tensor([weight[p.kind] for p in pairs])
+    tensors = [t.to(args.device) for t in (tokens, is_target, has_nll, weights, reference)]
+    return PairBatch(*tensors, [p.kind for p in pairs], sum(min(len(row), width) for row in rows), reset_id)
+
+
+def sequence_logprobs(model: Transformer, tokens, is_target) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log π of each row's targets, summed (B,); the same token by token, 0 elsewhere (B, T-1)), fp32."""
+    each = torch.zeros(is_target[:, 1:].shape, device=tokens.device)
+    each = each.masked_scatter(is_target[:, 1:], target_logprobs(model, tokens, is_target))
+    return each.sum(dim=1), each
+
+
+def dpo_loss(model: Transformer, batch: PairBatch, beta: float, nll_weight: float):
+    """Σ weight · loss of each pair, not yet divided; and sums to report: per kind the loss, over all pairs the rest.
+
+        loss = −log σ( β [ (log π(c|x) − log π_ref(c|x)) − (log π(r|x) − log π_ref(r|x)) ] )         arXiv 2305.18290
+
+    plus nll_weight times the mean −log π per token of what the chosen answer says from [RESET] on (all of it, where
+    there is none): it keeps the chosen answer likely in itself and not only against the rejected one.
+    """
+    P = len(batch.kinds)
+    logprobs, each = sequence_logprobs(model, batch.tokens, batch.is_target)  # (2P,), (2P, T-1)
+    ratio = logprobs - batch.reference
+    chosen, rejected = ratio[:P], ratio[P:]
+    margin = beta * (chosen - rejected)
+    losses = -F.logsigmoid(margin)  # (P,)
+    if nll_weight:
+        mask = batch.has_nll[:P, 1:]
+        losses = losses - nll_weight * (each[:P] * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+    sums: dict[str, list[float]] = {}
+    for kind, value in zip(batch.kinds, losses.tolist(), strict=True):
+        add(sums, {kind: (value, 1)})
+    for name, values in (("accuracy", margin > 0), ("margin", margin), ("chosen", chosen), ("rejected", rejected)):
+        add(sums, {name: (values.sum().item(), P)})
+    # How likely is [RESET] where a pair has one? After an unsafe prefix it should be, after a safe one it should not.
+    is_reset = (batch.tokens[:, 1:] == batch.reset_id) & batch.is_target[:, 1:]  # (2P, T-1)
+    for name, half in (("reset_after_unsafe", slice(P)), ("reset_after_safe", slice(P, None))):
+        found = is_reset[half].sum().item()
+        if found:
+            add(sums, {name: (each[half][is_reset[half]].exp().sum().item(), found)})
+    return (losses * batch.weights).sum(), sums
+
+
+def weights_digest(directory: str) -> str:
+    sha = hashlib.sha256()
+    for path in [*sorted(Path(directory).glob("model*.safetensors")), Path(directory) / "config.json"]:
+        with open(path, "rb") as f:
+            sha.update(hashlib.file_digest(f, "sha256").digest())
+    return sha.hexdigest()[:16]
+
+
+def reference_logprobs(model, groups: list[list[Pair]], weights: str, args, reset_id: int) -> list[torch.Tensor]:
+    """log π_ref of every chosen and then every rejected answer, (2P,) for each micro-batch of the run, by the model as
+    it is before the first step.
+
+    Kept on disk under a hash of everything it depends on, weights included: a run that goes on after a kill, or is
+    tried again with another β, does not compute it anew, and one with other data never finds it.
+    """
+    if not groups:  # --steps 0
+        return []
+    sha = hashlib.sha256(weights.encode())
+    for group in groups:
+        sha.update(repr([(p.prompt, p.chosen, p.rejected) for p in group]).encode())
+    sha.update(f"{args.max_length} {args.dtype} {args.device} {torch.__version__}".encode())
+    file = Path(f"{args.out}.reference") / f"{sha.hexdigest()[:16]}.safetensors"
+    sizes = [2 * len(group) for group in groups]
+    if file.is_file():
+        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as f:
+            say(f"reference log-probs: read from {file}")
+            return list(f.get_tensor("logprobs").split(sizes))
+    out, began = [], time.time()
+    for n, group in enumerate(groups, start=1):
+        batch = collate_pairs(group, torch.zeros(2 * len(group)), args, reset_id)
+        with torch.no_grad(), autocast(args):
+            out.append(sequence_logprobs(model, batch.tokens, batch.is_target)[0].cpu())
+        if n % 50 == 0:
+            left = (time.time() - began) / n * (len(groups) - n)
+            say(f"reference log-probs: {n} of {len(groups)} batches, {left:.0f} s left")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    write_tensors({"logprobs": torch.cat(out)}, temporary)
+    temporary.replace(file)
+    return out
 
 
 # ── Data: which examples make step n. A function of (seed, n) alone, so a resumed run needs only the step ─────────────
@@ -141,6 +263,31 @@ def sft_source(args, tok, paths: list[str]):
         return sft_views(row, k, tok, backtrack=not args.no_backtrack, restart=args.restart)
 
     return len(rows), examples, _digest([(r.prompt, r.chosen, r.rejected, r.unsafe) for r in rows])
+
+
+def dpo_source(args, tok, paths: list[str]):
+    """Rows of preferences. Returns (number of rows, (epoch, index) -> pairs of that row, digest)."""
+    rows, _ = load_rows(paths, tok, args.max_length)
+    every = len(rows)
+    rows = [row for row in rows if row.rejected is not None]
+    # Unlike in supervised training, safe rows too join both answers.
+    long = sum(len(r.prompt) + len(r.chosen) + len(r.rejected) + 2 > args.max_length for r in rows)
+    if long:
+        say(f"{long} of {len(rows)} rows are longer than --max-length {args.max_length}: their answers are cut there")
+    say(f"{', '.join(paths)}: {len(rows)} pairs, {sum(r.unsafe for r in rows)} with an unsafe rejected answer")
+    if len(rows) < every:
+        say(f"{every - len(rows)} rows without a rejected answer are left out")
+    if not rows:
+        raise InputError(f"{paths[0]}: no row has a 'rejected' answer, nothing to prefer")
+
+    def pairs(epoch: int, index: int) -> list[Pair]:
+        row = rows[index]
+        room = args.max_length - len(row.prompt) - 2
+        k_rejected = draw_prefix(args.seed, epoch, index, min(len(row.rejected), room))
+        k_chosen = draw_prefix(args.seed + 1, epoch, index, min(len(row.chosen), room))
+        return dpo_pairs(row, k_rejected, k_chosen, tok, backtrack=not args.no_backtrack, restart=args.restart)
+
+    return len(rows), pairs, _digest([(r.prompt, r.chosen, r.rejected, r.unsafe) for r in rows])
 
 
 def _digest(data) -> str:
@@ -256,13 +403,19 @@ def say(text: str) -> None:
 # ── The loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def evaluate(model, batches: list[Batch], autocast) -> dict[str, float]:
-    """Mean −log π per target token of each view on held-out rows."""
+def autocast(args):
+    if args.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16)
+
+
+def evaluate(model, batches: list, loss_of, args) -> dict[str, float]:
+    """On held-out rows: the mean −log π per target token of each view, or what dpo_loss reports."""
     sums: dict[str, list[float]] = {}
     model.eval()
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), autocast(args):
         for batch in batches:
-            add(sums, weighted_nll(model, batch)[1])
+            add(sums, loss_of(model, batch)[1])
     model.train()
     return means(sums)
 
@@ -279,21 +432,25 @@ def means(sums: dict) -> dict[str, float]:
 
 def train(args) -> None:
     tok = load_tokenizer(args.tokenizer if args.command == "base" else args.init)
-    source = base_source if args.command == "base" else sft_source
+    dpo = args.command == "dpo"
+    source = {"base": base_source, "sft": sft_source, "dpo": dpo_source}[args.command]
     count, examples_of, digest = source(args, tok, args.data) if args.data else (1, None, "none")
     rows_per_step = args.batch_size * args.grad_accum
     steps = math.ceil(args.epochs * count / rows_per_step) if args.steps is None else args.steps
     # What determines the result; a resumed run must repeat it.
     same = ("command", "lr", "batch_size", "grad_accum", "max_length", "seed", "dtype", "weight_decay", "clip")
     settings = {name: getattr(args, name) for name in same} | {"steps": steps, "data": digest}
-    if args.command == "sft":
+    if args.command != "base":
         settings |= {"no_backtrack": args.no_backtrack, "restart": args.restart}
+    if dpo:
+        settings |= {name: getattr(args, name) for name in ("beta", "nll", "elicit", "discourage")}
+        settings["init"] = weights_digest(args.init)  # the reference, also of a resumed run
     progress = read_progress(args, settings)
     if progress["step"] == steps > 0:
         say(f"{args.out}: already trained for all {steps} steps")
         return
 
-    if progress["step"]:
+    if progress["step"] and not dpo:
         model = load_model(args.out, args.device)
     elif args.command == "base":
         model = Transformer(ModelConfig.load(args.config)).to(args.device)
@@ -304,56 +461,76 @@ def train(args) -> None:
         raise InputError(f"the tokenizer has {tok.vocab_size} ids but the model only {model.config.vocab_size} rows")
     if model.config.max_position_embeddings < args.max_length:
         raise InputError(f"--max-length {args.max_length} exceeds the model's {model.config.max_position_embeddings}")
+    order = row_order(count, args.seed)
+
+    def micro_batch(start: int) -> list:
+        """What the rows at positions start … of the run's order are trained on."""
+        rows = [order(position) for position in range(start, start + args.batch_size)]
+        return [e for epoch, index in rows for e in examples_of(epoch, index)]
+
+    held_out = []
+    if args.heldout:
+        n, held_out_of, _ = source(args, tok, args.heldout)
+        examples = [e for index in range(n) for e in held_out_of(0, index)]
+        held_out = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
+    if dpo:  # the model is the reference now; its log-probs for all the run will draw, so that training holds one model
+        starts = range(0, steps * rows_per_step, args.batch_size)
+        reference = reference_logprobs(
+            model, [*map(micro_batch, starts), *held_out], settings["init"], args, tok.reset_id
+        )
+        if progress["step"]:
+            model = load_model(args.out, args.device)
+
+        def batch_of(examples, n):
+            return collate_pairs(examples, reference[n], args, tok.reset_id)
+
+        def loss_of(model, batch):
+            return dpo_loss(model, batch, args.beta, args.nll)
+    else:
+        loss_of = weighted_nll
+
+        def batch_of(examples, n):
+            return collate(examples, args.max_length, args.device)
+
+    held_out = [batch_of(examples, n - len(held_out)) for n, examples in enumerate(held_out)]
     optimizer = make_optimizer(model, args)
     if progress["step"]:
         load_optimizer(optimizer, model, args, progress["step"])
         say(f"{args.out}: resuming after step {progress['step']}")
     elif args.command == "sft" and model.config.reset_token_id is None:
         init_special_rows(model, tok)
+    elif dpo:
+        model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     rewind_metrics(args, progress["step"])
 
-    held_out = []
-    if args.heldout:
-        n, held_out_of, _ = source(args, tok, args.heldout)
-        examples = [e for index in range(n) for e in held_out_of(0, index)]
-        held_out = [
-            collate(examples[i : i + args.batch_size], args.max_length, args.device)
-            for i in range(0, len(examples), args.batch_size)
-        ]
     model.train()
     if args.compile:
         model.model.compile(dynamic=True)
-    autocast = contextlib.nullcontext()
-    if args.dtype == "bfloat16":
-        autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16)
     size = sum(p.numel() for p in model.parameters())
     say(f"{size:,} parameters; {steps} steps of {rows_per_step} rows are {steps * rows_per_step / count:.1f} epochs")
     if steps == 0:
         save(model, optimizer, tok, args, progress)
         return
 
-    order = row_order(count, args.seed)
     saved_step, first_step, first_tokens, began = progress["step"], progress["step"], progress["tokens"], time.time()
     for step in range(progress["step"], steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
-        micro_batches = []
-        for start in range(step * rows_per_step, (step + 1) * rows_per_step, args.batch_size):
-            rows = [order(position) for position in range(start, start + args.batch_size)]
-            examples = [e for epoch, index in rows for e in examples_of(epoch, index)]
-            micro_batches.append(collate(examples, args.max_length, args.device))
-            progress["tokens"] += sum(min(len(e.tokens), args.max_length) for e in examples)
+        first = step * args.grad_accum
+        micro_batches = [batch_of(micro_batch(n * args.batch_size), n) for n in range(first, first + args.grad_accum)]
+        progress["tokens"] += sum(batch.length for batch in micro_batches)
 
         # Divided by the count over all micro-batches, accumulation gives the gradient of the one big batch. A mean of
         # per-micro-batch means would weigh a token by how few others share its micro-batch.
-        total_weight = sum(batch.weights.sum() for batch in micro_batches)
+        # It is 0 where no pair counts: --discourage 0 and no unsafe row in the step.
+        total_weight = sum(batch.weights.sum() for batch in micro_batches).clamp(min=1e-9)
         loss = 0.0
         for batch in micro_batches:
-            with autocast:
-                nll, sums = weighted_nll(model, batch)
-            (nll / total_weight).backward()
-            loss += (nll.detach() / total_weight).item()
+            with autocast(args):
+                batch_loss, sums = loss_of(model, batch)
+            (batch_loss / total_weight).backward()
+            loss += (batch_loss.detach() / total_weight).item()
             add(progress["recent"], sums)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -379,11 +556,11 @@ def train(args) -> None:
                 args,
                 {"step": progress["step"], "loss": loss, "lr": lr_now(optimizer), "grad_norm": grad_norm}
                 | {"tokens": progress["tokens"], "tokens_per_s": round(speed), "seconds": round(seconds, 2)}
-                | {f"loss/{view}": value for view, value in views.items()},
+                | {name if name in DPO_STATS else f"loss/{name}": value for name, value in views.items()},
             )
         if progress["step"] % args.save_every == 0 or last:
             if held_out:
-                losses = evaluate(model, held_out, autocast)
+                losses = evaluate(model, held_out, loss_of, args)
                 say("  held out: " + "  ".join(f"{view} {value:.3f}" for view, value in losses.items()))
                 log_metrics(args, {"step": progress["step"]} | {f"heldout/{v}": x for v, x in losses.items()})
             save(model, optimizer, tok, args, progress)
@@ -407,7 +584,16 @@ def parse_args() -> argparse.Namespace:
     sft.add_argument("--no-backtrack", action="store_true", help="the baseline: answer view alone, on the same rows")
     sft.add_argument("--restart", choices=("none", "unsafe", "all"), default="none", help="rows with a restart view")
     sft.set_defaults(lr=1e-5, weight_decay=0.0)
-    for p in (base, sft):
+    dpo = commands.add_parser("dpo", help="preference optimisation, with backtracking unless --no-backtrack")
+    dpo.add_argument("--init", required=True, help="the SFT checkpoint: start and reference")
+    dpo.add_argument("--no-backtrack", action="store_true", help="the baseline: chosen over rejected")
+    dpo.add_argument("--restart", choices=("none", "unsafe", "all"), default="none", help="rows with a restart pair")
+    dpo.add_argument("--beta", type=not_negative(float), default=0.1, help="how dear it is to leave the reference")
+    dpo.add_argument("--nll", type=not_negative(float), default=0.0, help="weight of −log π(chosen) per token")
+    dpo.add_argument("--elicit", type=not_negative(float), default=1.0, help="weight of the pairs that want [RESET]")
+    dpo.add_argument("--discourage", type=not_negative(float), default=1.0, help="of those that want none")
+    dpo.set_defaults(lr=5e-7, weight_decay=0.0)
+    for p in (base, sft, dpo):
         p.add_argument("--data", nargs="+", default=[], help=".jsonl or .jsonl.gz files; needed unless --steps 0")
         p.add_argument("--heldout", nargs="+", default=[], help="files for the held-out loss, measured at every save")
         p.add_argument("--out", required=True, help="model directory to write")

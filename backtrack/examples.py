@@ -12,8 +12,16 @@ x the prompt, y+ chosen and y− rejected, supervised backtracking shows the mod
     backtrack  x ⊕ prefix_k(y−) ⊕ [RESET] ⊕ y+ ⊕ eos       loss on [RESET] y+ eos      unsafe rows, k ~ U{1..|y−|}
     restart    x ⊕ [RESET] ⊕ y+ ⊕ eos                     loss on y+ eos              optional; ours, not the paper's
 
-No loss ever falls on the prefix: the model must learn to leave it, not to say it. The restart view is what the model
-will see after a truncating reset; it puts no loss on [RESET], which would teach to reset out of nothing.
+Preference pairs for DPO, chosen over rejected, both given x (section 3.2):
+
+    elicit      prefix_k(y−) ⊕ [RESET] ⊕ y+ ⊕ eos  ≻  y− ⊕ eos                         unsafe rows
+    discourage  y+ ⊕ eos  ≻  prefix_k(y+) ⊕ [RESET] ⊕ y− ⊕ eos                         every row with a rejected answer
+    restart     y+ ⊕ eos  ≻  y− ⊕ eos, both given x ⊕ [RESET]                          optional; ours
+    baseline    y+ ⊕ eos  ≻  y− ⊕ eos                                                  without backtracking
+
+In supervised training no loss ever falls on the prefix: the model must learn to leave it, not to say it. In a pair of
+DPO a prefix that both sides share cancels. The restart view is what the model will see after a truncating reset; it
+puts no loss on [RESET], which would teach to reset out of nothing.
 
 Everything here is lists of ids: prefixes are cut and views joined in token space, never by re-encoding text.
 """
@@ -38,6 +46,17 @@ class Row:
     rejected: list[int] | None  # y−
     unsafe: bool  # y− is unsafe, not merely worse
     plain_text: bool = False
+
+
+@dataclass
+class Pair:
+    """One preference: x ⊕ chosen over x ⊕ rejected."""
+
+    kind: str
+    prompt: list[int]  # x
+    chosen: list[int]
+    rejected: list[int]
+    nll_from: int  # chosen[nll_from:] is what an NLL term may fall on: never an unsafe prefix
 
 
 @dataclass
@@ -155,3 +174,20 @@ def sft_views(row: Row, k: int, tok, *, backtrack: bool, restart: str) -> list[E
     if backtrack and (restart == "all" or (restart == "unsafe" and row.unsafe)):
         views.append(Example("restart", x + reset + target, loss_from=len(x) + 1))
     return views
+
+
+def dpo_pairs(row: Row, k_rejected: int, k_chosen: int, tok, *, backtrack: bool, restart: str) -> list[Pair]:
+    """The pairs of one row; the k are the lengths of the prefixes of y− and y+. restart: as in sft_views."""
+    if row.rejected is None:
+        return []
+    x, reset, eos = row.prompt, [tok.reset_id], tok.turn_end[:1]
+    good, bad = row.chosen + eos, row.rejected + eos
+    if not backtrack:
+        return [Pair("baseline", x, good, bad, nll_from=0)]
+    pairs = [Pair("discourage", x, good, row.chosen[:k_chosen] + reset + bad, nll_from=0)]
+    if row.unsafe:
+        prefix = row.rejected[:k_rejected]
+        pairs.append(Pair("elicit", x, prefix + reset + good, bad, nll_from=len(prefix)))
+    if restart == "all" or (restart == "unsafe" and row.unsafe):
+        pairs.append(Pair("restart", x + reset, good, bad, nll_from=0))
+    return pairs
