@@ -20,8 +20,9 @@ SFT  := --lr 1e-3 --batch-size 32 --max-length 128 --log-every 64
 EPOCHS      := 6
 # The baseline sees shorter sequences; with this many epochs it sees as many tokens as backtracking does in EPOCHS.
 EPOCHS_LONG := 7
+DPO  := --lr 5e-5 --beta 0.2 --nll 0.5 --epochs 2 --batch-size 32 --max-length 128 --log-every 10
 
-.PHONY: help setup test test-slow lint train-base train-sft train-sft-baseline sample eval results bench
+.PHONY: help setup test test-slow lint train-base train-sft train-sft-baseline train-dpo train-dpo-baseline sample eval results bench
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -75,11 +76,26 @@ $(RUN)/sft-baseline-long.done: $(RUN)/base.done
 	$(SFT_COMMAND) --out $(RUN)/sft-baseline-long --epochs $(EPOCHS_LONG) --no-backtrack
 	@touch $@
 
+DPO_COMMAND = $(PY) train.py dpo --data $(RUN)/data/sft.jsonl --heldout $(RUN)/data/sft_heldout.jsonl $(DPO) \
+	--seed $(SEED) --resume
+
+$(RUN)/dpo.done: $(RUN)/sft.done
+	$(DPO_COMMAND) --init $(RUN)/sft --out $(RUN)/dpo
+	@touch $@
+
+$(RUN)/dpo-baseline.done: $(RUN)/sft-baseline.done
+	$(DPO_COMMAND) --init $(RUN)/sft-baseline --out $(RUN)/dpo-baseline --no-backtrack
+	@touch $@
+
 train-base: $(RUN)/base.done  ## pretrain a small Llama on the toy world: all recipes, no regard to safety
 
 train-sft: $(RUN)/sft.done sample  ## from an empty machine to a model that backtracks, and a few of its answers
 
 train-sft-baseline: $(RUN)/sft-baseline.done $(RUN)/sft-baseline-long.done  ## the same rows without backtracking: as many steps, and as many tokens
+
+train-dpo: $(RUN)/dpo.done  ## preference optimisation on top of train-sft
+
+train-dpo-baseline: $(RUN)/dpo-baseline.done  ## the same without backtracking, on top of train-sft-baseline
 
 sample: $(RUN)/sft.done  ## answers of the toy model, what it took back struck through like ~~this~~
 	@while IFS='	' read -r kind prompt prefill; do \

@@ -65,7 +65,7 @@ LLAMA_8B = ModelConfig(
 )
 # (batch, new tokens, least tokens/s as a multiple of transformers')
 TOY_RUNS = ((1, 64, 3.0), (32, 64, 3.0))
-RUNS_125M = ((1, 32, 1.4), (8, 24, 1.5))
+RUNS_125M = ((1, 64, 1.4), (8, 64, 1.5))
 MOST_A_RESET_STEP_MAY_COST = 1.05
 PROMPT_OF_RETRY = 512  # tokens
 LEAST_SHARE_8B = 0.85  # of the copy bandwidth, compiled, batch 1

@@ -29,12 +29,12 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
-        if x.device.type != "cpu" or rows > 32 or self.weight.numel() < 2**17 or len(self.weight) % 16:
+        if x.device.type != "cpu" or rows > 32 or self.weight.numel() < 2**17 or len(self.weight) % 8:
             return F.linear(x, self.weight)
         # Decoding on a CPU: the BLAS reads W with one thread when x has so few rows. Cut into blocks of outputs, as a
         # batch of products, W is read by all threads, up to twice as fast (make bench).
-        blocks = self.weight.view(16, -1, x.shape[-1])
-        y = x.reshape(rows, -1) @ blocks.mT  # (16, rows, out / 16)
+        blocks = self.weight.view(8, -1, x.shape[-1])
+        y = x.reshape(rows, -1) @ blocks.mT  # (8, rows, out / 8)
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -108,8 +108,8 @@ def attend(q, k, v, blocked, scale: float, cap: float | None) -> torch.Tensor:
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
         D, H, K, hd = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer, self.heads, self.kv_heads, self.head_dim = layer, H, K, hd
         self.q_proj = Linear(D, H * hd)
         self.k_proj = Linear(D, K * hd)
         self.v_proj = Linear(D, K * hd)
@@ -119,10 +119,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, blocked, positions, cache: KVCache | None) -> torch.Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, hd)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # Queries and keys are rotated alike, so in one go: (B, H + K, T, hd)
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # (B, K, S, hd)
         y = attend(q, k, v, blocked, self.scale, self.cap)
