@@ -173,6 +173,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[s
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(file, 0o666 & ~mask)  # save_file makes it readable by its owner alone
+        _fsync(file)
     except SafetensorError as error:
         raise OSError(f"{file}: cannot write ({error}); the previous checkpoint, if any, is untouched") from None
 
