@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from backtrack.examples import json_lines
 from backtrack.generate import generate
 from backtrack.judge import toy_judge
 from model import InputError, load_model, load_tokenizer
@@ -40,17 +41,8 @@ def wilson(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def read_prompts(path: str) -> list[dict]:
     """Read and check a prompt file. Raises InputError with the file and the line."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
     prompts = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # covers invalid UTF-8
-            raise InputError(f"{where}: not a line of JSON ({error})") from None
+    for where, row in json_lines(path):
         messages = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(messages, list) or not messages:
             raise InputError(f"{where}: 'prompt' must be a list of messages that is not empty")

@@ -68,29 +68,39 @@ class Example:
     loss_from: int
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yields ("file:line", checked row) from .jsonl or .jsonl.gz. Raises InputError with the file and the line."""
+def json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
+    """Yields ("file:line", value) of every line that is not blank, from .jsonl or .jsonl.gz.
+
+    Raises InputError with the file, and the line where there is one.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    empty = True
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    empty = False
-                    yield f"{path}:{number}", _check(line, f"{path}:{number}")
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:  # covers invalid UTF-8
+                    raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
+                yield f"{path}:{number}", value
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: not a whole gzip file ({error}); download it again") from None
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yields ("file:line", checked row) as json_lines does. Raises InputError also for a row that is none."""
+    empty = True
+    for where, row in json_lines(path):
+        empty = False
+        yield where, _check(row, where)
     if empty:
         raise InputError(f"{path}: holds no rows")
 
 
-def _check(line: bytes, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # covers invalid UTF-8
-        raise InputError(f"{where}: not a line of JSON ({error})") from None
+def _check(row: object, where: str) -> dict:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object with 'prompt' and 'chosen', or with 'text'")
     if "text" in row and "prompt" not in row:

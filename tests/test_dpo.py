@@ -12,45 +12,18 @@ import io
 import json
 import math
 import random
-import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training import TINY, arguments, interrupted, steps_of, trained
 
 import train
 from backtrack.examples import Pair, Row, dpo_pairs, draw_prefix
 from data import toy
 from model import ModelConfig, Transformer, load_model, load_tokenizer
-from model.errors import run
-
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 1024,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums in one order everywhere."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -92,59 +65,14 @@ def tok(start):
     return load_tokenizer(start)
 
 
-def trained(*words, code=0):
-    """`python train.py words` within this process; returns what it says on stderr."""
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
-        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
-        try:
-            run(lambda: train.train(train.parse_args()))
-            status = 0
-        except SystemExit as end:
-            status = end.code
-    said = said.getvalue()
-    assert status == code, said
-    assert "Traceback" not in said
-    if code == 2:
-        *before, last = said.splitlines()
-        assert re.match(r"(train\.py( \w+)?: )?error: ", last) and not any("error: " in line for line in before)
-    return said
-
-
 def dpo(world, out, *more, data=("rows.jsonl",)):
     words = ["dpo", "--init", world / "start", "--data", *(world / name for name in data), "--device", "cpu"]
     return [*words, "--out", out, "--max-length", 192, "--batch-size", 4, "--lr", 1e-3, "--log-every", 1, *more]
 
 
-def arguments(words):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
-        return train.parse_args()
-
-
 def source(args, tok, paths=None):
     with contextlib.redirect_stderr(io.StringIO()):
         return train.dpo_source(args, tok, paths or args.data)
-
-
-def interrupted(words, at):
-    """Ctrl-C in step `at`, counted from 1."""
-    with pytest.MonkeyPatch.context() as patch:
-        rate = train.learning_rate
-
-        def learning_rate(step, *more):
-            if step + 1 == at:
-                raise KeyboardInterrupt
-            return rate(step, *more)
-
-        patch.setattr(train, "learning_rate", learning_rate)
-        return trained(*words, code=130)
-
-
-def steps_of(out):
-    """metrics.jsonl without what depends on the clock."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in records]
 
 
 def same_run(a, b):

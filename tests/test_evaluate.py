@@ -25,14 +25,6 @@ from model.errors import run
 RATES = ("unsafe", "helpful", "refused", "reset")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_checkpoint(path, tokenizer, seed):
     config = ModelConfig(
         vocab_size=1024,

@@ -17,15 +17,6 @@ from model import InputError, KVCache, ModelConfig, Transformer
 V = 61
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The matrices here are tiny: threads would only wait for each other, for minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_model(family="llama", seed=0):
     config = ModelConfig(
         vocab_size=V,

@@ -33,14 +33,6 @@ from model.errors import run
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(**changes):
     sizes = dict(vocab_size=1024, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     sizes |= dict(num_key_value_heads=1, head_dim=1, max_position_embeddings=4096) | changes

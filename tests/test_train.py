@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open
+from training import TINY, arguments, interrupted, metrics, steps_of, trained
 
 import model.checkpoint
 import train
@@ -32,33 +33,8 @@ from backtrack.examples import Example, draw_prefix
 from backtrack.generate import generate
 from data import toy
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer, save_model
-from model.errors import run
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 1024,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums in one order everywhere, and a process that may fork."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -88,28 +64,6 @@ def tok(world):
     return load_tokenizer(world / "start")
 
 
-def trained(*words, code=0):
-    """`python train.py words` within this process; returns what it says on stderr."""
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
-        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
-        try:
-            run(lambda: train.train(train.parse_args()))
-            status = 0
-        except SystemExit as end:
-            status = end.code
-    return checked(status, said.getvalue(), code)
-
-
-def checked(status, said, code):
-    assert status == code, said
-    assert "Traceback" not in said
-    if code == 2:
-        *before, last = said.splitlines()
-        assert re.match(r"(train\.py( \w+)?: )?error: ", last) and not any("error: " in line for line in before)
-    return said
-
-
 def base(world, out, *more):
     words = ["base", "--config", world / "config.json", "--tokenizer", world / "tokenizer", "--device", "cpu"]
     return [*words, "--data", world / "corpus.jsonl", "--out", out, *more]
@@ -118,21 +72,6 @@ def base(world, out, *more):
 def sft(world, out, *more, data=("rows.jsonl",)):
     words = ["sft", "--init", world / "start", "--data", *(world / name for name in data), "--device", "cpu"]
     return [*words, "--out", out, "--max-length", 192, "--lr", 1e-3, *more]
-
-
-def arguments(words):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
-        return train.parse_args()
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps_of(out):
-    """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in metrics(out)]
 
 
 def contents(directory):
@@ -735,20 +674,6 @@ def test_a_full_disk(world, tmp_path):
 
 
 # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def interrupted(words, at):
-    """Ctrl-C in step `at`, counted from 1."""
-    with pytest.MonkeyPatch.context() as patch:
-        rate = train.learning_rate
-
-        def learning_rate(step, *more):
-            if step + 1 == at:
-                raise KeyboardInterrupt
-            return rate(step, *more)
-
-        patch.setattr(train, "learning_rate", learning_rate)
-        return trained(*words, code=130)
 
 
 def same_run(a, b):
