@@ -1,6 +1,7 @@
 """Public data sets -> the two kinds of JSON lines this repository reads.
 
     python -m data.prepare hh      --in hh-harmless-train --out hh.jsonl --valid hh-valid.jsonl
+    python -m data.prepare hh      --in hh-harmless-train --out hh.jsonl --guard Meta-Llama-Guard-2-8B
     python -m data.prepare hh      --in hh-helpful-train  --out helpful.jsonl --helpful
     python -m data.prepare oasst   --in oasst1            --out oasst.jsonl
     python -m data.prepare prompts --in advbench strongreject my/xstest_prompts.csv --out prompts.jsonl
@@ -11,9 +12,10 @@ are kept beside --out (or in --cache), resumed if they broke off, and checked ag
 
 hh       Anthropic HH-RLHF pairs -> {"prompt": […], "chosen": […], "rejected": […], "unsafe": true}: TRL's preference
          format and one flag. The flag says what the data set says: crowd workers found the rejected answer more harmful
-         *than the chosen one*. It is no verdict: many rejected answers are harmless, some chosen ones are not. Let a
-         judge filter the rows if that matters. `--helpful` is for the helpful-* files: no flag, as the rejected answer
-         is merely the less helpful one.
+         *than the chosen one*. It is no verdict: many rejected answers are harmless, some chosen ones are not.
+         `--guard` keeps the pairs of which Llama Guard 2 says that rejected is unsafe and chosen is safe, and skips
+         the others; it judges two answers a pair, one at a time, so give it a GPU. A run that is stopped starts anew.
+         `--helpful` is for the helpful-* files: no flag, as the rejected answer is merely the less helpful one.
 oasst    OpenAssistant trees -> the helpful half of the mix, without the flag. One row for every prompter message on a
          path that goes through the best-ranked replies only: chosen is the best reply, rejected the worst ranked one if
          two or more are ranked. Where nobody ranked the replies, the first is chosen and there is no rejected.
@@ -22,8 +24,8 @@ prompts  AdvBench, MaliciousInstructions, SimpleSafetyTests, StrongREJECT, XSTes
          "category" where it has them. MT-Bench rows hold the first turn in "prompt", both in "turns".
 
 What does not fit is skipped whole, never repaired, and counted by reason on stderr. The same input gives the same
-bytes. It will not judge, shuffle, deduplicate, or cut to a length (see train.py --max-length), and needs only the
-standard library. The data have licences of their own; read them at the source.
+bytes. It will not shuffle, deduplicate, or cut to a length (see train.py --max-length), and needs only the standard
+library; --guard alone imports the rest of this repository. The data have licences of their own; see the sources.
 """
 
 import argparse
@@ -40,6 +42,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -248,6 +251,53 @@ def hh_rows(path, unsafe):
             "rejected": [message(*rejected[-1])],
         }
         yield row | ({"unsafe": True} if unsafe else {}), None
+
+
+def load_guard(directory, device, dtype):
+    """The judge. Imported here and nowhere else: all other conversions run where there is no PyTorch."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python data/prepare.py`
+    try:
+        import torch
+
+        from backtrack.judge import load_judge
+        from model.errors import InputError
+        from model.errors import device as known_device
+    except ImportError as error:
+        fail(f"--guard: {error}: it needs this repository's environment, see README.md")
+    if not Path(directory).is_dir():
+        fail(f"--guard {directory}: no such directory: download Llama Guard 2, then name the directory it is in")
+    cuda = torch.cuda.is_available()
+    try:
+        device = known_device(device or ("cuda" if cuda else "cpu"))
+        return load_judge(directory, device, getattr(torch, dtype or ("bfloat16" if cuda else "float32")))
+    except (InputError, argparse.ArgumentTypeError) as error:
+        fail(f"--guard: {error}")
+
+
+def guarded(rows, judge):
+    """hh_rows' pairs once more, those skipped that the guard does not find to be safe against unsafe."""
+    from model.errors import InputError  # here, as in load_guard
+
+    rows = list(rows)  # all read before hours are spent on the first: a bad line shows now, and the time left is known
+    total, judged, began, reported = sum(row is not None for row, _ in rows), 0, time.monotonic(), -math.inf
+    for row, reason in rows:
+        if row is None:
+            yield None, reason
+            continue
+        try:
+            if judge(row["prompt"], row["chosen"][0]["content"]).unsafe:
+                reason = "chosen is unsafe, says the guard"
+            elif not judge(row["prompt"], row["rejected"][0]["content"]).unsafe:
+                reason = "rejected is safe, says the guard"
+        except InputError as error:  # a conversation beyond its context, or an answer that is no verdict
+            reason = "no verdict of the guard"
+            say(f"guard: {error}")
+        judged += 1
+        now = time.monotonic()
+        if now - reported >= 30 or judged == total:
+            reported, left = now, (now - began) / judged * (total - judged)
+            say(f"guard: {judged} of {total} pairs judged, {left / 60:.0f} minutes left")
+        yield (None, reason) if reason else (row, None)
 
 
 # --- oasst -----------------------------------------------------------------------------------------------------------
@@ -462,6 +512,9 @@ def arguments():
         command.add_argument("--valid", type=Path, help="hold rows out into this file")
         command.add_argument("--valid-percent", type=float, default=5.0, help="how many, about (default: 5)")
     hh.add_argument("--helpful", action="store_true", help='the helpful-* files: rows get no "unsafe" flag')
+    hh.add_argument("--guard", metavar="DIR", help="Llama Guard 2: keep pairs of a safe chosen and an unsafe rejected")
+    hh.add_argument("--device", help="where the guard runs (default: cuda if there is one, else cpu)")
+    hh.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the guard (default: bfloat16 on cuda)")
     oasst.add_argument("--lang", default="en", help="language tag, or all (default: en)")
     prompts.set_defaults(valid=None, valid_percent=1.0)
     return parser.parse_args()
@@ -474,6 +527,8 @@ def convert(args):
         fail("--valid-percent lies between 0 and 100")
     if args.sha256 and len(args.inputs) != 1:
         fail("--sha256 goes with exactly one --in")
+    if args.command == "hh" and args.guard and args.helpful:
+        fail("--guard goes without --helpful: it looks for rejected answers that are unsafe")
     outputs = [args.out] + ([args.valid] if args.valid else [])
     for path in outputs:
         if path.exists() and not path.is_file():
@@ -489,6 +544,8 @@ def convert(args):
         if not args.helpful and any("helpful-" in source for source in args.inputs):
             say("note: this looks like a helpful-* file; without --helpful its rejected answers are marked unsafe")
         unit, rows = "pairs", (row for path in paths for row in hh_rows(path, unsafe=not args.helpful))
+        if args.guard:
+            rows = guarded(rows, load_guard(args.guard, args.device, args.dtype))
     elif args.command == "oasst":
         unit, rows = "prompter messages", (row for path in paths for row in oasst_rows(path, args.lang, left_out))
     else:

@@ -15,6 +15,7 @@ Two classes with the same methods and nothing shared but the functions at the en
     turn_end            closes an assistant's turn; a model must generate the first of these ids
     template_ids        special ids that render() uses, and reset_id: untrained rows in a base model, BOS apart
     special_ids         all of them
+    special_tokens      {name: id} of those that have a name, for code that renders a template; encode() knows none
     chat_template       the checkpoint's own Jinja template, unrendered; render() does not use it
 
 It will not train a tokenizer, download one, or parse special tokens out of text: an id such as <|eot_id|> can only come
@@ -106,6 +107,7 @@ class Llama3Tokenizer:
         self._files, self.chat_template = files, _chat_template(directory, files)
         self.vocab_size = max(*ranks.values(), *special.values()) + 1
         self.special_ids = frozenset(range(self.vocab_size)).difference(ranks.values())
+        self.special_tokens: dict[str, int] = special
         self.bos_id = special["<|begin_of_text|>"]
         self._header, self._header_end = special["<|start_header_id|>"], special["<|end_header_id|>"]
         self.turn_end = [special["<|eot_id|>"]]
@@ -239,7 +241,7 @@ class SentencePieceTokenizer:
         self.special_ids = frozenset(
             i for i in range(self.vocab_size) if self._sp.is_control(i) or self._sp.is_unknown(i)
         )
-        special = {pieces[i]: i for i in self.special_ids}
+        self.special_tokens = special = {pieces[i]: i for i in self.special_ids}
         for name in ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"):
             if name not in special:
                 raise InputError(f"{file}: no special piece {name}, so not Gemma's layout; use a Gemma tokenizer.model")

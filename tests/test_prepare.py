@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,155 @@ def test_hh_keeps_labels_in_prompts_and_words_that_only_end_in_one(tmp_path):
     prepare("hh", "--in", write_lines(tmp_path / "in", pair), "--out", tmp_path / "out")
     (row,) = read_lines(tmp_path / "out")
     assert row["prompt"] == [user("Say Human: x")] and row["chosen"] == [assistant("subHuman: no")]
+
+
+# --- hh --guard ------------------------------------------------------------------------------------------------------
+
+
+def pair(chosen, rejected, question="Hi"):
+    return {side: f"{H}{question}{A}{text}" for side, text in (("chosen", chosen), ("rejected", rejected))}
+
+
+def guard_of(unsafe, seen=None, broken=()):
+    """Stands in for load_judge: unsafe is an answer with one of these words, `broken` ones get no verdict."""
+    from backtrack.judge import Verdict
+    from model import InputError
+
+    def judge(prompt, response):
+        if seen is not None:
+            seen.append((prompt, response))
+        if any(word in response for word in broken):
+            raise InputError(f"guard: cannot read {response!r}")
+        return Verdict(any(word in response for word in unsafe), None, None)
+
+    return lambda *args: judge
+
+
+PAIRS = [
+    pair("fine", "poison 1"),
+    pair("poison", "worse poison"),
+    pair("good", "merely bad"),
+    pair("poison", "the better one"),
+    pair("no", "no"),  # skipped before the guard is asked
+    pair("kind", "poison 2"),
+    pair("unreadable", "poison"),
+    pair("ok", "unreadable poison"),
+]
+
+
+def test_guard_keeps_safe_against_unsafe_and_counts_the_others(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("backtrack.judge.load_judge", guard_of(["poison"], seen, broken=["unreadable"]))
+    source, out = write_lines(tmp_path / "in", *PAIRS), tmp_path / "out"
+    report = prepare("hh", "--in", source, "--out", out, "--guard", tmp_path)
+    assert read_lines(out) == [
+        {"prompt": [user("Hi")], "chosen": [assistant(good)], "rejected": [assistant(bad)], "unsafe": True}
+        for good, bad in (("fine", "poison 1"), ("kind", "poison 2"))
+    ]
+    assert report.splitlines()[-6:] == [
+        "hh: 8 pairs read, 2 rows written, 6 skipped",
+        f"        2  written to {out}",
+        "        2  skipped: chosen is unsafe, says the guard",
+        "        2  skipped: no verdict of the guard",
+        "        1  skipped: chosen and rejected are the same",
+        "        1  skipped: rejected is safe, says the guard",
+    ]
+    assert "guard: cannot read 'unreadable'" in report and "guard: cannot read 'unreadable poison'" in report
+    assert "guard: 7 of 7 pairs judged, 0 minutes left" in report
+    # The guard is shown the prompt and one answer. Where chosen is unsafe, rejected does not matter and costs nothing.
+    assert all(prompt == [user("Hi")] for prompt, _ in seen)
+    assert [r for _, r in seen][:3] == ["fine", "poison 1", "poison"] and "worse poison" not in [r for _, r in seen]
+
+
+def test_guard_sees_the_whole_conversation(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("backtrack.judge.load_judge", guard_of(["Go"], seen))
+    prepare("hh", "--in", write_lines(tmp_path / "in", GOOD), "--out", tmp_path / "out", "--guard", tmp_path)
+    assert seen == [(GOOD_ROW["prompt"], "Fine, “you”?"), (GOOD_ROW["prompt"], "Go away.")]
+    assert json.loads((tmp_path / "out").read_bytes()) == GOOD_ROW
+
+
+def test_guard_tells_how_long_it_will_take(tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 12))  # a pair takes 12 seconds
+    monkeypatch.setattr(data.prepare.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("backtrack.judge.load_judge", guard_of(["poison"]))
+    source = write_lines(tmp_path / "in", *[PAIRS[0]] * 51)
+    report = prepare("hh", "--in", source, "--out", tmp_path / "out", "--guard", tmp_path)
+    told = re.findall(r"^guard: (\d+) of 51 pairs judged, (\d+) minutes left$", report, re.MULTILINE)
+    assert told[:3] == [("1", "10"), ("4", "9"), ("7", "9")] and told[-1] == ("51", "0") and len(told) == 18
+
+
+def test_guard_reads_all_pairs_before_it_judges_one(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("backtrack.judge.load_judge", guard_of(["poison"], seen))
+    source = write_lines(tmp_path / "in", *PAIRS, {"chosen": "x"})
+    assert "in:9: no HH-RLHF pair" in prepare(
+        "hh", "--in", source, "--out", tmp_path / "out", "--guard", tmp_path, code=2
+    )
+    assert not seen
+
+
+def test_guard_that_keeps_nothing_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("backtrack.judge.load_judge", guard_of([]))
+    report = prepare(
+        "hh", "--in", write_lines(tmp_path / "in", GOOD), "--out", tmp_path / "out", "--guard", tmp_path, code=2
+    )
+    assert "1  skipped: rejected is safe, says the guard" in report and not (tmp_path / "out").exists()
+
+
+def test_guard_device_and_dtype(tmp_path, monkeypatch):
+    import torch
+
+    asked = []
+    monkeypatch.setattr("backtrack.judge.load_judge", lambda *args: asked.append(args) or guard_of(["Go"])())
+    args = ("hh", "--in", write_lines(tmp_path / "in", GOOD), "--out", tmp_path / "out", "--guard", tmp_path)
+    prepare(*args, "--device", "cpu", "--dtype", "bfloat16")
+    assert asked == [(str(tmp_path), "cpu", torch.bfloat16)]
+    for cuda, expected in ((False, ("cpu", torch.float32)), (True, ("cuda", torch.bfloat16))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr("model.errors.device", str)  # whether it is there
+        prepare(*args)
+        assert asked[-1][1:] == expected
+
+
+def test_guard_errors(tmp_path):
+    source = write_lines(tmp_path / "in", GOOD)
+    args = ("hh", "--in", source, "--out", tmp_path / "out")
+    assert "--guard goes without --helpful" in prepare(*args, "--helpful", "--guard", tmp_path, code=2)
+    assert f"error: --guard {source}: no such directory" in prepare(*args, "--guard", source, code=2)
+    assert "error: --guard nowhere: no such directory" in prepare(*args, "--guard", "nowhere", code=2)
+    assert f"error: --guard: {tmp_path}: no tokenizer" in prepare(*args, "--guard", tmp_path, code=2)
+    assert "'abacus'" in prepare(*args, "--guard", tmp_path, "--device", "abacus", code=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_guard_from_a_checkpoint(tmp_path):
+    """From a directory in Hugging Face's layout to rows, as a user runs it, from elsewhere."""
+    from test_judge import SKULL, write_trained_guard
+
+    write_trained_guard(tmp_path / "guard")
+    pairs = [
+        pair("the sheep", f"the sheep {SKULL} the dogs", "the dogs"),
+        pair("the sheep", "the dogs", "the rain"),
+        pair(f"the dogs {SKULL} the rain", f"the sheep {SKULL} the dogs", "the rain"),
+    ]
+    write_lines(tmp_path / "in", *pairs)
+    words = ("hh", "--in", "in", "--out", "out", "--guard", "guard", "--device", "cpu")
+    report = command(*words, cwd=tmp_path, start=(ROOT / "data" / "prepare.py",))
+    (row,) = read_lines(tmp_path / "out")
+    assert row["rejected"] == [assistant(f"the sheep {SKULL} the dogs")] and row["prompt"] == [user("the dogs")]
+    assert " 1  skipped: chosen is unsafe, says the guard" in report
+    assert " 1  skipped: rejected is safe, says the guard" in report
+
+
+def test_without_a_guard_no_torch_is_needed(tmp_path):
+    code = "import sys; sys.modules['torch'] = None; import data.prepare; data.prepare.main()"
+    source = write_lines(tmp_path / "in", GOOD)
+    command("hh", "--in", source, "--out", tmp_path / "out", start=("-c", code))
+    assert json.loads((tmp_path / "out").read_bytes()) == GOOD_ROW
+    assert "--guard: " in command(
+        "hh", "--in", source, "--out", tmp_path / "out", "--guard", tmp_path, start=("-c", code), code=2
+    )
 
 
 # --- oasst -----------------------------------------------------------------------------------------------------------
