@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 
 from backtrack.examples import Example, Pair, dpo_pairs, draw_prefix, load_rows, read_rows, sft_views
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer
-from model.checkpoint import atomic_directory, write_model, write_tensors
+from model.checkpoint import atomic_directory, weights_digest, write_model, write_tensors
 from model.errors import device, run
 
 STATE = "training_state.safetensors"
@@ -123,7 +123,8 @@ def collate_pairs(pairs: list[Pair], reference: torch.Tensor, args, reset_id: in
         is_target[i, len(pair.prompt) : n] = True
         if i < len(pairs):
             has_nll[i, len(pair.prompt) + pair.nll_from : n] = True
-    weight = {"elicit": args.elicit, "discourage": args.discourage, "restart": 1.0, "baseline": 1.0}
+    weight = {"elicit": args.elicit, "discourage": args.discourage, "restart": args.restart_weight}
+    weight["baseline"] = 1.0
     weights = torch.tensor([weight[p.kind] for p in pairs])
     tensors = [t.to(args.device) for t in (tokens, is_target, has_nll, weights, reference)]
     return PairBatch(*tensors, [p.kind for p in pairs], sum(min(len(row), width) for row in rows), reset_id)
@@ -141,8 +142,9 @@ def dpo_loss(model: Transformer, batch: PairBatch, beta: float, nll_weight: floa
 
         loss = −log σ( β [ (log π(c|x) − log π_ref(c|x)) − (log π(r|x) − log π_ref(r|x)) ] )         arXiv 2305.18290
 
-    plus nll_weight times the mean −log π per token of what the chosen answer says from [RESET] on (all of it, where
-    there is none): it keeps the chosen answer likely in itself and not only against the rejected one.
+    plus nll_weight times −log π of what the chosen answer says from [RESET] on (all of it, where there is none): it
+    keeps the chosen answer likely in itself and not only against the rejected one. Summed over tokens like the rest: a
+    mean would give each token of a short refusal more weight than each of a long answer, and teach to refuse.
     """
     P = len(batch.kinds)
     logprobs, each = sequence_logprobs(model, batch.tokens, batch.is_target)  # (2P,), (2P, T-1)
@@ -152,7 +154,7 @@ def dpo_loss(model: Transformer, batch: PairBatch, beta: float, nll_weight: floa
     losses = -F.logsigmoid(margin)  # (P,)
     if nll_weight:
         mask = batch.has_nll[:P, 1:]
-        losses = losses - nll_weight * (each[:P] * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        losses = losses - nll_weight * (each[:P] * mask).sum(dim=1)
 
     sums: dict[str, list[float]] = {}
     for kind, value in zip(batch.kinds, losses.tolist(), strict=True):
@@ -166,14 +168,6 @@ def dpo_loss(model: Transformer, batch: PairBatch, beta: float, nll_weight: floa
         if found:
             add(sums, {name: (each[half][is_reset[half]].exp().sum().item(), found)})
     return (losses * batch.weights).sum(), sums
-
-
-def weights_digest(directory: str) -> str:
-    sha = hashlib.sha256()
-    for path in [*sorted(Path(directory).glob("model*.safetensors")), Path(directory) / "config.json"]:
-        with open(path, "rb") as f:
-            sha.update(hashlib.file_digest(f, "sha256").digest())
-    return sha.hexdigest()[:16]
 
 
 def reference_logprobs(model, groups: list[list[Pair]], weights: str, args, reset_id: int) -> list[torch.Tensor]:
@@ -259,7 +253,8 @@ def sft_source(args, tok, paths: list[str]):
     def examples(epoch: int, index: int) -> list[Example]:
         row, k = rows[index], 0
         if row.unsafe:  # leave room for [RESET] and at least one token of the answer
-            k = draw_prefix(args.seed, epoch, index, min(len(row.rejected), args.max_length - len(row.prompt) - 2))
+            longest = min(len(row.rejected), args.max_length - len(row.prompt) - 2)
+            k = draw_prefix(args.seed, epoch, index, longest, args.prefix)
         return sft_views(row, k, tok, backtrack=not args.no_backtrack, restart=args.restart)
 
     return len(rows), examples, _digest([(r.prompt, r.chosen, r.rejected, r.unsafe) for r in rows])
@@ -283,8 +278,8 @@ def dpo_source(args, tok, paths: list[str]):
     def pairs(epoch: int, index: int) -> list[Pair]:
         row = rows[index]
         room = args.max_length - len(row.prompt) - 2
-        k_rejected = draw_prefix(args.seed, epoch, index, min(len(row.rejected), room))
-        k_chosen = draw_prefix(args.seed + 1, epoch, index, min(len(row.chosen), room))
+        k_rejected = draw_prefix(args.seed, epoch, index, min(len(row.rejected), room), args.prefix)
+        k_chosen = draw_prefix(args.seed + 1, epoch, index, min(len(row.chosen), room), args.prefix)
         return dpo_pairs(row, k_rejected, k_chosen, tok, backtrack=not args.no_backtrack, restart=args.restart)
 
     return len(rows), pairs, _digest([(r.prompt, r.chosen, r.rejected, r.unsafe) for r in rows])
@@ -441,9 +436,9 @@ def train(args) -> None:
     same = ("command", "lr", "batch_size", "grad_accum", "max_length", "seed", "dtype", "weight_decay", "clip")
     settings = {name: getattr(args, name) for name in same} | {"steps": steps, "data": digest}
     if args.command != "base":
-        settings |= {"no_backtrack": args.no_backtrack, "restart": args.restart}
+        settings |= {"no_backtrack": args.no_backtrack, "restart": args.restart, "prefix": args.prefix}
     if dpo:
-        settings |= {name: getattr(args, name) for name in ("beta", "nll", "elicit", "discourage")}
+        settings |= {name: getattr(args, name) for name in ("beta", "nll", "elicit", "discourage", "restart_weight")}
         settings["init"] = weights_digest(args.init)  # the reference, also of a resumed run
     progress = read_progress(args, settings)
     if progress["step"] == steps > 0:
@@ -589,10 +584,20 @@ def parse_args() -> argparse.Namespace:
     dpo.add_argument("--no-backtrack", action="store_true", help="the baseline: chosen over rejected")
     dpo.add_argument("--restart", choices=("none", "unsafe", "all"), default="none", help="rows with a restart pair")
     dpo.add_argument("--beta", type=not_negative(float), default=0.1, help="how dear it is to leave the reference")
-    dpo.add_argument("--nll", type=not_negative(float), default=0.0, help="weight of −log π(chosen) per token")
+    dpo.add_argument("--nll", type=not_negative(float), default=0.0, help="weight of −log π(chosen)")
     dpo.add_argument("--elicit", type=not_negative(float), default=1.0, help="weight of the pairs that want [RESET]")
     dpo.add_argument("--discourage", type=not_negative(float), default=1.0, help="of those that want none")
+    dpo.add_argument("--restart-weight", type=not_negative(float), default=1.0, help="of those after a [RESET]")
     dpo.set_defaults(lr=5e-7, weight_decay=0.0)
+    for p in (sft, dpo):
+        p.add_argument(
+            "--prefix",
+            nargs=2,
+            type=not_negative(float),
+            default=[0.0, 1.0],
+            metavar=("LOW", "HIGH"),
+            help="draw the length of prefixes from this part of the answer; the paper: all of it",
+        )
     for p in (base, sft, dpo):
         p.add_argument("--data", nargs="+", default=[], help=".jsonl or .jsonl.gz files; needed unless --steps 0")
         p.add_argument("--heldout", nargs="+", default=[], help="files for the held-out loss, measured at every save")
@@ -616,6 +621,8 @@ def parse_args() -> argparse.Namespace:
         p.add_argument("--log-every", type=positive, default=10, help="steps")
         p.add_argument("--save-every", type=positive, default=500, help="steps")
     args = parser.parse_args()
+    if args.command != "base" and not args.prefix[0] <= args.prefix[1] <= 1:
+        parser.error(f"--prefix {args.prefix[0]} {args.prefix[1]}: needs 0 ≤ LOW ≤ HIGH ≤ 1")
     if not args.data and args.steps != 0:
         parser.error("--data is needed; only --steps 0, which saves the start, goes without")
     return args

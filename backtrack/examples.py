@@ -28,6 +28,7 @@ Everything here is lists of ids: prefixes are cut and views joined in token spac
 
 import gzip
 import json
+import math
 import random
 import zlib
 from collections.abc import Iterator
@@ -166,9 +167,13 @@ def encode_row(row: dict, tok) -> Row:
     )
 
 
-def draw_prefix(seed: int, epoch: int, index: int, longest: int) -> int:
-    """k ~ U{1..longest}, a function of (seed, epoch, row) alone: redrawn each epoch, the same after a resume."""
-    return random.Random(f"{seed}/{epoch}/{index}").randint(1, longest)
+def draw_prefix(seed: int, epoch: int, index: int, longest: int, part: tuple[float, float] = (0.0, 1.0)) -> int:
+    """k ~ U{1..longest}, a function of (seed, epoch, row) alone: redrawn each epoch, the same after a resume.
+
+    The paper draws from the whole answer; part = (0.5, 1.0) from its second half, (1.0, 1.0) is always all of it.
+    """
+    low, high = (math.ceil(fraction * longest) for fraction in part)
+    return random.Random(f"{seed}/{epoch}/{index}").randint(max(1, min(low + 1, high)), max(1, high))
 
 
 def sft_views(row: Row, k: int, tok, *, backtrack: bool, restart: str) -> list[Example]:

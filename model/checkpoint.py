@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -251,6 +252,16 @@ def _fsync_tree(directory: Path) -> None:
         for name in names:
             _fsync(Path(root, name))
         _fsync(Path(root))
+
+
+def weights_digest(directory: str | Path) -> str:
+    """16 hex digits that stand for a model: its tensors and its config, without reading either into memory."""
+    sha = hashlib.sha256()
+    for path in [*sorted(Path(directory).glob("*.safetensors")), Path(directory) / "config.json"]:
+        if path.name != "training_state.safetensors" and path.is_file():
+            with open(path, "rb") as f:
+                sha.update(hashlib.file_digest(f, "sha256").digest())
+    return sha.hexdigest()[:16]
 
 
 def write_text(text: str, path: str | Path) -> None:

@@ -204,7 +204,7 @@ def test_a_short_max_length_leaves_room_for_reset_and_an_answer(world, tok):
 # ── The loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 V, RESET = 41, 40
-SETTINGS = argparse.Namespace(max_length=64, device="cpu", elicit=1.0, discourage=1.0)
+SETTINGS = argparse.Namespace(max_length=64, device="cpu", elicit=1.0, discourage=1.0, restart_weight=1.0)
 
 
 def network_of(seed, scale=0.3):
@@ -261,7 +261,7 @@ def by_hand(network, reference, pairs, beta, nll=0.0, weight=lambda kind: 1.0):
         z = beta * ((pi_c - ref_c) - (pi_r - ref_r))
         loss = torch.log1p(torch.exp(-z))  # −log σ(z)
         scored = terms[p.chosen.index(RESET) if p.kind == "elicit" else 0 :]
-        loss = loss - nll * sum(scored) / len(scored)
+        loss = loss - nll * sum(scored)
         total = total + weight(p.kind) * loss
         ratios.append(((pi_c - ref_c).item(), (pi_r - ref_r).item()))
     return total, ratios
@@ -291,11 +291,11 @@ def close(a, b, atol=1e-5, rtol=1e-4):
 def test_collate_pairs():
     pairs = some_pairs()
     P = len(pairs)
-    settings = argparse.Namespace(max_length=64, device="cpu", elicit=0.25, discourage=3.0)
+    settings = argparse.Namespace(max_length=64, device="cpu", elicit=0.25, discourage=3.0, restart_weight=1.5)
     given = torch.arange(2.0 * P)
     batch = train.collate_pairs(pairs, given, settings, RESET)
     assert batch.kinds == [p.kind for p in pairs] and torch.equal(batch.reference, given)
-    kinds = {"elicit": 0.25, "discourage": 3.0, "restart": 1.0}
+    kinds = {"elicit": 0.25, "discourage": 3.0, "restart": 1.5}
     assert batch.weights.tolist() == [kinds[p.kind] for p in pairs]
     width = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
     assert batch.tokens.shape == (2 * P, width)
@@ -369,8 +369,8 @@ def test_closed_form_from_picked_logprobs(policy, monkeypatch, beta):
 def test_loss_and_gradient_against_a_loop(policy, reference, nll):
     """Every kind at once, weights and NLL term included; and every number that is reported."""
     pairs, beta = some_pairs(), 0.3
-    settings = argparse.Namespace(max_length=64, device="cpu", elicit=0.5, discourage=2.0)
-    kinds = {"elicit": 0.5, "discourage": 2.0, "restart": 1.0}
+    settings = argparse.Namespace(max_length=64, device="cpu", elicit=0.5, discourage=2.0, restart_weight=0.3)
+    kinds = {"elicit": 0.5, "discourage": 2.0, "restart": 0.3}
     loss, sums = train.dpo_loss(policy, batch_of(pairs, reference, settings), beta, nll)
     expected, ratios = by_hand(policy, reference, pairs, beta, nll, kinds.get)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -401,7 +401,7 @@ def test_trl_formula_on_the_same_logprobs(policy, reference):
 
 
 def test_the_nll_term_by_closed_form(policy, reference, monkeypatch):
-    """Exactly nll · mean −log π; whatever the unsafe prefix costs, the term does not see it."""
+    """Exactly nll · Σ −log π; whatever the unsafe prefix costs, the term does not see it."""
     pair = ELICIT
     batch = train.collate_pairs([pair], torch.zeros(2), SETTINGS, 90)
     each = torch.zeros(2, batch.tokens.shape[1] - 1, dtype=torch.float64)
@@ -411,7 +411,7 @@ def test_the_nll_term_by_closed_form(policy, reference, monkeypatch):
     plain, _ = train.dpo_loss(policy, batch, 0.0, 0.0)
     loss, sums = train.dpo_loss(policy, batch, 0.0, 0.4)
     assert plain.item() == pytest.approx(math.log(2), abs=1e-7)
-    assert (loss - plain).item() == pytest.approx(0.4 * (1.0 + 2.0 + 3.0 + 4.5) / 4, abs=1e-7)
+    assert (loss - plain).item() == pytest.approx(0.4 * (1.0 + 2.0 + 3.0 + 4.5), abs=1e-7)
     assert sums["elicit"] == pytest.approx([loss.item(), 1])
     assert sums["reset_after_unsafe"] == pytest.approx([math.exp(-1.0), 1])
 
@@ -727,6 +727,8 @@ def test_interrupted_again_and_again(world, tmp_path):
         ("elicit", ("--elicit", 0.5)),
         ("discourage", ("--discourage", 0.5)),
         ("restart", ("--restart", "all")),
+        ("restart_weight", ("--restart-weight", 0.5)),
+        ("prefix", ("--prefix", 0.5, 1)),
         ("no_backtrack", ("--no-backtrack",)),
         ("seed", ("--seed", 1)),
         ("lr", ("--lr", 1e-4)),
@@ -779,7 +781,9 @@ def test_errors_that_name_the_culprit(world, tmp_path):
 
 def test_defaults():
     plain = vars(arguments(["dpo", "--init", "i", "--data", "d", "--out", "o"]))
-    assert (plain["beta"], plain["nll"], plain["elicit"], plain["discourage"]) == (0.1, 0.0, 1.0, 1.0)
+    assert (plain["beta"], plain["nll"], plain["elicit"], plain["discourage"], plain["restart_weight"]) == (
+        *(0.1, 0.0, 1.0, 1.0, 1.0),
+    )
     assert (plain["lr"], plain["weight_decay"], plain["no_backtrack"], plain["restart"]) == (5e-7, 0.0, False, "none")
 
 
@@ -788,7 +792,7 @@ def test_defaults():
 
 def test_it_learns_where_to_reset(world, tmp_path):
     """Every pair is won. With the NLL term [RESET] itself becomes likely where it belongs, and only there."""
-    more = ("--steps", 60, "--batch-size", 12, "--lr", 1e-2, "--nll", 1, "--heldout", world / "rows.jsonl")
+    more = ("--steps", 60, "--batch-size", 12, "--lr", 1e-2, "--nll", 0.1, "--heldout", world / "rows.jsonl")
     trained(*dpo(world, tmp_path / "out", *more))
     first, *_, last = steps_of(tmp_path / "out")
     assert first["accuracy"] == 0 and last["heldout/accuracy"] == 1 and last["heldout/margin"] > 1
