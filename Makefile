@@ -7,23 +7,40 @@
 # interrupted goes on where it was last saved.
 
 SEED   ?= 0
-RUN    := runs/toy-$(SEED)
+RUNS   ?= runs
 VENV   ?= .venv
 PYTHON ?= python3
 PY     := $(VENV)/bin/python
+# Trainings and evaluations of `make eval` that run side by side, each on one thread.
+JOBS   ?= 2
 
-# Seeds 0-9 were used to choose the settings below; results are reported on seeds from 100 up, and on those alone.
-TEST_SEEDS ?= 100 101 102
+# Seeds 0-9 were used to choose the settings below and 100-102 in an earlier report; results are of these, and of these
+# alone.
+ifdef QUICK
+TEST_SEEDS  ?= 200
+RESULTS     ?= $(RUNS)/quick
+EXPERIMENTS ?= main bias sampling
+else
+TEST_SEEDS  ?= 200 201 202 203 204
+RESULTS     ?= results
+EXPERIMENTS ?= main bias sampling retry training
+endif
 
 BASE := --steps 700 --lr 4e-3 --batch-size 32 --max-length 128 --log-every 100
 SFT  := --lr 1e-3 --batch-size 32 --max-length 128 --log-every 64
 EPOCHS      := 6
 # The baseline sees shorter sequences; with this many epochs it sees as many tokens as backtracking does in EPOCHS.
 EPOCHS_LONG := 7
-DPO  := --lr 5e-5 --beta 0.2 --nll 0.5 --epochs 2 --batch-size 32 --max-length 128 --log-every 10
+DPO  := --lr 5e-5 --beta 0.2 --nll 0.2 --epochs 2 --batch-size 32 --max-length 128 --log-every 10
+# Ours: without these pairs DPO teaches to refuse harmless questions, at full weight it unlearns to reset.
+DPO_RESTART := --restart all --restart-weight 0.1
 
-.PHONY: help setup test test-slow lint train-base train-sft train-sft-baseline train-dpo train-dpo-baseline sample eval results bench
+RUN := $(RUNS)/toy-$(SEED)
+
+.PHONY: help setup test test-slow lint train-base train-sft train-sft-baseline train-dpo train-dpo-baseline sample \
+	eval figures bench
 .DELETE_ON_ERROR:
+.SECONDARY:
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-20s %s\n", $$1, $$2 }'
@@ -52,39 +69,66 @@ lint: $(VENV)/.installed-dev  ## ruff: style and common mistakes
 	$(PY) -m ruff format --check .
 
 # ── The toy world: data, a pretrained base, fine-tuning with and without backtracking ──────────────────────────────
+# In the rules below % is the seed and $(@D) its directory.
 
-$(RUN)/data/world.json: $(VENV)/.installed
-	$(PY) -m data.toy --seed $(SEED) --out $(RUN)/data
+$(RUNS)/toy-%/data/world.json: | $(VENV)/.installed
+	$(PY) -m data.toy --seed $* --out $(@D)
 
-$(RUN)/base.done: $(RUN)/data/world.json
-	$(PY) train.py base --config data/toy.json --tokenizer $(RUN)/data/tokenizer --data $(RUN)/data/base.jsonl \
-		--out $(RUN)/base $(BASE) --seed $(SEED) --resume
+$(RUNS)/toy-%/base.done: $(RUNS)/toy-%/data/world.json
+	$(PY) train.py base --config data/toy.json --tokenizer $(@D)/data/tokenizer --data $(@D)/data/base.jsonl \
+		--out $(@D)/base $(BASE) --seed $* --resume
 	@touch $@
 
-SFT_COMMAND = $(PY) train.py sft --init $(RUN)/base --data $(RUN)/data/sft.jsonl $(RUN)/data/replay.jsonl \
-	--heldout $(RUN)/data/sft_heldout.jsonl $(SFT) --seed $(SEED) --resume
+SFT_COMMAND = $(PY) train.py sft --init $(@D)/base --data $(@D)/data/sft.jsonl $(@D)/data/replay.jsonl \
+	--heldout $(@D)/data/sft_heldout.jsonl $(SFT) --seed $* --resume --out $(basename $@)
 
-$(RUN)/sft.done: $(RUN)/base.done
-	$(SFT_COMMAND) --out $(RUN)/sft --epochs $(EPOCHS)
+$(RUNS)/toy-%/sft.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) --epochs $(EPOCHS)
 	@touch $@
 
-$(RUN)/sft-baseline.done: $(RUN)/base.done
-	$(SFT_COMMAND) --out $(RUN)/sft-baseline --epochs $(EPOCHS) --no-backtrack
+$(RUNS)/toy-%/sft-baseline.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) --epochs $(EPOCHS) --no-backtrack
 	@touch $@
 
-$(RUN)/sft-baseline-long.done: $(RUN)/base.done
-	$(SFT_COMMAND) --out $(RUN)/sft-baseline-long --epochs $(EPOCHS_LONG) --no-backtrack
+$(RUNS)/toy-%/sft-baseline-long.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) --epochs $(EPOCHS_LONG) --no-backtrack
 	@touch $@
 
-DPO_COMMAND = $(PY) train.py dpo --data $(RUN)/data/sft.jsonl --heldout $(RUN)/data/sft_heldout.jsonl $(DPO) \
-	--seed $(SEED) --resume
+DPO_COMMAND = $(PY) train.py dpo --data $(@D)/data/sft.jsonl --heldout $(@D)/data/sft_heldout.jsonl $(DPO) \
+	--seed $* --resume --out $(basename $@)
 
-$(RUN)/dpo.done: $(RUN)/sft.done
-	$(DPO_COMMAND) --init $(RUN)/sft --out $(RUN)/dpo
+$(RUNS)/toy-%/dpo.done: $(RUNS)/toy-%/sft.done
+	$(DPO_COMMAND) --init $(@D)/sft $(DPO_RESTART)
 	@touch $@
 
-$(RUN)/dpo-baseline.done: $(RUN)/sft-baseline.done
-	$(DPO_COMMAND) --init $(RUN)/sft-baseline --out $(RUN)/dpo-baseline --no-backtrack
+$(RUNS)/toy-%/dpo-baseline.done: $(RUNS)/toy-%/sft-baseline.done
+	$(DPO_COMMAND) --init $(@D)/sft-baseline --no-backtrack
+	@touch $@
+
+# What the paper leaves open, each a training of its own.
+
+$(RUNS)/toy-%/dpo-from-baseline.done: $(RUNS)/toy-%/sft-baseline.done
+	$(DPO_COMMAND) --init $(@D)/sft-baseline $(DPO_RESTART)
+	@touch $@
+
+$(RUNS)/toy-%/dpo-paper.done: $(RUNS)/toy-%/sft.done
+	$(DPO_COMMAND) --init $(@D)/sft
+	@touch $@
+
+$(RUNS)/toy-%/sft-restart-unsafe.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) --epochs $(EPOCHS) --restart unsafe
+	@touch $@
+
+$(RUNS)/toy-%/sft-restart-all.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) --epochs $(EPOCHS) --restart all
+	@touch $@
+
+$(RUNS)/toy-%/sft-prefix-early.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) --epochs $(EPOCHS) --prefix 0 0.5
+	@touch $@
+
+$(RUNS)/toy-%/sft-prefix-late.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) --epochs $(EPOCHS) --prefix 0.5 1
 	@touch $@
 
 train-base: $(RUN)/base.done  ## pretrain a small Llama on the toy world: all recipes, no regard to safety
@@ -105,18 +149,47 @@ sample: $(RUN)/sft.done  ## answers of the toy model, what it took back struck t
 	done < $(RUN)/data/demo.tsv
 	@printf '\nYour turn: %s sample.py --ckpt %s\n' $(PY) $(RUN)/sft
 
-# ── What it buys and what it costs ─────────────────────────────────────────────────────────────────────────────────
+# ── What it buys and what it costs: the paper's experiments, and what it leaves open ───────────────────────────────
 
-$(RUN)/eval.json: $(RUN)/sft.done $(RUN)/sft-baseline.done $(RUN)/sft-baseline-long.done
-	$(PY) -m backtrack.evaluate --ckpt $(RUN)/sft-baseline $(RUN)/sft-baseline-long $(RUN)/sft \
-		--prompts $(RUN)/data/prompts.jsonl --judge $(RUN)/data/world.json --out $@
+EVAL = $(PY) -m backtrack.evaluate --prompts $(@D)/data/prompts.jsonl --judge $(@D)/data/world.json --out $@ \
+	--ckpt $(patsubst %.done,%,$(filter %.done,$^))
+FOUR := sft-baseline dpo-baseline sft dpo
+UNSAFE_SETS := unseen unseen-ingredients wrapper
+NEW_SETS    := $(UNSAFE_SETS) prefill-unseen benign-unseen benign-wrapper
 
-eval: $(RUN)/eval.json  ## unsafe, helpful, refused and reset rates of the toy models, with intervals
-	$(PY) -m backtrack.evaluate --merge $(RUN)/eval.json
+# The main table.
+$(RUNS)/toy-%/main.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft-baseline dpo-baseline sft-baseline-long sft dpo))
+	$(EVAL)
 
-results:  ## the README's table: make eval on every test seed, pooled
-	for seed in $(TEST_SEEDS); do $(MAKE) eval SEED=$$seed || exit 1; done
-	$(PY) -m backtrack.evaluate --merge $(TEST_SEEDS:%=runs/toy-%/eval.json) --out results/toy-sft.json
+# The dial: a bias on the logit of [RESET]. One prompt at a time, so that its times are a user's.
+$(RUNS)/toy-%/bias.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
+	$(EVAL) --sets $(UNSAFE_SETS) benign-unseen benign-wrapper --limit 32 --batch-size 1 --reset-bias -10 -5 -2 0 2 5 10
+
+# Best and worst of k.
+$(RUNS)/toy-%/sampling.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,$(FOUR)))
+	$(EVAL) --sets unseen unseen-ingredients --limit 48 --temperature 1 --samples 64 --batch-size 256
+
+# What the retry sees, and how many it gets.
+$(RUNS)/toy-%/retry.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
+	$(EVAL) --sets $(NEW_SETS) --on-reset truncate keep --max-resets 0 1 2 4
+
+# Other ways to train.
+$(RUNS)/toy-%/training.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft sft-restart-unsafe sft-restart-all \
+		sft-prefix-early sft-prefix-late dpo dpo-paper dpo-from-baseline sft-baseline))
+	$(EVAL) --sets $(NEW_SETS) --on-reset truncate keep
+
+$(RESULTS)/toy-%.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/%.json)
+	$(PY) -m backtrack.evaluate --merge $^ --out $@
+
+eval: $(VENV)/.installed  ## every experiment on every test seed, pooled into results/; 40 minutes. QUICK=1: one seed, 7 minutes
+	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(EXPERIMENTS:%=$(RESULTS)/toy-%.json)
+
+figures: $(VENV)/.installed-figures  ## the pictures of results/, from its JSON
+	$(PY) -m backtrack.figures --results $(RESULTS)
+
+$(VENV)/.installed-figures: $(VENV)/.installed
+	$(PY) -m pip install --quiet -r requirements-figures.txt
+	@touch $@
 
 bench: $(VENV)/.installed-dev  ## tokens per second against transformers, and what a reset costs
 	$(PY) -m backtrack.bench

@@ -1,42 +1,52 @@
-"""How often is an answer unsafe, helpful, refused, reset? Any checkpoints side by side, with intervals.
+"""How often is an answer unsafe, helpful, refused, reset, and when does it come? Checkpoints side by side.
 
-    python -m backtrack.evaluate --ckpt runs/toy-0/sft runs/toy-0/sft-baseline \
+    python -m backtrack.evaluate --ckpt runs/toy-0/sft-baseline runs/toy-0/sft \
         --prompts runs/toy-0/data/prompts.jsonl --judge runs/toy-0/data/world.json --out runs/toy-0/eval.json
-    python -m backtrack.evaluate --merge runs/toy-*/eval.json         # the same table, pooled over seeds
+    python -m backtrack.evaluate --merge runs/toy-*/eval.json         # the same tables, pooled over seeds
+    python -m backtrack.evaluate --ckpt runs/sft --prompts mt_bench.jsonl --mt-bench answers/   # for FastChat's judge
 
-Every prompt is answered once by every checkpoint in both `on_reset` modes; the judge sees surviving text only. A prompt
-file is JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}, optionally with "prefill", text forced at the
-start of the answer. The judge here is the toy world's exact rule; it knows nothing of real conversations.
+A prompt file is JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}, optionally with "prefill", text forced
+at the start of the answer. --judge is the toy world's world.json or a Llama Guard 2 directory; it sees surviving text
+only. Without it nothing is judged; the same command with it judges those answers later, when the models' memory is
+free. --on-reset, --reset-bias and --max-resets take several values, and every combination of them is run; --samples
+draws several answers per prompt at a --temperature.
+
+Every answer goes to a file beside OUT, ending in .answers.jsonl, as soon as it is judged, with what was discarded,
+verdict, resets and timings; the same command again goes on from there. OUT has the counts per checkpoint, combination
+and set, with Wilson intervals, and McNemar's test of every checkpoint against the first. Timings mean most with
+--batch-size 1: answers of one batch wait for each other. It will not call an answer of a real model helpful or a
+refusal: the guard only says unsafe.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
-import math
+import os
 import platform
+import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from backtrack.examples import json_lines
-from backtrack.generate import generate
-from backtrack.judge import toy_judge
+from backtrack.generate import Generation, generate
+from backtrack.judge import load_judge
+from backtrack.statistics import best_of_k, mcnemar, wilson, worst_of_k
 from model import InputError, load_model, load_tokenizer
-from model.checkpoint import write_text
+from model.checkpoint import weights_digest, write_text
 from model.errors import device, run
 
 RATES = ("unsafe", "helpful", "refused", "reset")
-
-
-def wilson(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% score interval for a rate of count / n; unlike p ± 2·se it is right near 0 and 1 (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    p = count / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+# Sums over answers. first_step: tokens sampled up to the first one that survives, itself included.
+SUMS = ("resets", "steps", "surviving", "first_step", "first_token_s", "total_s")
+CONDITION = ("on_reset", "reset_bias", "max_resets")
+K = (1, 2, 4, 8, 16, 32, 64)  # of best-of-k and worst-of-k
+# Sampling temperature of each MT-Bench category: https://github.com/lm-sys/FastChat, fastchat/llm_judge/common.py
+MT_BENCH_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 
 
 def read_prompts(path: str) -> list[dict]:
@@ -57,145 +67,472 @@ def read_prompts(path: str) -> list[dict]:
     return prompts
 
 
-def answer_all(model, tok, prompts: list[dict], on_reset: str, args) -> list:
-    """One Generation per prompt, in order, args.batch_size at a time."""
-    encoded = [(tok.render(p["prompt"]), tok.encode(p["prefill"])) for p in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i][0]))  # little padding, rows end together
-    generations, began = [None] * len(prompts), time.time()
-    for start in range(0, len(prompts), args.batch_size):
-        batch = by_length[start : start + args.batch_size]
-        done = generate(
+def choose_prompts(prompts: list[dict], sets: list[str] | None, limit: int | None) -> list[dict]:
+    """The prompts of the sets named (of all, if none is), at most `limit` of each, spread evenly over its length."""
+    names = list(dict.fromkeys(p["set"] for p in prompts))
+    for name in sets or []:
+        if name not in names:
+            raise InputError(f"--sets {name}: no such set among the prompts; they have {', '.join(names)}")
+    chosen = []
+    for name in names if sets is None else sets:
+        members = [p for p in prompts if p["set"] == name]
+        n = min(limit or len(members), len(members))
+        chosen += [members[i * len(members) // n] for i in range(n)]
+    return chosen
+
+
+# ── Answers: one JSON line each ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def key(record: dict) -> tuple:
+    return tuple(record[name] for name in ("checkpoint", *CONDITION, "prompt", "sample"))
+
+
+def read_answers(path: Path, settings: dict) -> list[dict]:
+    """What an earlier run of the same settings has written. The half line of a kill is cut off the file.
+
+    Raises InputError if the file comes of other settings: answers of two experiments must not mix.
+    """
+    answered = False
+    if path.is_file():
+        head = next((value for _, value in json_lines(path)), None)
+        if not isinstance(head, dict) or not isinstance(head.get("settings"), dict):
+            raise InputError(f"{path}: holds no answers of this program; choose another --out")
+        answered = path.read_bytes().count(b"\n") > 1
+    if not answered:  # also if it was begun with a mistake in the settings that came out before the first answer
+        write_text(json.dumps({"settings": settings}) + "\n", path)
+        return []
+    for name, now in settings.items():
+        before = head["settings"].get(name)
+        if before != now:
+            raise InputError(f"{path}: was begun with {name} {before}, now {now}; choose another --out or delete it")
+    with open(path, "rb+") as f:  # it is ours: now it may be changed
+        f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
+    return [value for _, value in json_lines(path)][1:]
+
+
+def answer(model, tok, ckpt: str, prompts: list[dict], todo: list[tuple[int, int]], condition: dict, judge, args):
+    """Yields a list of records for one batch after another. todo: (index of the prompt, number of the sample)."""
+    encoded = {i: (tok.render(prompts[i]["prompt"]), tok.encode(prompts[i]["prefill"])) for i, _ in todo}
+    todo = sorted(todo, key=lambda item: len(encoded[item[0]][0]))  # little padding, rows end together
+    for start in range(0, len(todo), args.batch_size):
+        batch = todo[start : start + args.batch_size]
+        generations = generate(
             model,
-            [encoded[i][0] for i in batch],
-            prefill=[encoded[i][1] for i in batch],
+            [encoded[i][0] for i, _ in batch],
+            prefill=[encoded[i][1] for i, _ in batch],
             reset_id=tok.reset_id,
             stop_ids=tok.stop_ids,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
-            reset_bias=args.reset_bias,
-            max_resets=args.max_resets,
-            on_reset=on_reset,
-            seed=args.seed + start,
+            seed=args.seed,
+            sample_ids=[i * args.samples + sample for i, sample in batch],
+            **condition,
         )
-        for i, generation in zip(batch, done, strict=True):
-            generations[i] = generation
-        count = min(start + args.batch_size, len(prompts))
-        left = (time.time() - began) / count * (len(prompts) - count)
-        sys.stderr.write(f"\r  {on_reset}: {count}/{len(prompts)} prompts, {left:.0f} s left ")
-    print(file=sys.stderr)
-    return generations
+        records = []
+        for (i, sample), g in zip(batch, generations, strict=True):
+            response = tok.decode(g.tokens)
+            record = {"checkpoint": ckpt, **condition, "prompt": i, "sample": sample, "set": prompts[i]["set"]}
+            record |= {"response": response, "discarded": [tok.decode(ids) for ids in g.discarded]}
+            record |= timings(g, len(encoded[i][1])) | {"finish_reason": g.finish_reason}
+            records.append(record | verdict(judge, prompts[i], response, args))
+        yield records
 
 
-def evaluate(ckpt: str, prompts: list[dict], judge, args) -> list[dict]:
-    """One record per (set, on_reset): counts out of n of each rate."""
-    tok = load_tokenizer(ckpt)
-    model = load_model(ckpt, args.device, getattr(torch, args.dtype))
-    records = []
-    for on_reset in args.on_reset:
-        generations = answer_all(model, tok, prompts, on_reset, args)
-        counts: dict[str, dict] = {}
-        for p, g in zip(prompts, generations, strict=True):
-            verdict = judge(p["prompt"], tok.decode(g.tokens))
-            c = counts.setdefault(p["set"], {"benign": p["benign"], "n": 0, **dict.fromkeys(RATES, 0), "steps": 0})
-            c["n"] += 1
-            c["steps"] += g.steps
-            c["reset"] += g.resets > 0
+def verdict(judge, prompt: dict, response: str, args) -> dict:
+    """The verdict's part of a record: what the judge says, and nothing of what it does not.
+
+    An answer that leaves a guard without a verdict, by its length or by talking it into another subject, counts as
+    unsafe: nobody has called it safe, and a long evaluation should not end there.
+    """
+    if judge is None:
+        return {}
+    try:
+        said = vars(judge(prompt["prompt"], response))
+    except InputError as error:
+        print(f"\nno verdict, counted as unsafe: {error}", file=sys.stderr)
+        said = {"unsafe": True, "category": "no verdict"}
+    return {"judge": args.judge} | {name: value for name, value in said.items() if value is not None}
+
+
+def timings(g: Generation, prefilled: int) -> dict:
+    """The sums' part of a record. A prefill that survives was not sampled, so it costs and earns nothing."""
+    surviving = len(g.tokens) - (prefilled if g.resets == 0 else 0)
+    after = surviving + (g.finish_reason == "stop")  # sampled since the last [RESET]
+    first_step = g.steps - after + min(1, after)
+    return {
+        "resets": g.resets,
+        "steps": g.steps,
+        "surviving": surviving,
+        "first_step": first_step,
+        "first_token_s": round(g.first_token_s, 6),
+        "total_s": round(g.total_s, 6),
+    }
+
+
+def answer_all(prompts: list[dict], args) -> list[dict]:
+    """Every prompt, sample, condition and checkpoint: the records, in that order, made now or read from the file."""
+    conditions = [
+        dict(zip(CONDITION, values, strict=True))
+        for values in itertools.product(args.on_reset, args.reset_bias, args.max_resets)
+    ]
+    same = ("temperature", "top_p", "samples", "max_new_tokens", "seed", "dtype")
+    settings = {name: getattr(args, name) for name in same}
+    settings["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
+    path = Path(args.out).with_suffix(".answers.jsonl")
+    done = {key(r): r for r in read_answers(path, settings)}
+    wanted = [
+        {"checkpoint": ckpt, **condition, "prompt": i, "sample": sample}
+        for ckpt in args.ckpt
+        for condition in conditions
+        for i in range(len(prompts))
+        for sample in range(args.samples)
+    ]
+    left = sum(key(w) not in done for w in wanted)
+    if left < len(wanted):
+        print(f"{path}: {len(wanted) - left} of {len(wanted)} answers are there already", file=sys.stderr)
+    judge = load_judge(args.judge, args.device, getattr(torch, args.dtype)) if args.judge else None
+    for r in done.values():
+        if args.judge and r.get("judge", args.judge) != args.judge:
+            raise InputError(f"{path}: was judged by {r['judge']}, not {args.judge}; choose another --out or delete it")
+    late = [r for r in done.values() if args.judge and "judge" not in r]
+    for r in late:
+        r |= verdict(judge, prompts[r["prompt"]], r["response"], args)
+    if late:
+        lines = [{"settings": settings}, *done.values()]
+        write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), path)
+        print(f"{path}: judged {len(late)} answers that were there already", file=sys.stderr)
+    count, began = 0, time.time()
+    with open(path, "a", encoding="utf-8") as f:
+        for ckpt in args.ckpt:
+            model = tok = None
+            for condition in conditions:
+                todo = [
+                    (w["prompt"], w["sample"])
+                    for w in wanted
+                    if w["checkpoint"] == ckpt and all(w[c] == condition[c] for c in CONDITION) and key(w) not in done
+                ]
+                if not todo:
+                    continue
+                if model is None:
+                    tok, model = load_tokenizer(ckpt), load_model(ckpt, args.device, getattr(torch, args.dtype))
+                for records in answer(model, tok, ckpt, prompts, todo, condition, judge, args):
+                    f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+                    f.flush()
+                    done |= {key(r): r for r in records}
+                    count += len(records)
+                    seconds = (time.time() - began) / count * (left - count)
+                    sys.stderr.write(f"\r{Path(ckpt).name}: {count}/{left} answers, {seconds:.0f} s left   ")
+        os.fsync(f.fileno())
+    if count:
+        print(file=sys.stderr)
+    return [done[key(w)] for w in wanted]
+
+
+# ── From answers to counts ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def groups(prompts: list[dict]) -> dict[str, list[int]]:
+    """Set -> its prompts. Beside the sets themselves, where there are several: all that ask for something unsafe
+    without a forced beginning, and all benign ones."""
+    sets: dict[str, list[int]] = {}
+    for i, p in enumerate(prompts):
+        sets.setdefault(p["set"], []).append(i)
+    for name, wanted in (("unsafe overall", False), ("benign overall", True)):
+        members = [i for i, p in enumerate(prompts) if p["benign"] is wanted and not p["prefill"]]
+        if len({prompts[i]["set"] for i in members}) > 1:
+            sets[name] = members
+    return sets
+
+
+def count(answers: list[dict], prompts: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(one record of counts per checkpoint, condition and set; one paired comparison of each with the first)."""
+    by_condition: dict[tuple, dict] = {}
+    for a in answers:
+        cell = by_condition.setdefault((a["checkpoint"], *(a[c] for c in CONDITION)), {})
+        cell.setdefault(a["prompt"], []).append(a)
+    records, paired = [], []
+    first = answers[0]["checkpoint"]
+    for name, members in groups(prompts).items():
+        for (ckpt, *condition), cell in by_condition.items():
+            found = [a for i in members for a in cell[i]]
+            head = {"checkpoint": ckpt, **dict(zip(CONDITION, condition, strict=True)), "set": name}
+            record = head | {"benign": prompts[members[0]]["benign"], "n": len(found), "prompts": len(members)}
             for rate in ("unsafe", "helpful", "refused"):
-                c[rate] += getattr(verdict, rate)
-        records += [{"checkpoint": ckpt, "on_reset": on_reset, "set": name, **c} for name, c in counts.items()]
-    return records
+                record[rate] = sum(a[rate] for a in found) if all(rate in a for a in found) else None
+            record["reset"] = sum(a["resets"] > 0 for a in found)
+            record |= {s: round(sum(a[s] for a in found), 6) for s in SUMS}
+            samples = len(found) // len(members)
+            if samples > 1 and record["unsafe"] is not None:
+                unsafe = [sum(a["unsafe"] for a in cell[i]) for i in members]
+                ks = [k for k in K if k <= samples]
+                for curve, of_k in (("worst_of_k", worst_of_k), ("best_of_k", best_of_k)):
+                    record[curve] = {str(k): sum(of_k(samples, u, k) for u in unsafe) for k in ks}
+            records.append(record)
+            if ckpt != first and samples == 1:
+                other = [a for i in members for a in by_condition[first, *condition][i]]
+                for rate in ("unsafe", "helpful"):
+                    if all(rate in a for a in found + other):
+                        outcome = Counter((a[rate], b[rate]) for a, b in zip(other, found, strict=True))
+                        only = {"only_first": outcome[True, False], "only_this": outcome[False, True]}
+                        paired.append(head | {"first": first, "rate": rate, **only})
+    return records, paired
 
 
 def pool(records: list[dict]) -> list[dict]:
-    """Add up the records of equal checkpoint name, mode and set: what is left to tell apart are world seeds."""
+    """Add up records that differ in the checkpoint's directory only: what is left to tell apart are world seeds."""
     pooled: dict[tuple, dict] = {}
     for r in records:
-        name = Path(r["checkpoint"]).name
-        total = pooled.setdefault(
-            (name, r["on_reset"], r["set"]),
-            {"checkpoint": name, "on_reset": r["on_reset"], "set": r["set"], "benign": r["benign"]}
-            | dict.fromkeys(("n", "steps", *RATES), 0)
-            | {"by_seed": []},
-        )
-        for key in ("n", "steps", *RATES):
-            total[key] += r[key]
-        total["by_seed"].append({rate: round(r[rate] / r["n"], 4) for rate in RATES})
+        pair = "first" in r
+        head = {k: Path(r[k]).name for k in (("checkpoint", "first") if pair else ("checkpoint",))}
+        head |= {k: r[k] for k in (*CONDITION, "set", "rate" if pair else "benign")}
+        total = pooled.setdefault(tuple(head.items()), head | ({} if pair else {"by_seed": []}))
+        for k in ("only_first", "only_this") if pair else ("n", "prompts", *RATES, *SUMS):
+            total[k] = None if None in (r[k], total.get(k, 0)) else round(total.get(k, 0) + r[k], 6)
+        for curve in ("worst_of_k", "best_of_k"):
+            if curve in r:
+                old = total.get(curve, {})
+                total[curve] = {k: old.get(k, 0.0) + v for k, v in r[curve].items()}
+        if "by_seed" in total:
+            seed = {rate: None if r[rate] is None else round(r[rate] / r["n"], 4) for rate in RATES}
+            seed |= {s: round(r[s] / r["n"], 6) for s in SUMS}
+            seed |= {c: {k: round(v / r["prompts"], 4) for k, v in r[c].items()} for c in CURVES if c in r}
+            total["by_seed"].append(seed)
     return list(pooled.values())
 
 
-def print_table(records: list[dict]) -> None:
-    """Rates in percent with Wilson 95% intervals, one line per set, checkpoint and mode."""
+CURVES = ("worst_of_k", "best_of_k")
+
+
+def with_intervals(records: list[dict], paired: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Wilson's where every prompt was answered once, since answers to one prompt are not independent."""
+    for r in records:
+        for rate in RATES:
+            if r[rate] is not None and r["n"] == r["prompts"]:
+                r[f"{rate}_interval"] = [round(x, 4) for x in wilson(r[rate], r["n"])]
+    return records, [p | {"p": float(f"{mcnemar(p['only_first'], p['only_this']):.3g}")} for p in paired]
+
+
+# ── What is printed ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def print_table(records: list[dict], paired: list[dict]) -> None:
+    """Rates in percent with 95% intervals, one line per set, checkpoint and condition. p: McNemar's, of `unsafe` (of
+    `helpful` on benign sets) against the first checkpoint. step: tokens sampled up to the first that survives."""
     width = max(len(name) for name in ("checkpoint", *(r["checkpoint"] for r in records)))
-    sets = list(dict.fromkeys(r["set"] for r in records))
-    print(f"{'set':<20}{'n':>5}  {'checkpoint':<{width}}  {'on_reset':<9}" + "".join(f"{r + ' %':>20}" for r in RATES))
-    for name in sets:
+    p_of = {tuple(p[k] for k in ("checkpoint", *CONDITION, "set", "rate")): p["p"] for p in paired}
+    print(
+        f"{'set':<20}{'n':>6}  {'checkpoint':<{width}}  {'on_reset':<8} {'bias':>5} {'max':>3}"
+        + "".join(f"{r + ' %':>20}" for r in RATES)
+        + f"{'p':>9}{'step':>7}"
+    )
+    for name in dict.fromkeys(r["set"] for r in records):
         for r in (r for r in records if r["set"] == name):
             cells = ""
             for rate in RATES:
-                low, high = wilson(r[rate], r["n"])
-                cells += f"{100 * r[rate] / r['n']:>7.1f} [{100 * low:>4.1f},{100 * high:>5.1f}]"
-            print(f"{name:<20}{r['n']:>5}  {r['checkpoint']:<{width}}  {r['on_reset']:<9}{cells}")
+                if r[rate] is None:
+                    cells += f"{'–':>20}"
+                    continue
+                interval = r.get(f"{rate}_interval")
+                limits = f" [{100 * interval[0]:>4.1f},{100 * interval[1]:>5.1f}]" if interval else " " * 13
+                cells += f"{100 * r[rate] / r['n']:>7.1f}{limits}"
+            rate = "helpful" if r["benign"] else "unsafe"
+            p = p_of.get((r["checkpoint"], *(r[c] for c in CONDITION), name, rate))
+            print(
+                f"{name:<20}{r['n']:>6}  {r['checkpoint']:<{width}}  {r['on_reset']:<8} {r['reset_bias']:>5g}"
+                f" {r['max_resets']:>3}{cells}{'' if p is None else f'{p:.2g}':>9}{r['first_step'] / r['n']:>7.1f}"
+            )
+    curves = [r for r in records if "worst_of_k" in r]
+    if curves:
+        print(f"\n{'unsafe % of k samples':<24}{'checkpoint':<{width}}  {'':<6}" + "".join(f"{f'k={k}':>7}" for k in K))
+        for r in curves:
+            for curve in CURVES:
+                cells = "".join(f"{100 * v / r['prompts']:>7.1f}" for v in r[curve].values())
+                print(f"{r['set']:<24}{r['checkpoint']:<{width}}  {curve.split('_')[0]:<6}{cells}")
 
 
-def with_intervals(records: list[dict]) -> list[dict]:
-    return [r | {f"{rate}_interval": [round(x, 4) for x in wilson(r[rate], r["n"])] for rate in RATES} for r in records]
+def print_side_by_side(answers: list[dict], prompts: list[dict], count: int) -> None:
+    """`count` prompts of each set, those first on which the verdicts differ, what was taken back ~~struck through~~."""
+    first = {(a["checkpoint"], a["prompt"]): a for a in reversed(answers)}  # of several conditions and samples, one
+    ckpts = list(dict.fromkeys(a["checkpoint"] for a in answers))
+    for name, members in groups(prompts).items():
+        if name in ("unsafe overall", "benign overall"):
+            continue
+
+        def agreement(i):
+            return len({(first[ckpt, i].get("unsafe"), first[ckpt, i].get("helpful")) for ckpt in ckpts}) == 1
+
+        for i in sorted(members, key=agreement)[:count]:  # a stable sort: otherwise the order of the prompts
+            print(f"\n[{name}] {prompts[i]['prompt'][-1]['content']}")
+            if prompts[i]["prefill"]:
+                print(f"  answer forced to begin: {prompts[i]['prefill']}")
+            for ckpt in ckpts:
+                a = first[ckpt, i]
+                taken_back = "".join(f"~~{text}~~ [RESET] " for text in a["discarded"])
+                print(f"  {Path(ckpt).name}: {taken_back}{a['response']}")
+
+
+# ── MT-Bench ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mt_bench(ckpt: str, prompts: list[dict], args) -> Path:
+    """Answer both turns of every question, in the format that FastChat's judge reads from data/mt_bench/model_answer.
+
+    Questions that the file has answers for are not asked again. Sampling as FastChat does it, by category.
+    """
+    path = Path(args.mt_bench) / f"{Path(ckpt).name}.jsonl"
+    done = [answer for _, answer in json_lines(path)] if path.is_file() else []
+    known = {answer["question_id"] for answer in done}
+    questions = [p for p in prompts if p["question_id"] not in known]
+    number = {p["question_id"]: i for i, p in enumerate(prompts)}  # of the samples: the same when it goes on
+    tok, model = load_tokenizer(ckpt), load_model(ckpt, args.device, getattr(torch, args.dtype))
+    for temperature in sorted({MT_BENCH_TEMPERATURE.get(q.get("category"), 0.0) for q in questions}):
+        asked = [q for q in questions if MT_BENCH_TEMPERATURE.get(q.get("category"), 0.0) == temperature]
+        for start in range(0, len(asked), args.batch_size):
+            batch = asked[start : start + args.batch_size]
+            chats: list[list[dict]] = [[] for _ in batch]
+            for turn in range(max(len(q["turns"]) for q in batch)):
+                rows = [i for i, q in enumerate(batch) if turn < len(q["turns"])]
+                for i in rows:
+                    chats[i].append({"role": "user", "content": batch[i]["turns"][turn]})
+                generations = generate(
+                    model,
+                    [tok.render(chats[i]) for i in rows],
+                    reset_id=tok.reset_id,
+                    stop_ids=tok.stop_ids,
+                    max_new_tokens=args.max_new_tokens,
+                    temperature=temperature,
+                    top_p=args.top_p,
+                    reset_bias=args.reset_bias[0],
+                    max_resets=args.max_resets[0],
+                    on_reset=args.on_reset[0],
+                    seed=args.seed,
+                    sample_ids=[1000 * turn + number[batch[i]["question_id"]] for i in rows],
+                )
+                for i, g in zip(rows, generations, strict=True):
+                    chats[i].append({"role": "assistant", "content": tok.decode(g.tokens)})
+            for q, chat in zip(batch, chats, strict=True):
+                turns = [m["content"] for m in chat if m["role"] == "assistant"]
+                name = hashlib.sha256(json.dumps([ckpt, q["question_id"], turns]).encode()).hexdigest()
+                done.append(
+                    {
+                        "question_id": q["question_id"],
+                        "answer_id": name[:22],
+                        "model_id": Path(ckpt).name,
+                        "choices": [{"index": 0, "turns": turns}],
+                        "tstamp": time.time(),
+                    }
+                )
+            write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in done), path)
+            sys.stderr.write(f"\r{Path(ckpt).name}: {len(done)}/{len(prompts)} questions ")
+    print(file=sys.stderr)
+    return path
+
+
+# ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def made_by() -> dict:
+    """What a result file says of its origin: command, commit, machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    program = f"backtrack.{Path(sys.argv[0]).stem}"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    return {
+        "command": " ".join(["python -m", program, *sys.argv[1:]]),
+        "commit": commit,
+        "machine": f"{platform.machine()}, {where}, torch {torch.__version__}",
+    }
 
 
 def parse_args() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--ckpt", nargs="+", help="model directories to compare")
+    what.add_argument("--ckpt", nargs="+", help="model directories; the others are tested against the first")
     what.add_argument("--merge", nargs="+", help="earlier --out files to pool, one per seed")
     parser.add_argument("--prompts", nargs="+", help="prompt files (JSON lines)")
-    parser.add_argument("--judge", help="world.json of the toy world the prompts come from")
-    parser.add_argument("--on-reset", nargs="+", choices=("truncate", "keep"), default=("truncate", "keep"))
+    parser.add_argument("--sets", nargs="+", help="of the prompts, these sets only")
+    parser.add_argument("--limit", type=positive, help="of each set, so many prompts, evenly spread")
+    parser.add_argument("--judge", help="world.json of the toy world the prompts come from, or a Llama Guard directory")
+    parser.add_argument("--on-reset", nargs="+", choices=("truncate", "keep"), default=["truncate"])
+    parser.add_argument("--reset-bias", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--max-resets", nargs="+", type=int, default=[1])
+    parser.add_argument(
+        "--samples", type=positive, default=1, help="answers per prompt; for more than 1 set --temperature"
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--reset-bias", type=float, default=0.0)
-    parser.add_argument("--max-resets", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=80)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="at a temperature, samples depend on it and --batch-size")
+    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
-    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--out", help="summary to write (.json); answers go beside it (.answers.jsonl)")
+    parser.add_argument("--show", type=positive, metavar="N", help="print N prompts per set that get different answers")
+    parser.add_argument("--mt-bench", metavar="DIR", help="write answers for FastChat's judge to DIR, judge nothing")
     args = parser.parse_args()
-    if args.ckpt and not (args.prompts and args.judge):
-        parser.error("--ckpt needs --prompts and --judge")
-    if args.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
+    for name in ("ckpt", "sets", *CONDITION):  # what is asked for twice is done once
+        if getattr(args, name):
+            setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    if args.ckpt and not args.prompts:
+        parser.error("--ckpt needs --prompts")
+    if args.ckpt and not args.mt_bench and not args.out:
+        parser.error("--ckpt needs --out, or --mt-bench")
+    if args.samples > 1 and args.temperature == 0:
+        parser.error("--samples needs a --temperature: greedy answers are all the same")
     return args
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
 
 
 def main() -> None:
     args = parse_args()
     if args.merge:
-        records = []
+        records, paired = [], []
         for path in args.merge:
             try:
-                found = json.loads(Path(path).read_bytes())["records"]
-                pool(found)  # fails on records that are not ours
-                records += found
+                result = json.loads(Path(path).read_bytes())
+                pool(result["records"] + result["paired"])  # fails on records that are not ours
+                records += result["records"]
+                paired += result["paired"]
             except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
                 raise InputError(f"{path}: not a result of this program; make it with --out") from None
         if not records:
             raise InputError(f"{args.merge[0]}: holds no results")
-        records = pool(records)
+        records, paired = pool(records), pool(paired)
     else:
         prompts = [p for path in args.prompts for p in read_prompts(path)]
-        judge = toy_judge(args.judge)
-        records = []
-        for ckpt in args.ckpt:
-            print(f"{ckpt}: {len(prompts)} prompts", file=sys.stderr)
-            records += evaluate(ckpt, prompts, judge, args)
-    records = with_intervals(records)
+        prompts = choose_prompts(prompts, args.sets, args.limit)
+        if args.mt_bench:
+            for p in prompts:
+                if "question_id" not in p or "turns" not in p:
+                    raise InputError("--mt-bench: a prompt has no question_id or turns; make them with data.prepare")
+            if len({Path(ckpt).name for ckpt in args.ckpt}) < len(args.ckpt):
+                raise InputError("--mt-bench: two of --ckpt end in the same name, which FastChat tells models by")
+            for ckpt in args.ckpt:
+                print(f"wrote {mt_bench(ckpt, prompts, args)}")
+            return
+        answers = answer_all(prompts, args)
+        records, paired = count(answers, prompts)
+    records, paired = with_intervals(records, paired)
     if args.out:
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        result = {"command": " ".join(["python -m backtrack.evaluate", *sys.argv[1:]]), "machine": machine}
-        write_text(json.dumps(result | {"records": records}, indent=1) + "\n", args.out)
-    print_table(records)
+        lines = [",\n".join("  " + json.dumps(r) for r in rows) for rows in (records, paired)]
+        head = json.dumps(made_by(), indent=1)[:-2]
+        write_text(f'{head},\n "records": [\n{lines[0]}\n ],\n "paired": [\n{lines[1]}\n ]\n}}\n', args.out)
+    print_table(records, paired)
+    if args.show and args.ckpt:
+        print_side_by_side(answers, prompts, args.show)
 
 
 if __name__ == "__main__":

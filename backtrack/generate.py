@@ -70,6 +70,7 @@ def stream(
     on_reset: str = "truncate",
     prefill: list[list[int]] | None = None,
     seed: int = 0,
+    sample_ids: list[int] | None = None,
 ) -> Iterator[Token | Reset | Done]:
     """Sample an answer to every prompt (token ids, any lengths) in one batch; yields events as they happen.
 
@@ -82,15 +83,19 @@ def stream(
     on_reset        "truncate": the retry sees prompt ⊕ [RESET]^r. "keep" (the paper): it sees all that was discarded.
     prefill         tokens forced at the start of each answer. They belong to the answer: a reset discards them.
     seed            row i's sample depends on (seed, i) only, not on the rows beside it.
+    sample_ids      numbers to take the place of i: whoever cuts one long list of prompts into batches gives each row
+                    its place in the list, and how it is cut changes nothing.
 
     A row's Token events since its last Reset are, in order, its surviving tokens (prefill first). Raises InputError
     for an empty or over-long prompt, ids outside the vocabulary, options out of range, and logits that are not finite.
     """
     prefill = [[] for _ in prompts] if prefill is None else prefill
+    sample_ids = list(range(len(prompts))) if sample_ids is None else sample_ids
     stop_ids = sorted(set(stop_ids))
     max_resets = 0 if reset_id is None else max_resets
     for ok, complaint in (
         (len(prefill) == len(prompts), f"{len(prefill)} prefills for {len(prompts)} prompts"),
+        (len(sample_ids) == len(prompts), f"{len(sample_ids)} sample_ids for {len(prompts)} prompts"),
         (max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, must be at least 1"),
         (temperature >= 0.0, f"temperature is {temperature}, must be 0 (greedy) or positive"),
         (0.0 < top_p <= 1.0, f"top_p is {top_p}, must be in (0, 1]"),
@@ -123,7 +128,7 @@ def stream(
         return iter(())
     capacity = max(len(x) + len(y) for x, y in zip(prompts, prefill, strict=True)) + max_resets + attempts
     sampler = Sampler(temperature, top_p, reset_id, reset_bias, on_reset == "truncate", max_new_tokens, stop_ids)
-    return _run(model, prompts, prefill, sampler, max_resets, capacity, seed)
+    return _run(model, prompts, prefill, sampler, max_resets, capacity, [f"{seed}/{i}" for i in sample_ids])
 
 
 @dataclass
@@ -209,7 +214,7 @@ class Record:
 
 
 @torch.inference_mode()  # as a decorator it is off again while the caller holds the generator
-def _run(model, prompts, prefill, s: Sampler, max_resets: int, capacity: int, seed: int):
+def _run(model, prompts, prefill, s: Sampler, max_resets: int, capacity: int, seeds: list[str]):
     start = time.perf_counter()
     weight = model.model.embed_tokens.weight
     device, B = weight.device, len(prompts)
@@ -233,7 +238,7 @@ def _run(model, prompts, prefill, s: Sampler, max_resets: int, capacity: int, se
     prompt_lengths = torch.tensor([len(x) for x in prompts], device=device)
     rows = Rows(full(0), prompt_lengths, full(max_resets), full(s.max_new_tokens), full(1))
     stops = torch.tensor(s.stop_ids, dtype=torch.int64, device=device)
-    generators = [torch.Generator().manual_seed(random.Random(f"{seed}/{i}").getrandbits(63)) for i in range(B)]
+    generators = [torch.Generator().manual_seed(random.Random(seed).getrandbits(63)) for seed in seeds]
     uniforms, u = None, None
 
     # On CUDA the host reads a step's tokens while the device is already at the next one; elsewhere it reads at once.

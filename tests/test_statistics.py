@@ -1,0 +1,122 @@
+"""statistics.py against brute force: subsets listed one by one, coin tosses counted, densities integrated."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from backtrack.statistics import T_975, best_of_k, mcnemar, mean_interval, wilson, worst_of_k
+
+
+def bisect(f, low, high):
+    """The root of f between low and high, where its sign differs."""
+    rising = f(high) > 0
+    for _ in range(200):
+        middle = (low + high) / 2
+        if (f(middle) > 0) == rising:
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 128, 5000])
+def test_wilson_solves_the_score_equation(n):
+    """Its ends are the rates p for which count lies z standard deviations of a Binomial(n, p) from n·p."""
+    z = 1.959964
+    for count in sorted({0, 1, n // 3, n // 2, n - 1, n}):
+
+        def outside(p, count=count):
+            return (count - n * p) ** 2 - z * z * n * p * (1 - p)
+
+        rate = count / n
+        low, high = wilson(count, n)
+        assert low == pytest.approx(0.0 if count == 0 else bisect(outside, 0.0, rate), abs=1e-9)
+        assert high == pytest.approx(1.0 if count == n else bisect(outside, rate, 1.0), abs=1e-9)
+        assert 0.0 <= low <= rate + 1e-12 and rate - 1e-12 <= high <= 1.0
+
+
+def test_wilson_by_hand():
+    """z is the normal distribution's: 2.5% lie beyond it on either side. Values from Wilson's paper's formula."""
+    assert 0.5 * math.erfc(1.959964 / math.sqrt(2)) == pytest.approx(0.025, abs=1e-8)
+    assert wilson(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-6)
+    assert wilson(0, 10) == (0.0, pytest.approx(1.959964**2 / (10 + 1.959964**2)))
+    assert wilson(10, 10) == pytest.approx((10 / (10 + 1.959964**2), 1.0))
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(30, 100, z=1.0)[0] > wilson(30, 100)[0]
+
+
+def test_wilson_is_symmetric():
+    for n in (1, 7, 40):
+        for count in range(n + 1):
+            low, high = wilson(count, n)
+            assert wilson(n - count, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 12])
+def test_mcnemar_counts_coin_tosses(n):
+    """The share of all 2^n outcomes that are at least as lopsided as the one seen."""
+    outcomes = [sum(tosses) for tosses in itertools.product((0, 1), repeat=n)]
+    for a in range(n + 1):
+        lopsided = abs(2 * a - n)
+        p = sum(abs(2 * heads - n) >= lopsided for heads in outcomes) / len(outcomes)
+        assert mcnemar(a, n - a) == mcnemar(n - a, a) == pytest.approx(p)
+
+
+def test_mcnemar_without_a_difference():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(7, 7) == 1.0
+    assert mcnemar(0, 500) == pytest.approx(2.0**-499)
+
+
+@pytest.mark.parametrize("n, unsafe", [(1, 0), (1, 1), (6, 0), (6, 2), (6, 6), (9, 4)])
+def test_best_and_worst_of_k_list_all_subsets(n, unsafe):
+    answers = [True] * unsafe + [False] * (n - unsafe)
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations(answers, k))
+        assert worst_of_k(n, unsafe, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+        assert best_of_k(n, unsafe, k) == pytest.approx(sum(map(all, subsets)) / len(subsets))
+
+
+def test_worst_of_k_is_unbiased():
+    """Averaged over n = 8 draws at rate p, it gives 1 − (1 − p)^k, also where plugging the rate in would not."""
+    n, p, k = 8, 0.15, 5
+    chance = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
+    estimate = sum(w * worst_of_k(n, c, k) for c, w in enumerate(chance))
+    plugged_in = sum(w * (1 - (1 - c / n) ** k) for c, w in enumerate(chance))
+    assert estimate == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
+    assert abs(plugged_in - (1 - (1 - p) ** k)) > 0.01
+    assert sum(w * best_of_k(n, c, k) for c, w in enumerate(chance)) == pytest.approx(p**k, abs=1e-12)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30])
+def test_quantiles_of_student_t(freedom):
+    """The density, integrated from 0 to the quantile by Simpson's rule, leaves 2.5% above it."""
+    scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    steps, end = 20_000, T_975[freedom - 1]
+    h = end / steps
+    f = [scale * (1 + (i * h) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(steps + 1)]
+    area = h / 3 * (f[0] + f[-1] + 4 * sum(f[1:-1:2]) + 2 * sum(f[2:-1:2]))
+    assert area == pytest.approx(0.475, abs=2e-6)
+
+
+def test_quantiles_fall():
+    assert list(T_975) == sorted(T_975, reverse=True) and len(T_975) == 30 and T_975[-1] > 1.96
+
+
+def test_mean_interval_by_hand():
+    """1, 2, 3, 4, 5: standard deviation √2.5, of the mean √0.5, and t with 4 degrees of freedom is 2.7764."""
+    assert mean_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(
+        (3.0, 3 - 2.7764 * 0.5**0.5, 3 + 2.7764 * 0.5**0.5)
+    )
+    assert mean_interval([0.25]) == (0.25, -math.inf, math.inf)
+    assert mean_interval([0.5] * 40) == (0.5, 0.5, 0.5)
+
+
+def test_mean_interval_covers():
+    """Of the intervals of five normal values each, 95% hold the true mean: seed fixed, 2,000 trials, 3σ is 1.5%."""
+    draw = random.Random(0)
+    trials = [mean_interval([draw.gauss(1.0, 2.0) for _ in range(5)]) for _ in range(2000)]
+    covered = sum(low <= 1.0 <= high for _, low, high in trials) / len(trials)
+    assert 0.935 < covered < 0.965
