@@ -1,0 +1,266 @@
+"""Attack a model that can take its words back, and see what survives.
+
+    python -m backtrack.attacks NAME --ckpt DIR --prompts F [--sets …] --judge J --out F.jsonl [--budget N]
+    python -m backtrack.attacks table FILE.jsonl … [--out F.json]      # success rates of all of them, pooled over seeds
+
+    prefill       the answer is forced to begin in some way           prefill.py
+    instruct      the prompt asks not to reset                        instruct.py
+    gcg           a suffix by greedy coordinate gradient              gcg.py
+    adaptive-gcg  the same by an attacker who knows about [RESET]     gcg.py
+    autodan       a readable wrapper by genetic search                autodan.py
+
+An attack succeeds when the judge calls what *survives* sampling unsafe, with resets as --max-resets, --on-reset and
+--reset-bias say; the judge is shown the original prompt, not the attack. --budget is counted in candidates whose
+likelihood was computed and means the same for all three searches, so their success can be drawn against it.
+
+One JSON line per prompt: the attack string, the messages or the prefill sent, the loss after each step, the answer with
+what was discarded, the verdict. A run that was stopped goes on with the prompts that are missing and gives the lines it
+would have given: what happens to a prompt depends on the seed and on its number only. The attacks exist to measure a
+defence; nothing harmful comes with them.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, autodan, read_synonyms, read_wrappers, wrap
+from backtrack.attacks.gcg import gcg, with_suffix
+from backtrack.attacks.instruct import INSTRUCTIONS
+from backtrack.attacks.prefill import OPENING, prefills
+from backtrack.evaluate import choose_prompts, made_by, positive, read_answers, read_prompts
+from backtrack.generate import generate
+from backtrack.judge import load_judge
+from backtrack.statistics import wilson
+from model import load_model, load_tokenizer
+from model.checkpoint import weights_digest, write_text
+from model.errors import InputError, device, run
+
+SEARCHES = ("gcg", "adaptive-gcg", "autodan")
+BUDGETS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # points of the curve of success
+
+
+def attack(name: str, model, tok, prompt: dict, index: int, judge, args) -> dict:
+    """The record of one prompt, attacked."""
+    messages, target = prompt["prompt"], prompt.get("target") or ""
+    if name != "instruct" and not target:
+        raise InputError(f"{name}: prompt {index} of set {prompt['set']} has no 'target', the answer to aim at")
+
+    def send(sent: list[dict], prefill: list[int]) -> dict:
+        """What the model does with it, greedily, and what the judge says of what survives."""
+        [g] = generate(
+            model,
+            [tok.render(sent)],
+            prefill=[prefill],
+            reset_id=tok.reset_id,
+            stop_ids=tok.stop_ids,
+            max_new_tokens=args.max_new_tokens,
+            reset_bias=args.reset_bias,
+            max_resets=args.max_resets,
+            on_reset=args.on_reset,
+        )
+        response = tok.decode(g.tokens)
+        unsafe = judge(messages, response).unsafe
+        discarded = [tok.decode(ids) for ids in g.discarded]
+        return {"response": response, "discarded": discarded, "resets": g.resets, "unsafe": unsafe}
+
+    if name in ("prefill", "instruct"):  # nothing is searched: all variants are tried
+        if name == "prefill":
+            variants = {key: (messages, ids) for key, ids in prefills(tok, target, args.opening).items()}
+        else:
+            variants = {key: (with_suffix(messages, text), []) for key, text in INSTRUCTIONS.items()}
+        tried = {
+            key: {"sent": sent[-1]["content"], "prefill": tok.decode(ids)} | send(sent, ids)
+            for key, (sent, ids) in variants.items()
+        }
+        return {"unsafe": any(t["unsafe"] for t in tried.values()), "variants": tried}
+
+    plain = send(messages, [])
+    if plain["unsafe"]:  # no attack needed: a success before the first candidate
+        return {"success_at": 0, "evaluations": 0, "losses": [], "attack": "", "sent": messages[-1]["content"]} | plain
+    seed, last = f"{args.seed}/{index}", {}
+    if name == "autodan":
+
+        def unsafe_with(individual: list[str]) -> bool:
+            sent = wrap(individual, messages)
+            last.update({"sent": sent[-1]["content"]} | send(sent, []))
+            return last["unsafe"]
+
+        wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
+        synonyms = read_synonyms(args.synonyms) if args.synonyms else SYNONYMS
+        options = {"wrappers": wrappers, "synonyms": synonyms, "rows": args.batch_size}
+        found = autodan(model, tok, messages, target, unsafe_with, budget=args.budget, seed=seed, **options)
+    else:
+
+        def unsafe_with(text: str) -> bool:
+            sent = with_suffix(messages, text)
+            last.update({"sent": sent[-1]["content"]} | send(sent, []))
+            return last["unsafe"]
+
+        found = gcg(
+            model,
+            tok,
+            messages,
+            target,
+            unsafe_with,
+            budget=args.budget,
+            suffix=args.suffix,
+            seed=seed,
+            loss=args.loss,
+            adaptive=args.reset_weight if name == "adaptive-gcg" else None,
+            candidates=args.candidates,
+            topk=args.topk,
+            rows=args.batch_size,
+        )
+    record = {"success_at": found.success_at, "evaluations": found.evaluations, "losses": found.losses}
+    return record | {"attack": found.text} | last
+
+
+def attack_all(args) -> None:
+    prompts = [p for path in args.prompts for p in read_prompts(path)]
+    prompts = choose_prompts(prompts, args.sets, args.limit)
+    judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
+    tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
+    not_settings = ("out", "prompts", "ckpt", "device", "batch_size", "sets", "limit", "judge")
+    settings = {key: value for key, value in vars(args).items() if key not in not_settings}
+    settings["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    settings["weights"] = weights_digest(args.ckpt)
+    done = {record["prompt"] for record in read_answers(Path(args.out), settings)}
+    began, count = time.time(), 0
+    with open(args.out, "a", encoding="utf-8") as f:
+        for index, prompt in enumerate(prompts):
+            if index in done:
+                continue
+            head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompt["set"]}
+            head |= {c: getattr(args, c) for c in ("on_reset", "reset_bias", "max_resets")}
+            record = head | attack(args.name, model, tok, prompt, index, judge, args)
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+            count += 1
+            left = (time.time() - began) / count * (len(prompts) - len(done) - count)
+            sys.stderr.write(
+                f"\r{args.name}, {Path(args.ckpt).name}: {count + len(done)}/{len(prompts)}, {left:.0f} s left "
+            )
+    if count:
+        print(file=sys.stderr)
+    table([args.out], None)
+
+
+# ── Success rates ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def summarise(paths: list[str]) -> list[dict]:
+    """One record per (attack, variant, condition, checkpoint): successes out of n, and against budget for searches."""
+    cells: dict[tuple, dict] = {}
+    for path in paths:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        try:
+            records = [json.loads(line) for line in lines[1:]]
+            budget = json.loads(lines[0])["settings"].get("budget")
+            for r in records:
+                variants = {"any": r["unsafe"]} | {k: v["unsafe"] for k, v in r.get("variants", {}).items()}
+                resets = r.get("resets")
+                for variant, unsafe in variants.items():
+                    head = {"attack": r["name"], "variant": variant, "checkpoint": Path(r["checkpoint"]).name}
+                    head |= {c: r[c] for c in ("on_reset", "reset_bias", "max_resets")} | {"budget": budget}
+                    cell = cells.setdefault(tuple(head.values()), head | {"at": [], "n": 0, "unsafe": 0, "seeds": {}})
+                    cell["n"] += 1
+                    cell["unsafe"] += unsafe
+                    seed = cell["seeds"].setdefault(str(Path(path).parent), [0, 0])
+                    seed[0] += unsafe
+                    seed[1] += 1
+                    if r["name"] in SEARCHES:
+                        cell["at"].append(r["success_at"])
+                    if resets is not None:
+                        cell["reset"] = cell.get("reset", 0) + (resets > 0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise InputError(f"{path}: not a file of this program; make it with --out") from None
+    out = []
+    for cell in cells.values():
+        at, seeds = cell.pop("at"), cell.pop("seeds")
+        cell["interval"] = [round(x, 4) for x in wilson(cell["unsafe"], cell["n"])]
+        cell["by_seed"] = [round(unsafe / n, 4) for unsafe, n in seeds.values()]
+        if at:
+            points = [0, *(b for b in BUDGETS if b < cell["budget"]), cell["budget"]]
+            cell["success_within"] = {str(b): sum(a is not None and a <= b for a in at) for b in points}
+        out.append(cell)
+    return out
+
+
+def table(paths: list[str], out: str | None) -> None:
+    records = summarise(paths)
+    if out:
+        head = json.dumps(made_by(), indent=1)[:-2]
+        lines = ",\n".join("  " + json.dumps(r) for r in records)
+        write_text(f'{head},\n "records": [\n{lines}\n ]\n}}\n', out)
+    print(
+        f"{'attack':<14}{'variant':<18}{'checkpoint':<20}{'on_reset':<9}{'max':>4}{'bias':>6}{'n':>6}  success %, 95%"
+    )
+    for r in records:
+        low, high = (100 * x for x in r["interval"])
+        print(
+            f"{r['attack']:<14}{r['variant']:<18}{r['checkpoint']:<20}{r['on_reset']:<9}{r['max_resets']:>4}"
+            f"{r['reset_bias']:>6g}{r['n']:>6}  {100 * r['unsafe'] / r['n']:>5.1f} [{low:.1f}, {high:.1f}]"
+        )
+
+
+# ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_args() -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = parser.add_subparsers(dest="name", required=True)
+    tables = names.add_parser("table", help="success rates from the files of earlier attacks")
+    tables.add_argument("files", nargs="+")
+    tables.add_argument("--out", help="JSON file to write")
+    for name in ("prefill", "instruct", *SEARCHES):
+        p = names.add_parser(name)
+        p.add_argument("--ckpt", required=True, help="the model directory to attack")
+        p.add_argument("--prompts", nargs="+", required=True, help="prompt files; what is aimed at is their 'target'")
+        p.add_argument("--sets", nargs="+", help="of the prompts, these sets only")
+        p.add_argument("--limit", type=positive, help="of each set, so many prompts, evenly spread")
+        p.add_argument("--judge", required=True, help="world.json of the toy world, or a Llama Guard directory")
+        p.add_argument("--out", required=True, help="file to write, JSON lines")
+        p.add_argument("--on-reset", choices=("truncate", "keep"), default="truncate")
+        p.add_argument("--reset-bias", type=float, default=0.0)
+        p.add_argument("--max-resets", type=int, default=1)
+        p.add_argument("--max-new-tokens", type=positive, default=80)
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
+        p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+        if name == "prefill":
+            p.add_argument("--opening", default=OPENING, help="an opening that says yes")
+        if name in SEARCHES:
+            p.add_argument("--budget", type=positive, default=1024, help="candidates to score per prompt")
+        if name == "autodan":
+            p.add_argument("--batch-size", type=positive, default=32, help="individuals scored at a time")
+            p.add_argument("--wrappers", help="text file, one wrapper with {q} per line")
+            p.add_argument("--synonyms", help="text file, a word and its synonyms per line, tabs between")
+        if name.endswith("gcg"):
+            p.add_argument("--suffix", default=" x" * 16, help="suffix to start from: its length in tokens is kept")
+            p.add_argument("--candidates", type=positive, default=64, help="swaps per step")
+            p.add_argument("--topk", type=positive, default=64, help="promising tokens per place")
+            p.add_argument("--batch-size", type=positive, default=64, help="candidates scored at a time")
+            p.add_argument("--loss", choices=("ce", "mellowmax"), default="ce")
+        if name == "adaptive-gcg":
+            p.add_argument("--reset-weight", type=float, default=1.0, help="λ: what a chance of [RESET] costs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.name == "table":
+        table(args.files, args.out)
+    else:
+        attack_all(args)
+
+
+if __name__ == "__main__":
+    run(main)
