@@ -35,13 +35,15 @@ MODELS = {
 HATCHES = dict(zip(MODELS, ("", "...", "///", ""), strict=True))
 
 
-def load(directory: Path, name: str) -> dict:
+def load(directory: Path, name: str, models=tuple(MODELS)) -> dict:
     path = directory / f"toy-{name}.json"
     try:
         result = json.loads(path.read_bytes())
-        result["records"][0]["by_seed"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        raise InputError(f"{path}: not there, or not a pooled result; `make eval` writes it") from None
+        found = {r["checkpoint"] for r in result["records"] if r["by_seed"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        found = set()
+    if not found >= set(models):
+        raise InputError(f"{path}: not there, or not a pooled result of {', '.join(models)}; `make eval` writes it")
     return result
 
 
@@ -94,7 +96,7 @@ def main_figure(directory: Path) -> None:
 
 
 def bias_figure(directory: Path) -> None:
-    result = load(directory, "bias")
+    result = load(directory, "bias", ("sft", "dpo"))
     records = result["records"]
     seeds = len(records[0]["by_seed"])
     fig, axes = plt.subplots(2, 3, figsize=(11, 6.2))

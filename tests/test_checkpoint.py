@@ -762,6 +762,47 @@ def test_text_files_are_written_atomically(tmp_path, old, monkeypatch):
     assert file.read_bytes() == "new ü".encode()
 
 
+# ── The digest ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_digest_is_that_of_weights_and_config(tmp_path):
+    """One bit of either changes it; what else lies in the directory, and where that is, does not."""
+    save_model(random_model(), tmp_path / "a")
+    digest = checkpoint.weights_digest(tmp_path / "a")
+    assert len(digest) == 16 and int(digest, 16) >= 0
+    assert checkpoint.weights_digest(str(tmp_path / "a")) == digest
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert checkpoint.weights_digest(tmp_path / "b") == digest
+    write_tokenizer(tmp_path / "b")
+    for name in ("training_state.safetensors", "metrics.jsonl", "tokenizer_config.json", "generation_config.json"):
+        (tmp_path / "b" / name).write_bytes(b"{}")
+    assert checkpoint.weights_digest(tmp_path / "b") == digest
+    seen = {digest}
+    for name in ("model.safetensors", "config.json"):
+        file = tmp_path / "b" / name
+        whole = file.read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            seen.add(checkpoint.weights_digest(tmp_path / "b"))
+        file.write_bytes(whole)
+    assert len(seen) == 7 and checkpoint.weights_digest(tmp_path / "b") == digest
+    save_model(random_model(seed=1), tmp_path / "c")
+    assert checkpoint.weights_digest(tmp_path / "c") not in seen
+
+
+def test_digest_reads_every_shard(tmp_path):
+    save_model(random_model(), tmp_path / "a", shard_bytes=8_000)
+    shards = sorted((tmp_path / "a").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    seen = {checkpoint.weights_digest(tmp_path / "a")}
+    for shard in shards:
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        seen.add(checkpoint.weights_digest(tmp_path / "a"))
+        shard.write_bytes(whole)
+    assert len(seen) == len(shards) + 1
+
+
 # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Most memory ever resident (VmHWM, mapped files included) while loading, less what was resident before. Writing 5 to

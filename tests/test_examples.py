@@ -6,8 +6,10 @@ written down; and the toy's, whose ids come from the sentencepiece library itsel
 
 import base64
 import gzip
+import itertools
 import json
 import math
+import random
 import re
 from collections import Counter
 
@@ -187,6 +189,43 @@ def test_k_is_uniform(longest):
         assert set(draws) == set(range(1, longest + 1))
         chi2 = sum((draws[k] - 200) ** 2 / 200 for k in draws)
         assert chi2 <= longest - 1 + 5 * math.sqrt(2 * (longest - 1))
+
+
+@pytest.mark.parametrize(
+    "part, longest, lengths",
+    [
+        ((0.0, 1.0), 10, range(1, 11)),
+        ((0.5, 1.0), 10, range(6, 11)),
+        ((0.0, 0.5), 10, range(1, 6)),
+        ((0.25, 0.75), 8, range(3, 7)),
+        ((0.5, 1.0), 7, range(5, 8)),
+        ((1.0, 1.0), 9, [9]),
+        ((0.0, 0.0), 9, [1]),  # never none at all
+        ((0.5, 0.5), 8, [4]),
+        ((0.9, 1.0), 3, [3]),
+        ((0.0, 0.1), 3, [1]),
+        *((part, 1, [1]) for part in ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (0.0, 0.0), (0.3, 0.4))),
+    ],
+)
+def test_k_of_a_part_of_the_answer(part, longest, lengths):
+    """Uniform over the lengths listed by hand, the whole part and nothing else; a list does as well as a tuple."""
+    draws = Counter(draw_prefix(0, 0, i, longest, part) for i in range(200 * len(lengths)))
+    assert set(draws) == set(lengths)
+    assert sum((n - 200) ** 2 / 200 for n in draws.values()) <= len(lengths) - 1 + 5 * math.sqrt(2 * (len(lengths) - 1))
+    assert draw_prefix(0, 0, 3, longest, list(part)) == draw_prefix(0, 0, 3, longest, part)
+
+
+def test_adjoining_parts_share_no_length():
+    for longest in range(2, 60):
+        halves = [{draw_prefix(0, 0, i, longest, part) for i in range(2000)} for part in ((0.0, 0.5), (0.5, 1.0))]
+        assert halves[0] | halves[1] == set(range(1, longest + 1)) and not halves[0] & halves[1]
+
+
+def test_the_whole_answer_is_the_default():
+    for a in itertools.product(range(2), range(5), range(5), (1, 2, 33)):
+        assert (
+            draw_prefix(*a) == draw_prefix(*a, (0.0, 1.0)) == random.Random("/".join(map(str, a[:3]))).randint(1, a[3])
+        )
 
 
 def test_k_depends_on_seed_epoch_and_row_alone():

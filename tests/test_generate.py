@@ -280,6 +280,25 @@ def test_a_row_depends_on_seed_and_index_only(model):
     assert twins[0].tokens != twins[1].tokens  # the same prompt in two rows: two samples
 
 
+def test_how_a_list_is_cut_into_batches_changes_nothing(model):
+    """With sample_ids a row keeps its random numbers, whatever its batch and its place in it."""
+    prompts = random_prompts(7, seed=14)
+    prompts[5] = prompts[2]
+    options = dict(reset_id=3, stop_ids=(4,), max_new_tokens=20, temperature=1.3, max_resets=2, reset_bias=1.0, seed=7)
+    whole = generate(model, prompts, **options)
+    assert any(g.resets for g in whole)
+    for order, size in ((range(7), 3), (range(6, -1, -1), 2), ((3, 5, 2, 0, 6, 1, 4), 4), (range(7), 1)):
+        order = list(order)
+        for batch in (order[i : i + size] for i in range(0, 7, size)):
+            cut = generate(model, [prompts[i] for i in batch], sample_ids=batch, **options)
+            for i, g in zip(batch, cut, strict=True):
+                assert (g.tokens, g.discarded, g.steps) == (whole[i].tokens, whole[i].discarded, whole[i].steps)
+    # One number, one sample; another number, another. They may be any, and as large as one likes.
+    same = generate(model, [prompts[2]] * 4, sample_ids=[2, 2, 5, 10**12], **options)
+    assert same[0].tokens == same[1].tokens == whole[2].tokens and same[2].tokens == whole[5].tokens
+    assert len({tuple(g.tokens) for g in same}) == 3
+
+
 def test_long_answers_draw_fresh_numbers():
     """Random numbers come in blocks of 256 steps: no repetition at the border, none lost when rows leave."""
     model = random_model()
@@ -379,6 +398,8 @@ def test_the_cache_holds_what_is_promised_and_no_more(model, on_reset, monkeypat
         (dict(stop_ids=(3,)), "also a stop id"),
         (dict(prefill=[[3]]), "prefill 0 contains"),
         (dict(prefill=[[], []]), "2 prefills for 1 prompts"),
+        (dict(sample_ids=[]), "0 sample_ids for 1 prompts"),
+        (dict(sample_ids=[1, 2]), "2 sample_ids for 1 prompts"),
         (dict(max_new_tokens=0), "max_new_tokens"),
         (dict(temperature=-0.1), "temperature"),
         (dict(temperature=float("nan")), "temperature"),

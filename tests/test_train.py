@@ -288,7 +288,7 @@ def test_base_windows(world, tok):
 
 def test_sft_prefixes_are_redrawn_each_epoch_and_leave_room(world, tok):
     longest = 40  # prompts here are about 20 tokens long, rejected answers up to 50
-    args = argparse.Namespace(max_length=longest, seed=3, no_backtrack=False, restart="all", data=[])
+    args = argparse.Namespace(max_length=longest, seed=3, prefix=[0.0, 1.0], no_backtrack=False, restart="all", data=[])
     with contextlib.redirect_stderr(io.StringIO()) as said:
         n, examples_of, _ = train.sft_source(args, tok, [str(world / "rows.jsonl")])
     assert n == 24
@@ -314,6 +314,42 @@ def test_sft_prefixes_are_redrawn_each_epoch_and_leave_room(world, tok):
             assert len(lengths) > 1
             seen += 1
     assert seen > 4
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.5, 1.0), (0.0, 0.3), (1.0, 1.0)])
+def test_prefixes_fall_in_the_part_asked_for(world, tmp_path, tok, monkeypatch, command, low, high):
+    """On the command line, --prefix LOW HIGH: read from what the network is shown, as a share of the whole answer."""
+    made, name = [], {"sft": "sft_views", "dpo": "dpo_pairs"}[command]
+    original = getattr(train, name)
+
+    def watched(row, *more, **options):
+        views = original(row, *more, **options)
+        made.extend((row, view) for view in views)
+        return views
+
+    monkeypatch.setattr(train, name, watched)
+    words = ["--init", world / "start", "--data", world / "rows.jsonl", "--out", tmp_path / "out", "--device", "cpu"]
+    part = () if (low, high) == (0.0, 1.0) else ("--prefix", low, high)  # all of it is the default
+    trained(command, *words, "--max-length", 255, "--batch-size", 24, "--steps", 3, *part)
+    shares = {"rejected": [], "chosen": []}
+    for row, view in made:
+        kind = getattr(view, "view", None) or view.kind
+        if kind == "backtrack":
+            answer, text = "rejected", view.tokens[len(row.prompt) :]
+        elif kind in ("elicit", "discourage"):
+            answer, text = ("rejected", view.chosen) if kind == "elicit" else ("chosen", view.rejected)
+        else:
+            continue
+        k, whole = text.index(tok.reset_id), getattr(row, answer)
+        assert text[:k] == whole[:k]
+        assert k >= 1 and (k == len(whole) if low == 1 else low * len(whole) < k < high * len(whole) + 1)
+        shares[answer].append((k - 0.5) / len(whole))
+    for answer in ("rejected", *(["chosen"] if command == "dpo" else [])):
+        drawn = shares[answer]
+        assert len(drawn) > 15
+        if low < 1:  # all of the part is used: its lower and its upper third too
+            assert min(drawn) < low + (high - low) / 3 + 0.05 and max(drawn) > high - (high - low) / 3 - 0.05
 
 
 # ── A step ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -535,18 +571,20 @@ def test_the_baseline_sees_the_answer_alone(world, tmp_path):
 def test_defaults_and_every_flag(world, tmp_path):
     plain = vars(arguments(["sft", "--init", "i", "--data", "d", "--out", "o"]))
     assert (plain["no_backtrack"], plain["restart"], plain["lr"], plain["weight_decay"]) == (False, "none", 1e-5, 0.0)
+    assert plain["prefix"] == [0.0, 1.0]
     assert (plain["batch_size"], plain["grad_accum"], plain["epochs"], plain["steps"]) == (8, 1, 1.0, None)
     assert (plain["heldout"], plain["resume"], plain["compile"], plain["dtype"]) == ([], False, False, "float32")
     first = vars(arguments(["base", "--config", "c", "--tokenizer", "t", "--data", "d", "--out", "o"]))
     assert (first["config"], first["tokenizer"], first["lr"], first["weight_decay"]) == ("c", "t", 1e-3, 0.1)
-    words = "sft --init i --no-backtrack --restart unsafe --data d e --heldout h g --out o --lr 2e-3 --weight-decay 0.2"
-    words += " --clip 3 --batch-size 4 --grad-accum 5 --steps 6 --max-length 7 --seed 8 --device cpu --dtype bfloat16"
+    words = "sft --init i --no-backtrack --prefix 0.25 1 --restart unsafe --data d e --heldout h g --out o --lr 2e-3"
+    words += " --weight-decay 0.2 --clip 3 --batch-size 4 --grad-accum 5 --steps 6 --max-length 7 --seed 8 --device cpu --dtype bfloat16"
     given = vars(arguments([*words.split(), "--compile", "--resume", "--log-every", "9", "--save-every", "11"]))
     assert given == {
         "command": "sft",
         **{"init": "i", "no_backtrack": True, "restart": "unsafe", "data": ["d", "e"], "heldout": ["h", "g"]},
         **{"out": "o", "lr": 2e-3, "weight_decay": 0.2, "clip": 3.0, "batch_size": 4, "grad_accum": 5, "epochs": 1.0},
         **{"steps": 6, "max_length": 7, "seed": 8, "device": "cpu", "dtype": "bfloat16", "compile": True},
+        "prefix": [0.25, 1.0],
         **{"resume": True, "log_every": 9, "save_every": 11},
     }
 
@@ -561,6 +599,18 @@ def test_flags_that_make_no_sense(world, tmp_path, flags):
     said = trained(*sft(world, tmp_path / "out", *flags.split()), code=2)
     assert flags.split()[-2] in said.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+@pytest.mark.parametrize("part", ["0.5 0.4", "0 1.1", "-0.1 1", "0 nan", "nan 1", "nan nan", "0 inf", "0.5", "a b"])
+def test_parts_that_are_none(world, tmp_path, command, part):
+    words = ["--init", world / "start", "--data", world / "rows.jsonl", "--out", tmp_path / "out", "--device", "cpu"]
+    said = trained(command, *words, "--prefix", *part.split(), code=2)
+    assert "--prefix" in said.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_base_training_knows_no_prefix(world, tmp_path):
+    assert "--prefix" in trained(*base(world, tmp_path / "out", "--prefix", 0, 1), code=2)
 
 
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -846,6 +896,7 @@ def halfway(world, tmp_path_factory):
         ("clip", ("--clip", 2)),
         ("steps", ("--steps", 7)),
         ("restart", ("--restart", "all")),
+        ("prefix", ("--prefix", 0.5, 1)),
         ("no_backtrack", ("--no-backtrack",)),
     ],
 )
