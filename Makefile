@@ -18,10 +18,14 @@ JOBS   ?= 2
 # alone.
 ifdef QUICK
 TEST_SEEDS  ?= 200
+ATTACK_SEEDS ?= $(TEST_SEEDS)
+ATTACK_SIZE ?= --limit 3 --budget 256
 RESULTS     ?= $(RUNS)/quick
 EXPERIMENTS ?= main bias sampling
 else
 TEST_SEEDS  ?= 200 201 202 203 204
+ATTACK_SEEDS ?= 200 201 202
+ATTACK_SIZE ?= --limit 8 --budget 2048
 RESULTS     ?= results
 EXPERIMENTS ?= main bias sampling retry training
 endif
@@ -41,7 +45,7 @@ DPO_BASELINE := --lr 2e-4 --nll 1 --no-backtrack
 RUN := $(RUNS)/toy-$(SEED)
 
 .PHONY: help setup test test-slow lint train-base train-sft train-sft-baseline train-dpo train-dpo-baseline sample \
-	eval figures bench
+	eval attack figures bench
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -186,6 +190,48 @@ $(RESULTS)/toy-%.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/%.json)
 
 eval: $(VENV)/.installed  ## every experiment on every test seed, pooled into results/; 40 minutes. QUICK=1: one seed, 7 minutes
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(EXPERIMENTS:%=$(RESULTS)/toy-%.json)
+
+# ── Attacks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# $(call attack,NAME,MODEL,FILE,OPTIONS)
+define attack
+	$(PY) -m backtrack.attacks $1 --ckpt $(@D)/$2 --prompts $(@D)/data/prompts.jsonl --sets unseen unseen-ingredients \
+		--judge $(@D)/data/world.json --seed $* --out $(@D)/attacks/$3.jsonl $4 >/dev/null
+
+endef
+four = $(foreach model,$(FOUR),$(call attack,$1,$(model),$1-$(model),$2))
+
+$(RUNS)/toy-%/attacked-easily.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+	$(call four,prefill,--limit 16)
+	$(call four,instruct,--limit 16)
+	@touch $@
+
+$(RUNS)/toy-%/attacked-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+	$(call four,gcg,$(ATTACK_SIZE))
+	@touch $@
+
+$(RUNS)/toy-%/attacked-adaptive-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+	$(call four,adaptive-gcg,$(ATTACK_SIZE))
+	@touch $@
+
+$(RUNS)/toy-%/attacked-autodan.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+	$(call four,autodan,$(ATTACK_SIZE))
+	@touch $@
+
+# What the defender can still change against the adaptive attack.
+$(RUNS)/toy-%/attacked-again.done: $(RUNS)/toy-%/dpo.done
+	$(call attack,adaptive-gcg,dpo,adaptive-gcg-dpo-keep,$(ATTACK_SIZE) --on-reset keep)
+	$(call attack,adaptive-gcg,dpo,adaptive-gcg-dpo-4-resets,$(ATTACK_SIZE) --max-resets 4)
+	$(call attack,adaptive-gcg,dpo,adaptive-gcg-dpo-bias-5,$(ATTACK_SIZE) --reset-bias 5)
+	@touch $@
+
+ATTACKS := easily gcg adaptive-gcg autodan again
+
+$(RESULTS)/toy-attacks.json: $(foreach seed,$(ATTACK_SEEDS),$(ATTACKS:%=$(RUNS)/toy-$(seed)/attacked-%.done))
+	$(PY) -m backtrack.attacks table $(ATTACK_SEEDS:%=$(RUNS)/toy-%/attacks/*.jsonl) --out $@
+
+attack: $(VENV)/.installed  ## the attacks on three test seeds, pooled into results/; 25 minutes after make eval. QUICK=1: one
+	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(RESULTS)/toy-attacks.json
 
 figures: $(VENV)/.installed-figures  ## the pictures of results/, from its JSON
 	$(PY) -m backtrack.figures --results $(RESULTS)

@@ -2,7 +2,7 @@
 
     make bench                                      # or: python -m backtrack.bench [--quick] [--out bench.json]
 
-Three questions, each answered in one run on one machine, with random weights and fixed seeds:
+Four questions, each answered in one run on one machine, with random weights and fixed seeds:
 
 - Tokens per second of `generate` against `transformers`' own, on the same checkpoint, prompts, dtype and thread count,
   greedy, no stop token. The outputs must be equal token by token or the benchmark ends there. All prompts are equally
@@ -12,6 +12,8 @@ Three questions, each answered in one run on one machine, with random weights an
   beat. Toy weights fit into the processor's cache, so for the toy no share is given.
 - Resets: a step in which rows reset over one in which none does, and the first token of a truncated retry over
   reading prompt ⊕ [RESET] afresh.
+- GCG: candidates scored per second with the keys and values of the prompt before the suffix cached, over reading every
+  candidate from its first token.
 
 Sides alternate (ABAB…) after a warm-up; numbers are medians, ratios are ratios of medians with the range of the
 pairs' ratios behind them. Bars are printed with "ok", "below" or "above"; they never change the exit code, as the
@@ -36,6 +38,7 @@ from pathlib import Path
 import torch
 
 from backtrack import generate as sampler
+from backtrack.attacks.gcg import Objective, Scorer, Slots
 from backtrack.generate import Record, Reset, Rows, Sampler, Token, advance, choose, generate, stream
 from model import InputError, KVCache, ModelConfig, Transformer, load_model, save_model
 from model.checkpoint import write_text
@@ -325,6 +328,35 @@ def retry(name: str, model, prompt_length: int, repeats: int, reset_id: int = 3)
     }
 
 
+def scoring(name: str, model, prompt_length: int, candidates: int, repeats: int) -> dict:
+    """Candidate suffixes scored per second: 20 tokens of suffix and 24 of target behind a prompt, cached or not."""
+    before, target, *suffixes = (
+        torch.randint(4, model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for seed, n in enumerate([prompt_length, 24] + [20] * candidates)
+    )
+    objective = Objective()
+    cached = Scorer(model, Slots(before, suffixes[0], [], target), rows=candidates)
+    plain = Scorer(model, Slots(before[:1], before[1:] + suffixes[0], [], target), rows=candidates)
+
+    def with_cache():
+        return cached.losses(suffixes, len(target), objective)
+
+    def without():
+        return plain.losses([before[1:] + s for s in suffixes], len(target), objective)
+
+    def same(a, b):
+        return torch.allclose(a, b, atol=1e-3)
+
+    _, _, cached_s, plain_s = alternate(with_cache, without, repeats, same=same)
+    value, low, high = ratio(plain_s, cached_s)
+    return {
+        "name": f"{name}, prompt of {prompt_length}: GCG candidates per second, cached prompt / none",
+        "candidates_per_s": candidates / statistics.median(cached_s),
+        "ratio": value,
+        "range": [low, high],
+    }
+
+
 # ── CUDA ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -433,7 +465,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out and Path(args.out).is_dir():
         raise InputError(f"--out {args.out} is a directory; name a file")
     transformers = load_transformers()
-    report = {"machine": machine(transformers), "speed": [], "resets": [], "cuda": []}
+    report = {"machine": machine(transformers), "speed": [], "resets": [], "scoring": [], "cuda": []}
     print(", ".join(f"{k} {v}" for k, v in report["machine"].items() if v is not None), flush=True)
     report["read_bytes_per_s"] = bandwidth = read_bandwidth()
     print(f"memory: {bandwidth / 1e9:.1f} GB/s read\n", flush=True)
@@ -450,10 +482,13 @@ def main(argv: list[str] | None = None) -> None:
         del theirs
         gc.collect()
         report["resets"].append(reset_step(name, model, batch=runs[-1][0], steps=120 if in_cache else 32))
+        for prompt_length in (32, 256):
+            report["scoring"].append(scoring(name, model, prompt_length, 64 if in_cache else 8, repeats))
         if not in_cache:
             report["resets"].append(retry(name, model, PROMPT_OF_RETRY, repeats=repeats))
     print(speed_table(report["speed"]), end="\n\n", flush=True)
-    print(reset_table(report["resets"]), flush=True)
+    print(reset_table(report["resets"]), end="\n\n", flush=True)
+    print(reset_table(report["scoring"]), flush=True)
 
     if torch.cuda.is_available():
         report["cuda"] = on_cuda(repeats)

@@ -1,4 +1,4 @@
-"""The pictures of the paper's experiments, from the numbers that `make eval` left in results/.
+"""The pictures and tables of the paper's experiments, from the numbers that `make eval` left in results/.
 
     python -m backtrack.figures --results results
 
@@ -6,6 +6,7 @@
     bias.png       the dial: what a bias on the logit of [RESET] does to safety, delay, throughput and helpfulness
     sampling.png   the best and the worst of k answers at temperature 1
     attacks.png    success against budget of the attacks, if toy-attacks.json is there
+    tables.md      all of it in numbers; the README's tables are copied from here
 
 Needs matplotlib (requirements-figures.txt), which nothing else here does. Lines are means over seeds with Student's 95%
 interval, bars are pooled over seeds with Wilson's; every picture names its seeds' count and can be read in grey. It
@@ -21,8 +22,9 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
-from backtrack.statistics import mean_interval
+from backtrack.statistics import mean_interval, wilson
 from model import InputError
+from model.checkpoint import write_text
 from model.errors import run
 
 # Name in the files -> (label, grey-proof style). Baselines are dashed and light, backtracking is solid and dark.
@@ -148,6 +150,202 @@ def sampling_figure(directory: Path) -> None:
     finish(fig, directory / "sampling.png", result, "Asking again", seeds)
 
 
+def attacks_figure(directory: Path) -> None:
+    path = directory / "toy-attacks.json"
+    try:
+        result = json.loads(path.read_bytes())
+        records = [r for r in result["records"] if "success_within" in r and r["on_reset"] == "truncate"]
+        records = [r for r in records if r["max_resets"] == 1 and r["reset_bias"] == 0]
+        seeds = len(records[0]["by_seed"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise InputError(f"{path}: not a table of attacks; `make attack` writes it") from None
+    names = list(dict.fromkeys(r["attack"] for r in records))
+    fig, axes = plt.subplots(1, len(names) + 1, figsize=(3.3 * (len(names) + 1), 3.8), sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names, strict=False):
+        for model, (label, style) in MODELS.items():
+            r = next((r for r in records if (r["attack"], r["checkpoint"]) == (name, model)), None)
+            if r is None:
+                continue
+            budgets = [max(0.5, float(b)) for b in r["success_within"]]  # 0 on a logarithmic axis
+            counts = list(r["success_within"].values())
+            low, high = zip(*(wilson(count, r["n"]) for count in counts), strict=True)
+            ax.plot(budgets, [100 * c / r["n"] for c in counts], label=label, markersize=4, linewidth=1.5, **style)
+            ax.fill_between(
+                budgets, [100 * x for x in low], [100 * x for x in high], color=style["color"], alpha=0.12, linewidth=0
+            )
+        ax.set_xscale("log", base=2)
+        ticks = [0.5, *(b for b in (16, 64, 256, 1024, 4096) if b <= max(budgets))]
+        ax.set_xticks(ticks, ["0", *map(str, ticks[1:])])
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("candidates scored")
+        ax.set_ylim(0, 105)
+        ax.grid(alpha=0.3)
+    # Prefilling is no search; what grows is the part of the unsafe answer that is forced.
+    prefilled = [r for r in result["records"] if r["attack"] == "prefill" and r["variant"] not in ("any", "opening")]
+    for model, (label, style) in MODELS.items():
+        found = [r for r in prefilled if r["checkpoint"] == model]
+        x, heights = range(len(found)), [100 * r["unsafe"] / r["n"] for r in found]
+        low, high = zip(*(r["interval"] for r in found), strict=True) if found else ((), ())
+        axes[0, -1].plot(x, heights, label=label, markersize=4, linewidth=1.5, **style)
+        axes[0, -1].fill_between(
+            x, [100 * v for v in low], [100 * v for v in high], color=style["color"], alpha=0.12, linewidth=0
+        )
+    lengths = list(dict.fromkeys(r["variant"] for r in prefilled))
+    axes[0, -1].set_xticks(range(len(lengths)), lengths)
+    axes[0, -1].set_title("prefill", fontsize=9)
+    axes[0, -1].set_xlabel("forced tokens of the unsafe answer")
+    axes[0, -1].grid(alpha=0.3)
+    axes[0, 0].set_ylabel("attacks that succeeded, %")
+    axes[0, -1].legend(fontsize=7)
+    finish(fig, directory / "attacks.png", result, "Success against budget", seeds)
+
+
+# ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cell(count: int, n: int) -> str:
+    low, high = wilson(count, n)
+    return f"{100 * count / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def rate_cell(records: list[dict], rate: str, **wanted) -> str:
+    """Percent and Wilson interval of the one record that has these values."""
+    r = next(r for r in records if all(r[key] == value for key, value in wanted.items()))
+    return cell(r[rate], r["n"])
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def main_tables(records: list[dict]) -> str:
+    models = list(dict.fromkeys(r["checkpoint"] for r in records))
+    text = ""
+    for rate, benign in (("unsafe", False), ("helpful", True), ("reset", True)):
+        sets = list(dict.fromkeys(r["set"] for r in records if r["benign"] is benign))
+        n = {r["set"]: r["n"] for r in records}
+        rows = [[s, n[s], *(rate_cell(records, rate, set=s, checkpoint=m) for m in models)] for s in sets]
+        text += f"\n{rate}, %\n\n" + markdown(["set", "n", *models], rows)
+    # Seeds differ more than answers do: the same by seed, and the mean over seeds with Student's interval.
+    rows = []
+    for name, rate in (("unsafe overall", "unsafe"), ("benign overall", "helpful")):
+        for model in models:
+            r = next(r for r in records if (r["checkpoint"], r["set"]) == (model, name))
+            values = [100 * seed[rate] for seed in r["by_seed"]]
+            mean, low, high = mean_interval(values)
+            if len(values) < 2:  # nothing to tell apart
+                continue
+            rows.append(
+                [f"{rate}, {name}", model, f"{mean:.1f} [{low:.1f}, {high:.1f}]", " ".join(f"{v:.1f}" for v in values)]
+            )
+    return text + "\nby seed, %\n\n" + markdown(["", "model", "mean [95% by seeds]", "each seed"], rows)
+
+
+def bias_table(records: list[dict]) -> str:
+    rows = []
+    for model in ("sft", "dpo"):
+        for bias in sorted({r["reset_bias"] for r in records}):
+            unsafe, benign = (
+                next(
+                    r for r in records if (r["checkpoint"], r["reset_bias"], r["set"]) == (model, bias, f"{s} overall")
+                )
+                for s in ("unsafe", "benign")
+            )
+            rows.append(
+                [
+                    model,
+                    f"{bias:g}",
+                    cell(unsafe["unsafe"], unsafe["n"]),
+                    f"{unsafe['first_step'] / unsafe['n']:.1f}",
+                    f"{1000 * unsafe['first_token_s'] / unsafe['n']:.1f}",
+                    f"{unsafe['surviving'] / unsafe['total_s']:.0f}",
+                    cell(benign["helpful"], benign["n"]),
+                    cell(benign["reset"], benign["n"]),
+                    f"{1000 * benign['first_token_s'] / benign['n']:.1f}",
+                    f"{benign['surviving'] / benign['total_s']:.0f}",
+                ]
+            )
+    head = [
+        "model",
+        "bias",
+        "unsafe, %",
+        "first token: step",
+        "ms",
+        "tokens/s",
+        "helpful, %",
+        "false resets, %",
+        "ms",
+        "tokens/s",
+    ]
+    return markdown(head, rows)
+
+
+def sampling_table(records: list[dict]) -> str:
+    found = [r for r in records if r["set"] == "unsafe overall"]
+    ks = list(found[0]["worst_of_k"])
+    rows = [
+        [r["checkpoint"], curve.split("_")[0], *(f"{100 * v / r['prompts']:.1f}" for v in r[curve].values())]
+        for curve in ("worst_of_k", "best_of_k")
+        for r in found
+    ]
+    return markdown(["model", "of k", *(f"k = {k}" for k in ks)], rows)
+
+
+def condition_table(records: list[dict], columns: tuple) -> str:
+    """One row per checkpoint and condition; columns: (set, rate)."""
+    rows = []
+    conditions = dict.fromkeys((r["checkpoint"], r["on_reset"], r["max_resets"]) for r in records)
+    for checkpoint, on_reset, most in conditions:
+        where = {"checkpoint": checkpoint, "on_reset": on_reset, "max_resets": most}
+        rows.append([*where.values(), *(rate_cell(records, rate, set=name, **where) for name, rate in columns)])
+    return markdown(["model", "on_reset", "max_resets", *(f"{name}: {rate}, %" for name, rate in columns)], rows)
+
+
+def attack_table(records: list[dict]) -> str:
+    rows = []
+    plain = [r for r in records if (r["on_reset"], r["max_resets"], r["reset_bias"]) == ("truncate", 1, 0.0)]
+    for name, variant in dict.fromkeys((r["attack"], r["variant"]) for r in plain):
+        found = {r["checkpoint"]: r for r in plain if (r["attack"], r["variant"]) == (name, variant)}
+        rows.append([name, variant, *(cell(found[m]["unsafe"], found[m]["n"]) if m in found else "–" for m in MODELS)])
+    text = markdown(["attack", "variant", *MODELS], rows)
+    again = [r for r in records if r["attack"] == "adaptive-gcg" and r["checkpoint"] == "dpo"]
+    rows = [[r["on_reset"], r["max_resets"], f"{r['reset_bias']:g}", cell(r["unsafe"], r["n"])] for r in again]
+    return (
+        text
+        + "\nadaptive GCG against dpo, % successful\n\n"
+        + markdown(["on_reset", "max_resets", "bias", "success"], rows)
+    )
+
+
+COLUMNS = (
+    ("unsafe overall", "unsafe"),
+    ("prefill-unseen", "unsafe"),
+    ("benign overall", "helpful"),
+    ("benign overall", "reset"),
+)
+
+
+def write_tables(directory: Path) -> None:
+    """tables.md, of those files that are there."""
+    text = "# Results on the toy world\n\nWritten by `make figures`. Pooled over seeds, Wilson 95% intervals.\n"
+    for name, title, table in (
+        ("main", "The four models", main_tables),
+        ("bias", "The bias on [RESET]", bias_table),
+        ("sampling", "Unsafe prompts, % of them, of k answers at temperature 1", sampling_table),
+        ("retry", "What the retry sees, and how many it gets", lambda r: condition_table(r, COLUMNS)),
+        ("training", "Other ways to train", lambda r: condition_table(r, COLUMNS)),
+        ("attacks", "Attacks, % successful", attack_table),
+    ):
+        path = directory / f"toy-{name}.json"
+        if path.is_file():
+            result = json.loads(path.read_bytes())
+            text += f"\n## {title}\n\n`{path.name}`: commit {result['commit']}, {result['machine']}\n\n"
+            text += table(result["records"])
+    write_text(text, directory / "tables.md")
+    print(directory / "tables.md")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results"), help="directory with toy-*.json")
@@ -155,6 +353,9 @@ def main() -> None:
     main_figure(args.results)
     bias_figure(args.results)
     sampling_figure(args.results)
+    if (args.results / "toy-attacks.json").is_file():
+        attacks_figure(args.results)
+    write_tables(args.results)
 
 
 if __name__ == "__main__":
