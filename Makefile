@@ -61,7 +61,7 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-figures.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
@@ -236,7 +236,7 @@ attack: $(VENV)/.installed  ## the attacks on three test seeds, pooled into resu
 figures: $(VENV)/.installed-figures  ## the pictures of results/, from its JSON
 	$(PY) -m backtrack.figures --results $(RESULTS)
 
-$(VENV)/.installed-figures: $(VENV)/.installed
+$(VENV)/.installed-figures: $(VENV)/.installed requirements-figures.txt
 	$(PY) -m pip install --quiet -r requirements-figures.txt
 	@touch $@
 

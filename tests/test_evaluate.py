@@ -1,7 +1,7 @@
 """evaluate.py against its own definition: one prompt at a time, one judgement at a time, counted by hand.
 
 The model is random; whole answers given to it as prefill make it helpful, refusing or unsafe, a bias on [RESET] makes
-it take them back, and a tenth of its vocabulary is declared to be stop ids where answers have to end. Steps are
+it take them back, and where answers have to end, every eighth of the higher ids is declared to be a stop id. Steps are
 recounted from the sampler's events, curves over k from all subsets of the samples, pairs from the answers' file.
 """
 
@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -198,8 +199,9 @@ def test_limit_spreads_over_each_set():
     assert [p["i"] for p in chosen if p["set"] == "a"] == [p["i"] for p in chosen if p["set"] == "b"] == [0, 2, 5, 7]
     assert [p["set"] for p in chosen] == ["a"] * 4 + ["b"] * 4 + ["c"]
     for limit in range(1, 11):
-        places = [p["i"] for p in choose_prompts(prompts, ["b"], limit)]
-        assert len(set(places)) == limit and places[0] == 0 and all(p["set"] == "b" for p in prompts if p in places)
+        chosen = choose_prompts(prompts, ["b"], limit)
+        places = [p["i"] for p in chosen]
+        assert len(set(places)) == limit and places[0] == 0 and {p["set"] for p in chosen} == {"b"}
         gaps = [b - a for a, b in itertools.pairwise([*places, 10])]
         assert max(gaps) - min(gaps) <= 1
     assert [p["set"] for p in choose_prompts(prompts, ["c", "a"], 1)] == ["c", "a"]
@@ -271,8 +273,9 @@ def test_counts(place, tmp_path):
     assert len(result["records"]) == 2 * 8 * len(names)
     seen = []
     for ckpt in ("one", "two"):
+        plain = expected_records(place, ckpt, max_resets=0)  # then nothing else matters
         for condition in combinations:
-            expected = expected_records(place, ckpt, **condition)
+            expected = expected_records(place, ckpt, **condition) if condition["max_resets"] else plain
             assert set(expected) == names
             assert by_set(result, place / ckpt, **condition) == expected
             seen.append((condition, {rate: sum(r[rate] for r in expected.values()) for rate in RATES}))
@@ -289,7 +292,7 @@ def test_counts(place, tmp_path):
 def test_one_combination_is_the_default(place, tmp_path):
     result, _, _ = evaluated(place, out=tmp_path / "eval.json")
     assert {tuple(r[k] for k in CONDITION) for r in result["records"]} == {("truncate", 0.0, 1)}
-    assert by_set(result, place / "one").items() <= expected_records(place, "one").items()
+    assert by_set(result, place / "one") == expected_records(place, "one")
 
 
 def test_asked_twice_is_counted_once(place, tmp_path):
@@ -381,7 +384,7 @@ def belongs(prompt, name):
 
 @pytest.fixture
 def many_stops(place, monkeypatch):
-    """Every tenth id ends an answer: random models do not say the real one."""
+    """Every eighth id ends an answer: random models do not say the real one."""
 
     def load(path):
         tok = load_tokenizer(path)
@@ -502,12 +505,13 @@ def unbroken(place):
 
 @pytest.mark.parametrize("at", [1, 8, 40, 61, 96])
 def test_kill_and_go_on(place, tmp_path, monkeypatch, asked, unbroken, at):
-    out, judged = tmp_path / "eval.json", itertools.count(1)
+    out, judged, there = tmp_path / "eval.json", itertools.count(1), {}
     asks = words(place, *LONG, ckpt=("one", "two"), out=out)
 
     def load(spec, *more):
         def judge(*question):
             if next(judged) == at:
+                there.update(answers_of(out))  # now: what kill -9 would leave
                 raise KeyboardInterrupt
             return load_judge(spec, *more)(*question)
 
@@ -517,7 +521,7 @@ def test_kill_and_go_on(place, tmp_path, monkeypatch, asked, unbroken, at):
         patch.setattr(evaluate, "load_judge", load)
         command(*asks, code=130)
     assert not out.exists()
-    there = answers_of(out)
+    assert answers_of(out) == there
     batches = [5, 5, 5, 5, 4] * 4  # of each model and way
     written = [sum(batches[:n]) for n in range(len(batches)) if sum(batches[:n]) < at]
     assert len(there) == written[-1]
@@ -627,7 +631,7 @@ def test_judged_later(place, tmp_path, asked, unbroken):
     (tmp_path / "world2.json").write_bytes((place / "world.json").read_bytes())
     _, said = command(*words(place, *LONG, "--judge", tmp_path / "world2.json", **which), code=2)
     assert "was judged by" in said and "world2.json" in said
-    assert [list(a) for a in answers_of(out).values()] == [list(a) for a in answers_of(out).values() if "judge" in a]
+    assert {a["judge"] for a in answers_of(out).values()} == {str(place / "world.json")}
 
 
 # ── Samples, curves, pairs ───────────────────────────────────────────────────────────────────────────────────────────
@@ -764,9 +768,7 @@ def test_file_and_table(place, tmp_path):
 
 
 @pytest.mark.skipif(not (Path(evaluate.__file__).parents[1] / ".git").exists(), reason="not a git checkout")
-def test_the_commit_is_that_of_the_code(place, tmp_path, monkeypatch):
-    import subprocess
-
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     git = ["git", "rev-parse", "HEAD"]
     head = subprocess.run(git, cwd=Path(evaluate.__file__).parent, capture_output=True, text=True).stdout.strip()
     monkeypatch.chdir(tmp_path)  # wherever it is started

@@ -577,7 +577,8 @@ def test_defaults_and_every_flag(world, tmp_path):
     first = vars(arguments(["base", "--config", "c", "--tokenizer", "t", "--data", "d", "--out", "o"]))
     assert (first["config"], first["tokenizer"], first["lr"], first["weight_decay"]) == ("c", "t", 1e-3, 0.1)
     words = "sft --init i --no-backtrack --prefix 0.25 1 --restart unsafe --data d e --heldout h g --out o --lr 2e-3"
-    words += " --weight-decay 0.2 --clip 3 --batch-size 4 --grad-accum 5 --steps 6 --max-length 7 --seed 8 --device cpu --dtype bfloat16"
+    words += " --weight-decay 0.2 --clip 3 --batch-size 4 --grad-accum 5 --steps 6 --max-length 7"
+    words += " --seed 8 --device cpu --dtype bfloat16"
     given = vars(arguments([*words.split(), "--compile", "--resume", "--log-every", "9", "--save-every", "11"]))
     assert given == {
         "command": "sft",
