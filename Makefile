@@ -19,13 +19,15 @@ JOBS   ?= 2
 ifdef QUICK
 TEST_SEEDS  ?= 200
 ATTACK_SEEDS ?= $(TEST_SEEDS)
+TRAINING_SEEDS ?= $(TEST_SEEDS)
 ATTACK_SIZE ?= --limit 3 --budget 256
 RESULTS     ?= $(RUNS)/quick
 EXPERIMENTS ?= main bias sampling
 else
 TEST_SEEDS  ?= 200 201 202 203 204
 ATTACK_SEEDS ?= 200 201 202
-ATTACK_SIZE ?= --limit 8 --budget 2048
+TRAINING_SEEDS ?= 200 201 202
+ATTACK_SIZE ?= --limit 6 --budget 1024
 RESULTS     ?= results
 EXPERIMENTS ?= main bias sampling retry training
 endif
@@ -35,7 +37,7 @@ SFT  := --lr 1e-3 --batch-size 32 --max-length 128 --log-every 64
 EPOCHS      := 6
 # The baseline sees shorter sequences; with this many epochs it sees as many tokens as backtracking does in EPOCHS.
 EPOCHS_LONG := 7
-# Each side has the DPO settings that did best for it of those tried, 14 for ours and 8 for the baseline. Without restart
+# Each side has the DPO settings that did best for it of those tried on development seeds (README: Tuning). Without restart
 # pairs ours teaches to refuse harmless questions; at full weight they unlearn the reset.
 DPO  := --beta 0.2 --epochs 2 --batch-size 32 --max-length 128 --log-every 10
 DPO_PAPER    := --lr 5e-5 --nll 0.2
@@ -186,6 +188,9 @@ $(RUNS)/toy-%/training.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft sf
 	$(EVAL) --sets $(NEW_SETS) --on-reset truncate keep
 
 $(RESULTS)/toy-%.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/%.json)
+	$(PY) -m backtrack.evaluate --merge $^ --out $@
+
+$(RESULTS)/toy-training.json: $(foreach seed,$(TRAINING_SEEDS),$(RUNS)/toy-$(seed)/training.json)
 	$(PY) -m backtrack.evaluate --merge $^ --out $@
 
 eval: $(VENV)/.installed  ## every experiment on every test seed, pooled into results/; 40 minutes. QUICK=1: one seed, 7 minutes
