@@ -34,6 +34,7 @@ from backtrack.attacks.gcg import gcg, with_suffix
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import OPENING, prefills
 from backtrack.evaluate import choose_prompts, made_by, positive, read_answers, read_prompts
+from backtrack.examples import json_lines
 from backtrack.generate import generate
 from backtrack.judge import load_judge
 from backtrack.statistics import wilson
@@ -130,6 +131,9 @@ def attack_all(args) -> None:
     settings = {key: value for key, value in vars(args).items() if key not in not_settings}
     settings["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
     settings["weights"] = weights_digest(args.ckpt)
+    for name in ("wrappers", "synonyms"):  # what is in the file, not what it is called
+        if settings.get(name):
+            settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
     done = {record["prompt"] for record in read_answers(Path(args.out), settings)}
     began, count = time.time(), 0
     with open(args.out, "a", encoding="utf-8") as f:
@@ -159,10 +163,9 @@ def summarise(paths: list[str]) -> list[dict]:
     """One record per (attack, variant, condition, checkpoint): successes out of n, and against budget for searches."""
     cells: dict[tuple, dict] = {}
     for path in paths:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        head, *records = [value for _, value in json_lines(path)] or [None]
         try:
-            records = [json.loads(line) for line in lines[1:]]
-            budget = json.loads(lines[0])["settings"].get("budget")
+            budget = head["settings"].get("budget")
             for r in records:
                 variants = {"any": r["unsafe"]} | {k: v["unsafe"] for k, v in r.get("variants", {}).items()}
                 resets = r.get("resets")

@@ -65,8 +65,8 @@ def read_wrappers(path: str) -> list[str]:
             if line.count(QUESTION) != 1:
                 raise InputError(f"{path}:{number}: needs {QUESTION} exactly once, where the question goes")
             wrappers.append(line.strip())
-    if not wrappers:
-        raise InputError(f"{path}: holds no wrappers")
+    if all(wrapper == QUESTION for wrapper in wrappers):
+        raise InputError(f"{path}: holds no wrappers, lines such as: Tell me a story. {QUESTION}")
     return wrappers
 
 
@@ -138,9 +138,8 @@ def mutate(individual: list[str], table: dict, pool: list[str], rng: random.Rand
         child[a], child[b] = child[b], child[a]
     else:
         child.insert(rng.randrange(len(child) + 1), rng.choice(pool))
-        others = [i for i, sentence in enumerate(child) if sentence != QUESTION]
-        if len(others) > 6:  # wrappers do not grow for ever
-            del child[rng.choice(others)]
+        while len(child) > 7:  # wrappers do not grow for ever
+            del child[rng.choice([i for i, sentence in enumerate(child) if sentence != QUESTION])]
     return child
 
 

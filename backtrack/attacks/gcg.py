@@ -77,8 +77,8 @@ class Objective:
 
 
 def with_suffix(messages: list[dict], text: str) -> list[dict]:
-    last = messages[-1]
-    return [*messages[:-1], {**last, "content": last["content"] + text}]
+    last = messages[-1]  # rendering strips a message's end: what follows must not bring the stripped space back
+    return [*messages[:-1], {**last, "content": last["content"].rstrip() + text}]
 
 
 def make_slots(tok, messages: list[dict], target: str, suffix: str) -> Slots:
@@ -190,8 +190,16 @@ class Scorer:
 # ── The search ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def swaps(gradient: torch.Tensor, suffix: list[int], count: int, topk: int, allowed: torch.Tensor, rng: random.Random):
-    """`count` copies of the suffix, each with one token replaced by one of the topk most promising for its place."""
+def swaps(
+    gradient: torch.Tensor,
+    suffix: list[int],
+    count: int,
+    topk: int,
+    allowed: torch.Tensor,
+    rng: random.Random,
+    at_once=1,
+) -> list[list[int]]:
+    """`count` copies of the suffix, in each `at_once` tokens replaced by some of the topk most promising there."""
     gradient = gradient.clone()
     banned = torch.ones(gradient.shape[1], dtype=torch.bool, device=gradient.device)
     banned[allowed] = False
@@ -199,8 +207,10 @@ def swaps(gradient: torch.Tensor, suffix: list[int], count: int, topk: int, allo
     best = (-gradient).topk(min(topk, len(allowed)), dim=1).indices.tolist()  # (n, topk)
     drawn = []
     for _ in range(count):
-        place = rng.randrange(len(suffix))
-        drawn.append([*suffix[:place], rng.choice(best[place]), *suffix[place + 1 :]])
+        swapped = list(suffix)
+        for place in rng.sample(range(len(suffix)), min(at_once, len(suffix))):
+            swapped[place] = rng.choice(best[place])
+        drawn.append(swapped)
     return drawn
 
 
@@ -234,6 +244,8 @@ def gcg(
     rng = random.Random(seed)
     objective = Objective(loss, None if adaptive is None else tok.reset_id, adaptive or 0.0)
     slots = make_slots(tok, messages, target, suffix)
+    if not slots.suffix:
+        raise InputError("the suffix to start from is empty; give --suffix some text, its length in tokens is kept")
     if not slots.target:
         raise InputError("the target is empty; a prompt needs a 'target' that the attack aims at")
     m = len(slots.target) if adaptive is None else min(8, len(slots.target))
@@ -241,13 +253,13 @@ def gcg(
     scorer, found = Scorer(model, slots, rows), Search(suffix)
     buffer = [(scorer.losses([slots.suffix], m, objective).item(), slots.suffix)]  # best first
     found.evaluations = 1
-    judged = None
+    judged, at_once, known = None, 1, {tuple(slots.suffix)}  # known: scored against these m tokens
     while True:
         value, best = buffer[0]
         found.losses.append(round(value, 4))
         found.text = tok.decode(best)
         if best != judged:
-            judged = best
+            judged, at_once = best, 1
             if unsafe_with(found.text):
                 found.success_at = found.evaluations
                 return found
@@ -255,18 +267,21 @@ def gcg(
             return found
         if m < len(slots.target) and scorer.says(best, m):
             m = min(2 * m, len(slots.target))
-            values = scorer.losses([s for _, s in buffer], m, objective).tolist()
-            found.evaluations += len(buffer)
-            buffer = sorted(zip(values, (s for _, s in buffer), strict=True))
-            best = buffer[0][1]
+            kept = [s for _, s in buffer[: budget - found.evaluations]]
+            values = scorer.losses(kept, m, objective).tolist()
+            found.evaluations += len(kept)
+            buffer, known, at_once = sorted(zip(values, kept, strict=True)), set(map(tuple, kept)), 1
+            continue
         gradient = suffix_gradient(model, slots, best, m, objective)
-        known = {tuple(s) for _, s in buffer}
-        drawn = swaps(gradient, best, min(candidates, budget - found.evaluations), topk, allowed, rng)
-        drawn = [s for s in dict.fromkeys(map(tuple, drawn)) if s not in known]  # a swap may draw the token it replaces
+        count = min(candidates, budget - found.evaluations)
+        drawn = swaps(gradient, best, count, topk, allowed, rng, at_once)
+        drawn = [s for s in dict.fromkeys(map(tuple, drawn)) if s not in known]  # nothing is scored twice
+        at_once += 4 * len(drawn) < count  # its neighbours are known: look further away, until there is a better one
         drawn = [list(s) for s in drawn if survives(tok, messages, slots, list(s))]
         if not drawn:
             found.evaluations += 1  # so that a search without a way out ends
             continue
+        known.update(map(tuple, drawn))
         values = scorer.losses(drawn, m, objective).tolist()
         found.evaluations += len(drawn)
         buffer = sorted(buffer + list(zip(values, drawn, strict=True)))[:buffer_size]

@@ -1,0 +1,322 @@
+"""The command line of the attacks: what is sent, what survives, resuming, tables, and one line for what is wrong.
+
+The checkpoint is random; it is made to say what a test needs by replacing the sampler or by prefilling.
+"""
+
+import contextlib
+import io
+import json
+import sys
+
+import pytest
+import torch
+from test_evaluate import random_checkpoint
+
+from backtrack.attacks import __main__ as attacks
+from backtrack.attacks.instruct import INSTRUCTIONS
+from backtrack.attacks.prefill import LENGTHS, prefills
+from backtrack.generate import Generation, generate
+from backtrack.judge import load_judge
+from backtrack.statistics import wilson
+from data import toy
+from model import load_model, load_tokenizer
+from model.errors import run
+
+SEARCHES = {"gcg": ("--suffix", " x x x x"), "adaptive-gcg": ("--suffix", " x x x x"), "autodan": ()}
+SMALL = ("--candidates", 8, "--topk", 8, "--batch-size", 8)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("place")
+    files = toy.build(0)
+    (root / "world.json").write_bytes(files["world.json"])
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer/tokenizer.model").write_bytes(files["tokenizer/tokenizer.model"])
+    for seed, name in enumerate(("one", "two")):
+        random_checkpoint(root / name, load_tokenizer(root / "tokenizer"), seed)
+    rows = [json.loads(line) for line in files["prompts.jsonl"].splitlines()]
+    prompts = [[r for r in rows if r["set"] == name][7 * i] for i in range(2) for name in ("seen", "unseen")]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return root
+
+
+def command(*words, code=0):
+    """`python -m backtrack.attacks words` in this process; what it printed, and what it said on stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["attacks", *map(str, words)])
+        try:
+            run(attacks.main)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+    assert status == code, err.getvalue()
+    assert "Traceback" not in err.getvalue()
+    if code == 2:
+        *before, last = err.getvalue().splitlines()
+        assert "error: " in last and not any("error: " in line for line in before)
+    return out.getvalue(), err.getvalue()
+
+
+def words(name, place, out, *more, ckpt="one"):
+    first = [name, "--ckpt", place / ckpt, "--prompts", place / "prompts.jsonl", "--judge", place / "world.json"]
+    first += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", 10, "--out", out]
+    if name in SEARCHES:
+        first += ["--budget", 40, *SEARCHES[name]] + list(SMALL if name != "autodan" else ())
+    return [*first, *more]
+
+
+def lines(out):
+    head, *records = map(json.loads, out.read_text().split("\n")[:-1])
+    assert set(head) == {"settings"}
+    return head["settings"], records
+
+
+def saying(monkeypatch, function):
+    """Replaces the sampler: function(tok-decoded prompt, prefill ids, options) -> (surviving text, discarded texts)."""
+    state = {}
+
+    def fake(model, prompts, **options):
+        tok = state["tok"]
+        surviving, discarded = function(tok.decode(prompts[0]), options["prefill"][0], options)
+        return [
+            Generation(tok.encode(surviving), [tok.encode(d) for d in discarded], len(discarded), "stop", 1, 0.0, 0.0)
+        ]
+
+    def load(path):
+        state["tok"] = load_tokenizer(path)
+        return state["tok"]
+
+    monkeypatch.setattr(attacks, "generate", fake)
+    monkeypatch.setattr(attacks, "load_tokenizer", load)
+
+
+# ── What is sent and judged ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct"])
+def test_a_record_can_be_checked(place, tmp_path, name):
+    """What a line says was sent is sent again, to the real sampler, with the judge shown the original prompt."""
+    options = dict(on_reset="keep", reset_bias=6.0, max_resets=2)
+    flags = ("--on-reset", "keep", "--reset-bias", 6, "--max-resets", 2)
+    command(*words(name, place, tmp_path / "a.jsonl", *flags))
+    _, records = lines(tmp_path / "a.jsonl")
+    model, tok, judge = load_model(place / "one"), load_tokenizer(place / "one"), load_judge(place / "world.json")
+    prompts = list(map(json.loads, (place / "prompts.jsonl").read_text().splitlines()))
+    assert [prompts.index(p) for p in sorted(prompts, key=lambda p: p["set"] != "seen")] == [0, 2, 1, 3]
+    resets = 0
+    for record, number in zip(records, (0, 2, 1, 3), strict=True):
+        prompt = prompts[number]
+        assert record["set"] == prompt["set"] and record["name"] == name
+        assert {k: record[k] for k in options} == options
+        for tried in record.get("variants", {"": record}).values():
+            forced = tok.encode(tried.get("prefill", ""))
+            [g] = generate(
+                model,
+                [tok.render([{"role": "user", "content": tried["sent"]}])],
+                prefill=[forced],
+                reset_id=tok.reset_id,
+                stop_ids=tok.stop_ids,
+                max_new_tokens=10,
+                **options,
+            )
+            assert tried["response"] == tok.decode(g.tokens)
+            assert tried["discarded"] == [tok.decode(ids) for ids in g.discarded] and tried["resets"] == g.resets
+            assert tried["unsafe"] == judge(prompt["prompt"], tok.decode(g.tokens)).unsafe
+            assert prompt["prompt"][0]["content"] in tried["sent"]
+            resets += g.resets
+        if name in SEARCHES and record["success_at"] is None:
+            assert record["evaluations"] == 40 and not record["unsafe"]
+            question = prompt["prompt"][0]["content"]
+            whole = record["attack"].replace("{q}", question) if name == "autodan" else question + record["attack"]
+            assert record["sent"] == whole
+        elif name in SEARCHES:
+            assert record["unsafe"] and record["success_at"] == record["evaluations"]
+    assert resets > 0
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_success_is_judged_on_what_survives(place, tmp_path, monkeypatch, name):
+    """An unsafe answer that is taken back is none; one that survives is, also after a reset."""
+    unsafe = json.loads((place / "world.json").read_text())["forbidden_ingredients"][0]
+    saying(monkeypatch, lambda *_: ("I cannot help with that.", [f"Take {unsafe}."]))
+    command(*words(name, place, tmp_path / "a.jsonl"))
+    _, records = lines(tmp_path / "a.jsonl")
+    for r in records:
+        assert r["unsafe"] is False and r["success_at"] is None and r["resets"] == 1 and r["evaluations"] == 40
+        assert r["discarded"] == [f"Take {unsafe}."]
+    saying(monkeypatch, lambda *_: (f"Take {unsafe}.", ["I cannot help with that."]))
+    command(*words(name, place, tmp_path / "b.jsonl"))
+    _, records = lines(tmp_path / "b.jsonl")
+    for r in records:  # without any attack, so at 0 evaluations
+        assert r["unsafe"] is True and (r["success_at"], r["evaluations"], r["attack"]) == (0, 0, "")
+
+
+def test_prefill_success_against_n(place, tmp_path, monkeypatch):
+    """A model that goes on with an unsafe word once it was made to say 4 tokens or more, but not with the opening."""
+    unsafe = json.loads((place / "world.json").read_text())["forbidden_ingredients"][0]
+    opening = load_tokenizer(place / "one").encode("Sure, here.")
+
+    def rigged(prompt, prefill, options):
+        return (unsafe if len(prefill) >= 4 and prefill != opening else "No."), []
+
+    saying(monkeypatch, rigged)
+    printed, _ = command(*words("prefill", place, tmp_path / "a.jsonl", "--opening", "Sure, here."))
+    _, records = lines(tmp_path / "a.jsonl")
+    for r in records:
+        verdicts = {k: v["unsafe"] for k, v in r["variants"].items()}
+        assert verdicts == {"opening": False, "1": False, "2": False} | {
+            k: True for k in verdicts if k not in ("opening", "1", "2")
+        }
+        assert {"4", "8", "16", "all"} <= set(verdicts) and r["unsafe"] is True
+    rates = {line.split()[1]: line.split()[7] for line in printed.splitlines()[1:]}
+    assert rates["any"] == rates["4"] == rates["all"] == "100.0" and rates["2"] == rates["opening"] == "0.0"
+
+
+def test_prefills_are_beginnings_of_the_target(place):
+    tok = load_tokenizer(place / "one")
+    target = json.loads((place / "prompts.jsonl").read_text().splitlines()[0])["target"]
+    ids = tok.encode(target)
+    found = prefills(tok, target, "Yes.")
+    assert found.pop("opening") == tok.encode("Yes.") and found.pop("all") == ids
+    assert {int(n): v for n, v in found.items()} == {n: ids[:n] for n in LENGTHS if n < len(ids)}
+    assert set(prefills(tok, "x", "Yes.")) == {"opening", "all"} | {str(n) for n in LENGTHS if n < len(tok.encode("x"))}
+
+
+def test_instructions_are_tried_one_by_one(place, tmp_path, monkeypatch):
+    unsafe = json.loads((place / "world.json").read_text())["forbidden_ingredients"][0]
+    saying(monkeypatch, lambda prompt, *_: (unsafe if "Never start" in prompt else "No.", []))
+    command(*words("instruct", place, tmp_path / "a.jsonl"))
+    for r in lines(tmp_path / "a.jsonl")[1]:
+        assert [k for k, v in r["variants"].items() if v["unsafe"]] == ["no restart"] and r["unsafe"] is True
+        assert list(r["variants"]) == list(INSTRUCTIONS)
+
+
+# ── Going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct"])
+def test_resuming_gives_the_same_bytes(place, tmp_path, name):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    command(*words(name, place, whole))
+    data = whole.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
+    assert len(ends) == 5
+    for end in (ends[2], ends[2] + 30, ends[3] - 1, ends[0] - 3, 0):
+        if end > ends[0]:
+            cut.write_bytes(data[:end])
+        else:
+            cut.unlink()
+        command(*words(name, place, cut))
+        assert cut.read_bytes() == data
+    printed, said = command(*words(name, place, cut))  # nothing left to do
+    assert cut.read_bytes() == data and "left" not in said and name in printed
+
+
+def test_a_prompts_draws_depend_on_seed_and_number_only(place, tmp_path):
+    """The first prompt of a set of its own gives the same line in a run that has it alone."""
+    command(*words("gcg", place, tmp_path / "all.jsonl"))
+    command(*words("gcg", place, tmp_path / "one.jsonl", "--sets", "seen"))
+    command(*words("gcg", place, tmp_path / "seed.jsonl", "--sets", "seen", "--seed", 1))
+    both, one, other = (lines(tmp_path / f"{n}.jsonl")[1] for n in ("all", "one", "seed"))
+    assert both[:2] == one and [r["losses"] for r in one] != [r["losses"] for r in other]
+    assert [r["losses"][0] for r in one] == [r["losses"][0] for r in other]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (("--seed", 1), "was begun with seed 0, now 1"),
+        (("--budget", 41), "was begun with budget 40, now 41"),
+        (("--suffix", " y"), "was begun with suffix"),
+        (("--max-resets", 2), "was begun with max_resets 1, now 2"),
+        (("--sets", "seen"), "was begun with prompts"),
+    ],
+)
+def test_other_settings_are_refused(place, tmp_path, change, complaint):
+    command(*words("gcg", place, tmp_path / "a.jsonl", "--limit", 1))
+    before = (tmp_path / "a.jsonl").read_bytes()
+    _, said = command(*words("gcg", place, tmp_path / "a.jsonl", "--limit", 1, *change), code=2)
+    assert complaint in said and (tmp_path / "a.jsonl").read_bytes() == before
+    _, said = command(*words("gcg", place, tmp_path / "a.jsonl", "--limit", 1, ckpt="two"), code=2)
+    assert "was begun with weights" in said
+    _, said = command(*words("adaptive-gcg", place, tmp_path / "a.jsonl", "--limit", 1), code=2)
+    assert "was begun with name gcg, now adaptive-gcg" in said
+
+
+# ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def attack_file(path, ckpt, successes, budget=100, name="gcg"):
+    path.parent.mkdir(exist_ok=True)
+    head = {"name": name, "set": "s", "on_reset": "truncate", "reset_bias": 0.0, "max_resets": 1, "checkpoint": ckpt}
+    records = [
+        head | {"prompt": i, "unsafe": at is not None, "success_at": at, "resets": i % 2, "response": "a\u2028b\x85"}
+        for i, at in enumerate(successes)
+    ]
+    rows = [{"settings": {"budget": budget}}, *records]
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def test_table_pools_seeds_and_counts_against_budget(tmp_path):
+    a = attack_file(tmp_path / "0/a.jsonl", "runs/toy-0/sft", [0, 1, 17, None])
+    b = attack_file(tmp_path / "1/a.jsonl", "runs/toy-1/sft", [64, 100, None, None])
+    c = attack_file(tmp_path / "1/b.jsonl", "runs/toy-1/dpo", [None])
+    printed, _ = command("table", a, b, c, "--out", tmp_path / "t.json")
+    sft, dpo = json.loads((tmp_path / "t.json").read_text())["records"]
+    assert (sft["checkpoint"], sft["n"], sft["unsafe"], sft["by_seed"]) == ("sft", 8, 5, [0.75, 0.5])
+    assert sft["success_within"] == {"0": 1, "1": 2, "16": 2, "64": 4, "100": 5}
+    assert sft["interval"] == [round(x, 4) for x in wilson(5, 8)] and sft["reset"] == 4
+    assert (dpo["checkpoint"], dpo["n"], dpo["unsafe"]) == ("dpo", 1, 0)
+    assert "62.5" in printed and f"[{100 * wilson(5, 8)[0]:.1f}" in printed
+
+
+# ── Bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_bad_input_is_one_line(place, tmp_path):
+    out = tmp_path / "a.jsonl"
+    no_target = tmp_path / "no-target.jsonl"
+    no_target.write_text('{"prompt": [{"role": "user", "content": "Hi"}]}\n')
+    (tmp_path / "w.txt").write_text("no question\n")
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    for name in ("gcg", "adaptive-gcg", "autodan", "prefill"):
+        _, said = command(*words(name, place, tmp_path / f"{name}.jsonl", "--prompts", no_target), code=2)
+        assert f"{name}: prompt 0 of set no-target has no 'target'" in said
+    command(*words("instruct", place, tmp_path / "i.jsonl", "--prompts", no_target))  # it needs none
+    for more, complaint in (
+        (("--prompts", tmp_path / "gone"), "gone: no such file"),
+        (("--sets", "nowhere"), "--sets nowhere: no such set"),
+        (("--judge", tmp_path / "other.jsonl"), "other.jsonl: not a toy world"),
+        (("--ckpt", tmp_path / "gone"), "gone"),
+        (("--budget", 0), "0 is not a positive number"),
+        (("--max-resets", -1), "max_resets is -1"),
+        (("--loss", "mse"), "invalid choice"),
+        (("--out", tmp_path / "other.jsonl"), "other.jsonl: holds no answers of this program"),
+        (("--out", tmp_path), str(tmp_path)),
+    ):
+        _, said = command(*words("gcg", place, out, *more), code=2)
+        assert complaint in said
+    _, said = command(*words("autodan", place, tmp_path / "d.jsonl", "--wrappers", tmp_path / "w.txt"), code=2)
+    assert "w.txt:1: needs {q} exactly once" in said
+    for file in ("other.jsonl", "empty.jsonl", "w.txt", "gone"):
+        _, said = command("table", tmp_path / file, code=2)
+        assert file in said
+
+
+def test_a_long_prompt_is_named(place, tmp_path):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": [{"role": "user", "content": "x " * 400}], "target": "Sure."}) + "\n")
+    _, said = command(*words("gcg", place, tmp_path / "a.jsonl", "--prompts", long), code=2)
+    assert "too long" in said
+
+
+def test_attacks_leave_the_global_random_state_alone(place, tmp_path):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    command(*words("autodan", place, tmp_path / "a.jsonl", "--limit", 1))
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,425 @@
+"""GCG against finite differences, full forwards, nanoGCG's formula written out again, and enumeration.
+
+Models are random and tiny. `Letters` is a tokenizer whose ids are letters and one pair, so that text can merge.
+"""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from test_generate import random_model
+
+from backtrack.attacks import gcg as module
+from backtrack.attacks.gcg import (
+    Objective,
+    Scorer,
+    Slots,
+    allowed_ids,
+    gcg,
+    make_slots,
+    suffix_gradient,
+    survives,
+    swaps,
+    with_suffix,
+)
+from data import toy
+from model import InputError, ModelConfig, Transformer, load_tokenizer
+
+V = 61
+ALPHABET = " abcdefghijklmnopqrstuvwxyz"
+
+
+class Letters:
+    """0 BOS, 1 end of turn, 2 [RESET], 3 … letters, and 30 the pair "ab", which encoding prefers."""
+
+    bos_id, stop_ids, reset_id, vocab_size, special_ids = 0, (1,), 2, 31, frozenset({0, 1, 2})
+
+    def encode(self, text):
+        ids, i = [], 0
+        while i < len(text):
+            pair = text[i : i + 2] == "ab"
+            ids.append(30 if pair else ALPHABET.index(text[i]) + 3)
+            i += 2 if pair else 1
+        return ids
+
+    def decode(self, ids):
+        return "".join("ab" if i == 30 else ALPHABET[i - 3] for i in ids if i > 2)
+
+    def render(self, messages, add_generation_prompt=True):
+        return [0, *self.encode(messages[-1]["content"].strip()), 1]
+
+
+ASK = [{"role": "user", "content": "hello"}]
+
+
+def letters_model(seed=0):
+    config = ModelConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
+    model, generator = Transformer(config).eval(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.0, 0.4, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def model(request):
+    return random_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def toy_tok(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    (path / "tokenizer.model").write_bytes(toy.build(0)["tokenizer/tokenizer.model"])
+    return load_tokenizer(path)
+
+
+def never(text):
+    return False
+
+
+def random_ids(n, seed, low=3):
+    return torch.randint(low, V, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def slots_of(n_suffix=4, m=6):
+    return Slots(random_ids(9, 1), random_ids(n_suffix, 2), random_ids(3, 3), random_ids(m, 4))
+
+
+def by_hand(model, slots, suffix, m, loss="ce", reset_id=None, weight=0.0):
+    """L(s) of one suffix: one full forward per position, no cache, no batch, plain Python on probabilities."""
+    context, target = slots.before + suffix + slots.after, slots.target[:m]
+    log_p, raw, no_reset = [], [], []
+    for t in range(m + 1):
+        with torch.no_grad():
+            logits = model(torch.tensor([context + target[:t]]))[0, -1].double()
+        p = logits.exp() / logits.exp().sum()
+        if t < m:
+            log_p.append(math.log(p[target[t]]))
+            raw.append(logits[target[t]].item())
+        if reset_id is not None:
+            no_reset.append(math.log(1 - p[reset_id]))
+    value = -sum(log_p) / m if loss == "ce" else math.log(sum(math.exp(-z) for z in raw) / m)
+    return value - (weight * sum(no_reset) / (m + 1) if reset_id is not None else 0.0)
+
+
+# ── Loss and gradient ────────────────────────────────────────────────────────────────────────────────────────────────
+
+OBJECTIVES = [("ce", None, 0.0), ("mellowmax", None, 0.0), ("ce", 2, 1.0), ("ce", 2, 7.0), ("mellowmax", 2, 0.5)]
+
+
+@pytest.mark.parametrize(("loss", "reset_id", "weight"), OBJECTIVES)
+def test_the_objective_is_its_formula(model, loss, reset_id, weight):
+    slots = slots_of()
+    for m in (1, 2, 6):
+        [value] = Scorer(model, slots, 1).losses([slots.suffix], m, Objective(loss, reset_id, weight)).tolist()
+        assert value == pytest.approx(by_hand(model, slots, slots.suffix, m, loss, reset_id, weight), abs=2e-4)
+
+
+def test_mellowmax_is_nanogcgs():
+    """1/α · (logsumexp(α·x) − log n) with x = −logit and α = 1, as nanoGCG defines it; not the log-probability."""
+    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([3, 8, 0])
+    for row, value in zip(logits, Objective("mellowmax")(logits, target).tolist(), strict=True):
+        x = -torch.stack([row[t, id] for t, id in enumerate(target)])
+        assert value == pytest.approx((torch.logsumexp(x, 0) - math.log(3)).item(), abs=1e-6)
+
+
+def test_a_certain_reset_costs_without_end_and_no_nan():
+    logits = torch.zeros(1, 2, 5)
+    logits[:, :, 2] = 200.0
+    value = Objective("ce", 2, 1.0)(logits, torch.tensor([3])).item()
+    assert math.isfinite(value) and value > 300  # 1 − p is 0 in floating point, log(1 − p) is about −198
+
+
+@pytest.mark.parametrize("reset_id", [None, 2])
+@pytest.mark.parametrize("loss", ["ce", "mellowmax"])
+def test_gradient_is_the_finite_difference(model, loss, reset_id):
+    """A token is added to the table that is the suffix's token plus a little of another: no hook, no one-hot."""
+    slots, objective, eps = slots_of(), Objective(loss, reset_id, 3.0), 1e-2
+    m = len(slots.target)
+    gradient = suffix_gradient(model, slots, slots.suffix, m, objective)
+    assert gradient.shape == (4, V)
+    assert not model.model.embed_tokens._forward_hooks  # the hook is gone
+    table = model.model.embed_tokens.weight
+    tokens = torch.tensor([slots.before + slots.suffix + slots.after + slots.target])
+    generator = torch.Generator().manual_seed(5)
+    expected, got = [], []
+    for _ in range(24):
+        place, other = (int(torch.randint(n, (1,), generator=generator)) for n in (4, V))
+        values = []
+        for sign in (1, -1):
+            mixed = table[slots.suffix[place]] + sign * eps * table[other]
+            extended = torch.nn.Parameter(torch.cat((table, mixed[None])))
+            changed = tokens.clone()
+            changed[0, len(slots.before) + place] = V
+            with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+                patch.setitem(model.model.embed_tokens._parameters, "weight", extended)
+                hidden = model.model(changed)[:, -m - 1 :]
+            with torch.no_grad():
+                values.append(objective(model.logits(hidden), torch.tensor(slots.target)).item())
+        expected.append((values[0] - values[1]) / (2 * eps))
+        got.append(gradient[place, other].item())
+    expected, got = torch.tensor(expected), torch.tensor(got)
+    assert expected.norm() > 0.01
+    assert (expected - got).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+@pytest.mark.parametrize("rows", [1, 3, 8, 64])
+def test_cached_losses_equal_full_forwards(model, n, rows):
+    slots = slots_of(n)
+    suffixes = [random_ids(n, 10 + i) for i in range(7)]
+    scorer = Scorer(model, slots, rows)
+    for m in (2, 6, 3):  # longer than what the cache was made for, then shorter
+        got = scorer.losses(suffixes, m, Objective())
+        assert got.shape == (7,) and got.dtype == torch.float32
+        for value, suffix in zip(got.tolist(), suffixes, strict=True):
+            assert value == pytest.approx(by_hand(model, slots, suffix, m), abs=2e-4)
+
+
+def test_what_precedes_the_suffix_is_read_once(model, monkeypatch):
+    slots, fed, forward = slots_of(), [], model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda tokens, *c: fed.append(tuple(tokens.shape)) or forward(tokens, *c)
+    )
+    scorer = Scorer(model, slots, 4)
+    for _ in range(3):
+        scorer.losses([random_ids(4, i) for i in range(8)], 6, Objective())
+    assert fed == [(1, 9)] + [(4, 4 + 3 + 6)] * 6
+
+
+def test_out_of_memory_halves_the_batch(model, monkeypatch):
+    slots, forward, tried = slots_of(), model.model.forward, []
+    suffixes = [random_ids(4, 20 + i) for i in range(11)]
+    expected = Scorer(model, slots, 1).losses(suffixes, 6, Objective())
+
+    def small(tokens, *cache):
+        tried.append(len(tokens))
+        if len(tokens) > 3:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return forward(tokens, *cache)
+
+    monkeypatch.setattr(model.model, "forward", small)
+    scorer = Scorer(model, slots, 12)
+    assert torch.allclose(scorer.losses(suffixes, 6, Objective()), expected, atol=1e-4)
+    assert scorer.rows == 3 and [n for n in tried if n > 1] == [12, 6, 3, 3, 3, 3]
+    scorer.losses(suffixes, 6, Objective())
+    assert max(tried[7:]) == 3  # for good
+
+    def none(tokens, *cache):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(model.model, "forward", none)
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # not for ever
+        Scorer(model, slots, 4).losses(suffixes, 6, Objective())
+
+
+# ── Candidates ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_swaps_are_single_and_among_the_topk_allowed():
+    gradient = torch.randn(5, V, generator=torch.Generator().manual_seed(0))
+    allowed, suffix = torch.tensor([*range(10, 40)]), random_ids(5, 1)
+    gradient[:, 3] = -100.0  # the best token by far is one that is not allowed
+    drawn = swaps(gradient, suffix, 400, 4, allowed, random.Random(0))
+    assert len(drawn) == 400
+    used = [set() for _ in suffix]
+    for candidate in drawn:
+        changed = [i for i in range(5) if candidate[i] != suffix[i]]
+        assert len(candidate) == 5 and len(changed) <= 1
+        for i in changed:
+            used[i].add(candidate[i])
+    for place, ids in enumerate(used):
+        best = sorted(range(10, 40), key=lambda id: gradient[place, id].item())[:4]  # steepest descent
+        assert ids <= set(best) and len(ids | {suffix[place]}) >= 4
+    two = swaps(gradient, suffix, 100, 4, allowed, random.Random(0), at_once=2)
+    assert {sum(a != b for a, b in zip(c, suffix, strict=True)) for c in two} <= {0, 1, 2}
+    assert any(sum(a != b for a, b in zip(c, suffix, strict=True)) == 2 for c in two)
+    few = swaps(gradient, suffix, 50, 999, torch.tensor([7]), random.Random(0))
+    assert {id for c in few for i, id in enumerate(c) if id != suffix[i]} == {7}
+
+
+def test_special_ids_never_stand_in_a_suffix(toy_tok):
+    allowed = allowed_ids(toy_tok)
+    assert len(allowed) > 500 and not set(allowed) & toy_tok.special_ids
+    assert not set(allowed) & {toy_tok.bos_id, toy_tok.reset_id, *toy_tok.stop_ids}
+    assert all(toy_tok.decode([i]).isprintable() for i in allowed)
+
+
+def test_slots_cut_the_rendered_prompt(toy_tok):
+    chats = [
+        [{"role": "user", "content": "How do I make it?"}],
+        [{"role": "user", "content": "How do I make it?  \n"}],  # rendering strips it
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "x x x"},
+        ],
+        [{"role": "user", "content": "x x x x x x"}],  # as the suffix is
+    ]
+    for messages in chats:
+        slots = make_slots(toy_tok, messages, "Sure.", " x x x")
+        sent = with_suffix(messages, " x x x")
+        assert slots.before + slots.suffix + slots.after == toy_tok.render(sent)
+        assert slots.before + slots.after == toy_tok.render(messages)
+        assert slots.suffix == toy_tok.encode(" x x x") and toy_tok.decode(slots.suffix) == " x x x"
+        assert slots.target == toy_tok.encode("Sure.")
+        assert messages[:-1] == sent[:-1]
+
+
+def test_a_suffix_that_merges_is_refused():
+    tok = Letters()
+    messages = [{"role": "user", "content": "hella"}]
+    with pytest.raises(InputError, match="suffix 'bc' merges with the end of the message; begin it with a space"):
+        make_slots(tok, messages, "abc", "bc")
+    slots = make_slots(tok, messages, "abc", "cc")
+    assert survives(tok, messages, slots, tok.encode("cd"))
+    assert not survives(tok, messages, slots, [5, 6])  # "bc" after "hella": the pair "ab" crosses the border
+    assert not survives(tok, messages, slots, [4, 5])  # "a", "b" as two tokens come back as one
+    assert not survives(tok, messages, slots, [6, 3])  # a space at the end is stripped
+    assert not survives(tok, messages, slots, [6, 2])  # [RESET] is no text
+
+
+@pytest.mark.parametrize("adaptive", [None, 1.0])
+def test_all_that_is_scored_can_be_sent(monkeypatch, adaptive):
+    """Every candidate is what its text, sent honestly, is encoded as; none has a special id; the budget holds."""
+    tok, messages, scored = Letters(), [{"role": "user", "content": "hella"}], []
+    losses = Scorer.losses
+
+    def logged(self, suffixes, *rest):
+        scored.extend(map(tuple, suffixes))
+        return losses(self, suffixes, *rest)
+
+    monkeypatch.setattr(Scorer, "losses", logged)
+    options = dict(budget=157, suffix="ccc", seed="0", candidates=16, topk=30, adaptive=adaptive)
+    found = gcg(letters_model(), tok, messages, "abcdefghijk", never, **options)
+    assert found.evaluations == 157 and 150 <= len(scored) <= 157  # a step that finds nothing new costs one
+    for suffix in scored:
+        assert tok.render(with_suffix(messages, tok.decode(suffix))) == [0, *tok.encode("hella"), *suffix, 1]
+        assert not set(suffix) & tok.special_ids
+    if adaptive is None:
+        assert len(set(scored)) == len(scored)  # nothing is scored twice
+
+
+# ── The search ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("loss", ["ce", "mellowmax"])
+def test_the_kept_loss_never_rises(loss):
+    for seed in range(4):
+        model, tok = letters_model(seed), Letters()
+        options = dict(budget=400, suffix="cccc", seed=str(seed), candidates=24, topk=12, loss=loss)
+        found = gcg(model, tok, ASK, "abcd", never, **options)
+        assert all(b <= a for a, b in itertools.pairwise(found.losses))
+        assert found.losses[-1] < found.losses[0] - 0.05
+        slots = make_slots(tok, ASK, "abcd", found.text)  # the string reported has the loss reported
+        assert found.losses[-1] == pytest.approx(by_hand(model, slots, slots.suffix, 3, loss), abs=2e-4)
+        assert found == gcg(model, tok, ASK, "abcd", never, **options)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_finds_the_best_of_all_two_token_suffixes(seed):
+    model, tok = letters_model(seed), Letters()
+    slots = make_slots(tok, ASK, "abcd", "cc")
+    pairs = [p for p in itertools.product(range(3, 31), repeat=2) if survives(tok, ASK, slots, list(p))]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*slots.before, *p, *slots.after, *slots.target] for p in pairs]))[:, -4:-1]
+    losses = -logits.log_softmax(-1)[:, range(3), slots.target].mean(-1)
+    values = dict(zip(pairs, losses.tolist(), strict=True))
+    assert len(values) > 600
+    found = gcg(model, tok, ASK, "abcd", never, budget=1000, suffix="cc", seed=str(seed), topk=28, rows=16)
+    assert found.losses[-1] == pytest.approx(min(values.values()), abs=2e-4)
+    assert found.text == tok.decode(min(values, key=values.get))
+
+
+def test_success_ends_the_search_and_is_dated():
+    asked = []
+
+    def third(text):
+        asked.append(text)
+        return len(asked) == 3
+
+    options = dict(suffix="cccc", seed="1", candidates=8, topk=8)
+    found = gcg(letters_model(), Letters(), ASK, "abcd", third, budget=500, **options)
+    assert found.success_at == found.evaluations < 500 and found.text == asked[-1]
+    assert len(set(asked)) == 3  # each new best once
+    assert len(found.losses) >= 3
+    assert gcg(letters_model(), Letters(), ASK, "abcd", never, budget=60, **options).success_at is None
+    one = gcg(letters_model(), Letters(), ASK, "abcd", never, budget=1, **options)
+    assert one.evaluations == 1 and one.text == "cccc"
+    with pytest.raises(InputError, match="target is empty"):
+        gcg(letters_model(), Letters(), ASK, "", never, budget=1, **options)
+
+
+def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch):
+    tok, target, lengths = Letters(), "cdefghijklmnopqrst", []
+    losses = Scorer.losses
+
+    def logged(self, suffixes, m, objective):
+        assert objective.reset_id == tok.reset_id and objective.weight == 2.0
+        lengths.append((m, len(suffixes)))
+        return losses(self, suffixes, m, objective)
+
+    monkeypatch.setattr(Scorer, "losses", logged)
+    monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(lengths) % 3 == 0)
+    options = dict(suffix="cccc", seed="1", candidates=8, topk=8, adaptive=2.0)
+    found = gcg(letters_model(), tok, ASK, target, never, budget=80, **options)
+    steps = [m for m, _ in lengths]
+    assert list(dict.fromkeys(steps)) == [8, 16, 18] and steps == sorted(steps)
+    assert sum(n for _, n in lengths) <= found.evaluations == 80
+    lengths.clear()
+    monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(lengths) > 1)  # a full buffer by then
+    for budget in range(1, 20):  # the budget holds also where it ends in the middle of lengthening
+        lengths.clear()
+        found = gcg(letters_model(), tok, ASK, target, never, budget=budget, **options)
+        assert sum(n for _, n in lengths) <= found.evaluations <= budget
+
+
+def test_says_is_greedy_decoding(model):
+    slots = slots_of()
+    context, said = slots.before + slots.suffix + slots.after, []
+    with torch.no_grad():
+        for _ in range(5):
+            said.append(int(model(torch.tensor([context + said]))[0, -1].argmax()))
+    slots.target = said[:4] + [(said[4] + 1) % V]
+    scorer = Scorer(model, slots, 2)
+    assert [scorer.says(slots.suffix, m) for m in range(1, 6)] == [True] * 4 + [False]
+
+
+def test_the_penalty_lowers_the_chance_of_a_reset():
+    """The same search with and without: p([RESET]) along the answer. The model likes to reset, so there is room."""
+    tok, better, worse = Letters(), 0, 0
+    for seed in range(5):
+        model = letters_model(seed)
+        with torch.no_grad():
+            model.lm_head.weight[tok.reset_id] *= 3.0
+        chance = {}
+        for weight in (0.0, 20.0):
+            options = dict(suffix="cccc", seed="0", candidates=32, topk=28, adaptive=weight)
+            found = gcg(model, tok, ASK, "cdef", never, budget=400, **options)
+            slots = make_slots(tok, ASK, "cdef", found.text)
+            with torch.no_grad():
+                logits = model(torch.tensor([slots.before + slots.suffix + slots.after + slots.target]))[0, -5:]
+            chance[weight] = 1 - (1 - logits.softmax(-1)[:, tok.reset_id]).prod().item()
+        better += chance[20.0] < chance[0.0] - 0.01
+        worse += chance[20.0] > chance[0.0] + 0.01
+    assert better >= 3 and worse == 0
+
+
+def test_the_module_keeps_its_word(model):
+    """The parameters are the same after an attack, and no gradient is left in them."""
+    before = [p.clone() for p in model.parameters()]
+    suffix_gradient(model, slots_of(), slots_of().suffix, 6, Objective())
+    module.Scorer(model, slots_of(), 2).losses([slots_of().suffix], 6, Objective())
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
