@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from backtrack.examples import Example, Pair, dpo_pairs, draw_prefix, load_rows, read_rows, sft_views
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer
 from model.checkpoint import atomic_directory, weights_digest, write_model, write_tensors
-from model.errors import device, run
+from model.errors import device, positive, run
 
 STATE = "training_state.safetensors"
 DPO_STATS = ("accuracy", "margin", "chosen", "rejected", "reset_after_unsafe", "reset_after_safe")
@@ -626,13 +626,6 @@ def parse_args() -> argparse.Namespace:
     if not args.data and args.steps != 0:
         parser.error("--data is needed; only --steps 0, which saves the start, goes without")
     return args
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def not_negative(kind: type):

@@ -38,7 +38,7 @@ from backtrack.judge import load_judge
 from backtrack.statistics import best_of_k, mcnemar, wilson, worst_of_k
 from model import InputError, load_model, load_tokenizer
 from model.checkpoint import weights_digest, write_text
-from model.errors import device, run
+from model.errors import device, positive, run
 
 RATES = ("unsafe", "helpful", "refused", "reset")
 # Sums over answers. first_step: tokens sampled up to the first one that survives, itself included.
@@ -487,13 +487,6 @@ def parse_args() -> argparse.Namespace:
     if args.samples > 1 and args.temperature == 0:
         parser.error("--samples needs a --temperature: greedy answers are all the same")
     return args
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def main() -> None:

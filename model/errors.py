@@ -40,3 +40,11 @@ def device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:  # an unknown name; a build without CUDA
         raise argparse.ArgumentTypeError(f"{name!r}: {str(error).splitlines()[0]}") from None
     return name
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value

@@ -33,14 +33,14 @@ from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, autodan, read_synonyms
 from backtrack.attacks.gcg import gcg, with_suffix
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import OPENING, prefills
-from backtrack.evaluate import choose_prompts, made_by, positive, read_answers, read_prompts
+from backtrack.evaluate import choose_prompts, made_by, read_answers, read_prompts
 from backtrack.examples import json_lines
 from backtrack.generate import generate
 from backtrack.judge import load_judge
 from backtrack.statistics import wilson
 from model import load_model, load_tokenizer
 from model.checkpoint import weights_digest, write_text
-from model.errors import InputError, device, run
+from model.errors import InputError, device, positive, run
 
 SEARCHES = ("gcg", "adaptive-gcg", "autodan")
 BUDGETS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # points of the curve of success
