@@ -203,7 +203,7 @@ def test_resuming_gives_the_same_bytes(place, tmp_path, name):
     data = whole.read_bytes()
     ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
     assert len(ends) == 5
-    for end in (ends[2], ends[2] + 30, ends[3] - 1, ends[0] - 3, 0):
+    for end in (ends[2] + 30, ends[3], ends[0] - 3):
         if end > ends[0]:
             cut.write_bytes(data[:end])
         else:

@@ -175,8 +175,8 @@ def test_gradient_is_the_finite_difference(model, loss, reset_id):
     assert (expected - got).norm() < 0.03 * expected.norm()
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 9])
-@pytest.mark.parametrize("rows", [1, 3, 8, 64])
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("rows", [1, 3, 64])
 def test_cached_losses_equal_full_forwards(model, n, rows):
     slots = slots_of(n)
     suffixes = [random_ids(n, 10 + i) for i in range(7)]
