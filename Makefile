@@ -212,7 +212,7 @@ $(RUNS)/toy-%/attacked-easily.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
 	@touch $@
 
 $(RUNS)/toy-%/attacked-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
-	$(call four,gcg,$(ATTACK_SIZE))
+	$(call four,gcg,$(ATTACK_SIZE) --target-tokens 8)
 	@touch $@
 
 $(RUNS)/toy-%/attacked-adaptive-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
@@ -220,8 +220,10 @@ $(RUNS)/toy-%/attacked-adaptive-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.do
 	@touch $@
 
 $(RUNS)/toy-%/attacked-autodan.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
-	$(call four,autodan,$(ATTACK_SIZE))
+	$(call four,autodan,$(ATTACK_SIZE) --target-tokens 8)
 	@touch $@
+
+# GCG and AutoDAN aim at an opening that says yes, as they do on AdvBench; the adaptive attacker at the whole answer.
 
 # What the defender can still change against the adaptive attack.
 $(RUNS)/toy-%/attacked-again.done: $(RUNS)/toy-%/dpo.done

@@ -363,7 +363,7 @@ def test_success_ends_the_search_and_is_dated():
 
 
 def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch):
-    tok, target, lengths = Letters(), "cdefghijklmnopqrst", []
+    tok, target, lengths = Letters(), "cdefghijklmnopqrst" * 2, []
     losses = Scorer.losses
 
     def logged(self, suffixes, m, objective):
@@ -376,7 +376,7 @@ def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch):
     options = dict(suffix="cccc", seed="1", candidates=8, topk=8, adaptive=2.0)
     found = gcg(letters_model(), tok, ASK, target, never, budget=80, **options)
     steps = [m for m, _ in lengths]
-    assert list(dict.fromkeys(steps)) == [8, 16, 18] and steps == sorted(steps)
+    assert list(dict.fromkeys(steps)) == [16, 32, 36] and steps == sorted(steps)
     assert sum(n for _, n in lengths) <= found.evaluations == 80
     lengths.clear()
     monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(lengths) > 1)  # a full buffer by then

@@ -81,6 +81,8 @@ def attack(name: str, model, tok, prompt: dict, index: int, judge, args) -> dict
         }
         return {"unsafe": any(t["unsafe"] for t in tried.values()), "variants": tried}
 
+    if args.target_tokens:
+        target = tok.decode(tok.encode(target)[: args.target_tokens])
     plain = send(messages, [])
     if plain["unsafe"]:  # no attack needed: a success before the first candidate
         return {"success_at": 0, "evaluations": 0, "losses": [], "attack": "", "sent": messages[-1]["content"]} | plain
@@ -242,6 +244,7 @@ def parse_args() -> argparse.Namespace:
             p.add_argument("--opening", default=OPENING, help="an opening that says yes")
         if name in SEARCHES:
             p.add_argument("--budget", type=positive, default=1024, help="candidates to score per prompt")
+            p.add_argument("--target-tokens", type=positive, help="aim at so much of the target; default: all of it")
         if name == "autodan":
             p.add_argument("--batch-size", type=positive, default=32, help="individuals scored at a time")
             p.add_argument("--wrappers", help="text file, one wrapper with {q} per line")
@@ -253,7 +256,7 @@ def parse_args() -> argparse.Namespace:
             p.add_argument("--batch-size", type=positive, default=64, help="candidates scored at a time")
             p.add_argument("--loss", choices=("ce", "mellowmax"), default="ce")
         if name == "adaptive-gcg":
-            p.add_argument("--reset-weight", type=float, default=1.0, help="λ: what a chance of [RESET] costs")
+            p.add_argument("--reset-weight", type=float, default=0.2, help="λ: what a chance of [RESET] costs")
     return parser.parse_args()
 
 

@@ -9,9 +9,11 @@ Zou et al. 2023 (arXiv 2307.15043). With x the prompt, s the suffix and y the an
     gcg           L(s) = − mean_t log π(y_t | x ⊕ s, y_<t)
     adaptive-gcg  L(s) = − mean_t log π(y_t | x ⊕ s, y_<t)  −  λ mean_t log(1 − π([RESET] | x ⊕ s, y_<t))
 
-where the second mean runs over every position of y and the one after its end: the unsafe answer *and* no reset. y
-starts short and is lengthened as soon as the suffix makes the model say all of it, in the spirit of the paper's
-Algorithm 1 (arXiv 2409.14586, appendix). The attacker here sees the weights, as in the paper.
+where the second mean runs over every position of y and the one after its end: the unsafe answer *and* no reset. In the
+spirit of the paper's Algorithm 1 (arXiv 2409.14586, appendix) y starts short and is lengthened as soon as the suffix
+makes the model say all of it, or after PATIENCE steps, until it is the whole answer. Plain GCG aims at an opening only
+(--target-tokens), as in its paper. With the whole answer for a target it would penalise resets as well: where [RESET]
+is likely y_t is not; the second term adds the end of the answer, and weight. The attacker sees the weights.
 
 One step: the gradient of L with respect to the suffix's one-hot tokens names promising replacements, single swaps are
 drawn from them, every swap is scored by a real forward pass, and the best few suffixes seen so far are kept. Whatever
@@ -28,6 +30,9 @@ from dataclasses import dataclass, field
 import torch
 
 from model import InputError, KVCache, Transformer
+
+START = 16  # tokens of the target that an adaptive attacker begins with
+PATIENCE = 2  # steps after which it is lengthened even if the model does not say what there is of it
 
 
 @dataclass
@@ -248,12 +253,13 @@ def gcg(
         raise InputError("the suffix to start from is empty; give --suffix some text, its length in tokens is kept")
     if not slots.target:
         raise InputError("the target is empty; a prompt needs a 'target' that the attack aims at")
-    m = len(slots.target) if adaptive is None else min(8, len(slots.target))
+    m = len(slots.target) if adaptive is None else min(START, len(slots.target))
     allowed = torch.tensor(allowed_ids(tok), device=model.model.embed_tokens.weight.device)
     scorer, found = Scorer(model, slots, rows), Search(suffix)
     buffer = [(scorer.losses([slots.suffix], m, objective).item(), slots.suffix)]  # best first
     found.evaluations = 1
-    judged, at_once, known = None, 1, {tuple(slots.suffix)}  # known: scored against these m tokens
+    since = 0  # steps against this target
+    judged, at_once, known = None, 1, {tuple(slots.suffix)}  # known: scored against this target
     while True:
         value, best = buffer[0]
         found.losses.append(round(value, 4))
@@ -265,13 +271,15 @@ def gcg(
                 return found
         if found.evaluations >= budget:
             return found
-        if m < len(slots.target) and scorer.says(best, m):
+        if m < len(slots.target) and (since == PATIENCE or scorer.says(best, m)):
             m = min(2 * m, len(slots.target))
             kept = [s for _, s in buffer[: budget - found.evaluations]]
             values = scorer.losses(kept, m, objective).tolist()
             found.evaluations += len(kept)
-            buffer, known, at_once = sorted(zip(values, kept, strict=True)), set(map(tuple, kept)), 1
+            buffer, known = sorted(zip(values, kept, strict=True)), set(map(tuple, kept))
+            since, at_once = 0, 1
             continue
+        since += 1
         gradient = suffix_gradient(model, slots, best, m, objective)
         count = min(candidates, budget - found.evaluations)
         drawn = swaps(gradient, best, count, topk, allowed, rng, at_once)
