@@ -29,7 +29,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -39,6 +38,7 @@ import torch
 
 from backtrack import generate as sampler
 from backtrack.attacks.gcg import Objective, Scorer, Slots
+from backtrack.evaluate import cpu_name
 from backtrack.generate import Record, Reset, Rows, Sampler, Token, advance, choose, generate, stream
 from model import InputError, KVCache, ModelConfig, Transformer, load_model, save_model
 from model.checkpoint import write_text
@@ -441,13 +441,8 @@ def cuda_table(rows: list[dict]) -> str:
 
 
 def machine(transformers) -> dict:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return {
-        "cpu": name,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

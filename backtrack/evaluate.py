@@ -434,6 +434,13 @@ def mt_bench(ckpt: str, prompts: list[dict], args) -> Path:
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def made_by() -> dict:
     """What a result file says of its origin: command, commit, machine."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -441,12 +448,14 @@ def made_by() -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
-    program = f"backtrack.{Path(sys.argv[0]).stem}"
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.stem == "__main__" else program.stem
+    where = f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    where += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
-        "command": " ".join(["python -m", program, *sys.argv[1:]]),
+        "command": " ".join([f"python -m backtrack.{name}", *sys.argv[1:]]),
         "commit": commit,
-        "machine": f"{platform.machine()}, {where}, torch {torch.__version__}",
+        "machine": f"{where}, torch {torch.__version__}",
     }
 
 
