@@ -747,7 +747,7 @@ def test_file_and_table(place, tmp_path):
     result, printed, _ = evaluated(place, *flags, ckpt=("one", "two"), out=out)
     assert set(result) == {"command", "commit", "machine", "records", "paired"}
     assert result["command"].startswith("python -m backtrack.evaluate --ckpt ") and str(out) in result["command"]
-    assert torch.__version__ in result["machine"] and "1 threads" in result["machine"]
+    assert torch.__version__ in result["machine"] and "1 of " in result["machine"]
     assert result["commit"] is None or re.fullmatch("[0-9a-f]{7,}", result["commit"])
     table = rows_of(printed)
     assert len(result["records"]) == len(table) == 2 * 2 * 6
