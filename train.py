@@ -243,6 +243,8 @@ def base_source(args, tok, paths: list[str]):
 def sft_source(args, tok, paths: list[str]):
     """Rows of preferences (and plain text). Returns (number of rows, (epoch, index) -> views of that row, digest)."""
     rows, long = load_rows(paths, tok, args.max_length)
+    if args.no_backtrack:  # then there is the answer view alone
+        long = sum(len(r.prompt) + len(r.chosen) + 1 > args.max_length for r in rows)
     if long:
         say(f"{long} of {len(rows)} rows have a view longer than --max-length {args.max_length}: they are cut there")
     unsafe = sum(r.unsafe for r in rows)

@@ -222,7 +222,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def main_tables(records: list[dict]) -> str:
     models = list(dict.fromkeys(r["checkpoint"] for r in records))
     text = ""
-    for rate, benign in (("unsafe", False), ("helpful", True), ("reset", True)):
+    for rate, benign in (("unsafe", False), ("helpful", True), ("refused", True), ("reset", True)):
         sets = list(dict.fromkeys(r["set"] for r in records if r["benign"] is benign))
         n = {r["set"]: r["n"] for r in records}
         rows = [[s, n[s], *(rate_cell(records, rate, set=s, checkpoint=m) for m in models)] for s in sets]
