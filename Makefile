@@ -7,7 +7,7 @@
 # interrupted goes on where it was last saved.
 
 SEED   ?= 0
-RUNS   ?= runs
+RUNS   ?= runs$(if $(QUICK),/quick)
 VENV   ?= .venv
 PYTHON ?= python3
 PY     := $(VENV)/bin/python
@@ -21,13 +21,17 @@ TEST_SEEDS  ?= 200
 ATTACK_SEEDS ?= $(TEST_SEEDS)
 TRAINING_SEEDS ?= $(TEST_SEEDS)
 ATTACK_SIZE ?= --limit 3 --budget 256
-RESULTS     ?= $(RUNS)/quick
+BIAS_SIZE   ?= --limit 8
+SAMPLE_SIZE ?= --limit 12
+RESULTS     ?= $(RUNS)/results
 EXPERIMENTS ?= main bias sampling
 else
 TEST_SEEDS  ?= 200 201 202 203 204
 ATTACK_SEEDS ?= 200 201 202
 TRAINING_SEEDS ?= 200 201 202
 ATTACK_SIZE ?= --limit 6 --budget 1024
+BIAS_SIZE   ?= --limit 32
+SAMPLE_SIZE ?= --limit 48
 RESULTS     ?= results
 EXPERIMENTS ?= main bias sampling retry training
 endif
@@ -37,8 +41,8 @@ SFT  := --lr 1e-3 --batch-size 32 --max-length 128 --log-every 64
 EPOCHS      := 6
 # The baseline sees shorter sequences; with this many epochs it sees as many tokens as backtracking does in EPOCHS.
 EPOCHS_LONG := 7
-# Each side has the DPO settings that did best for it of those tried on development seeds (README: Tuning). Without restart
-# pairs ours teaches to refuse harmless questions; at full weight they unlearn the reset.
+# Each side has the DPO settings that did best for it of those tried on development seeds (README: Tuning). Without
+# restart pairs ours teaches to refuse harmless questions; at full weight they unlearn the reset.
 DPO  := --beta 0.2 --epochs 2 --batch-size 32 --max-length 128 --log-every 10
 DPO_PAPER    := --lr 5e-5 --nll 0.2
 DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
@@ -172,11 +176,11 @@ $(RUNS)/toy-%/main.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft-baseli
 
 # The dial: a bias on the logit of [RESET]. One prompt at a time, so that its times are a user's.
 $(RUNS)/toy-%/bias.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
-	$(EVAL) --sets $(UNSAFE_SETS) benign-unseen benign-wrapper --limit 32 --batch-size 1 --reset-bias -10 -5 -2 0 2 5 10
+	$(EVAL) --sets $(UNSAFE_SETS) benign-unseen benign-wrapper $(BIAS_SIZE) --batch-size 1 --reset-bias -10 -5 -2 0 2 5 10
 
 # Best and worst of k.
 $(RUNS)/toy-%/sampling.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,$(FOUR)))
-	$(EVAL) --sets unseen unseen-ingredients --limit 48 --temperature 1 --samples 64 --batch-size 256
+	$(EVAL) --sets unseen unseen-ingredients $(SAMPLE_SIZE) --temperature 1 --samples 64 --batch-size 256
 
 # What the retry sees, and how many it gets.
 $(RUNS)/toy-%/retry.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
@@ -193,7 +197,8 @@ $(RESULTS)/toy-%.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/%.json)
 $(RESULTS)/toy-training.json: $(foreach seed,$(TRAINING_SEEDS),$(RUNS)/toy-$(seed)/training.json)
 	$(PY) -m backtrack.evaluate --merge $^ --out $@
 
-eval: $(VENV)/.installed  ## every experiment on every test seed, pooled into results/; 40 minutes. QUICK=1: one seed, 7 minutes
+eval: $(VENV)/.installed  ## every experiment on the test seeds, pooled into results/; an hour. QUICK=1: one seed, minutes
+	$(if $(QUICK),$(MAKE) $(TEST_SEEDS:%=$(RUNS)/toy-%/base.done))
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(EXPERIMENTS:%=$(RESULTS)/toy-%.json)
 
 # ── Attacks ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -237,7 +242,7 @@ ATTACKS := easily gcg adaptive-gcg autodan again
 $(RESULTS)/toy-attacks.json: $(foreach seed,$(ATTACK_SEEDS),$(ATTACKS:%=$(RUNS)/toy-$(seed)/attacked-%.done))
 	$(PY) -m backtrack.attacks table $(ATTACK_SEEDS:%=$(RUNS)/toy-%/attacks/*.jsonl) --out $@
 
-attack: $(VENV)/.installed  ## the attacks on three test seeds, pooled into results/; 25 minutes after make eval. QUICK=1: one
+attack: $(VENV)/.installed  ## the attacks on three test seeds, pooled into results/; a quarter of an hour after make eval
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(RESULTS)/toy-attacks.json
 
 figures: $(VENV)/.installed-figures  ## the pictures of results/, from its JSON

@@ -41,7 +41,7 @@ def test_backtracking_repairs_what_the_baseline_leaks(tmp_path):
     environment = {**os.environ, "MAKEFLAGS": ""}
     subprocess.run([*make, "EXPERIMENTS=main", "eval"], cwd=ROOT, check=True, env=environment)
 
-    check(json.loads((tmp_path / "quick" / "toy-main.json").read_text())["records"])
+    check(json.loads((tmp_path / "results" / "toy-main.json").read_text())["records"])
 
     # A second run has nothing left to do, and the demonstration takes an answer back.
     again = subprocess.run([*make, "train-sft"], cwd=ROOT, check=True, capture_output=True, text=True, env=environment)
