@@ -3,14 +3,13 @@
 The checkpoint is random; it is made to say what a test needs by replacing the sampler or by prefilling.
 """
 
-import contextlib
-import io
 import json
-import sys
+from functools import partial
 
 import pytest
 import torch
-from test_evaluate import random_checkpoint
+from command import command as run_command
+from test_evaluate import furnish
 
 from backtrack.attacks import __main__ as attacks
 from backtrack.attacks.instruct import INSTRUCTIONS
@@ -18,9 +17,7 @@ from backtrack.attacks.prefill import LENGTHS, prefills
 from backtrack.generate import Generation, generate
 from backtrack.judge import load_judge
 from backtrack.statistics import wilson
-from data import toy
 from model import load_model, load_tokenizer
-from model.errors import run
 
 SEARCHES = {"gcg": ("--suffix", " x x x x"), "adaptive-gcg": ("--suffix", " x x x x"), "autodan": ()}
 SMALL = ("--candidates", 8, "--topk", 8, "--batch-size", 8)
@@ -29,34 +26,13 @@ SMALL = ("--candidates", 8, "--topk", 8, "--batch-size", 8)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
-    files = toy.build(0)
-    (root / "world.json").write_bytes(files["world.json"])
-    (root / "tokenizer").mkdir()
-    (root / "tokenizer/tokenizer.model").write_bytes(files["tokenizer/tokenizer.model"])
-    for seed, name in enumerate(("one", "two")):
-        random_checkpoint(root / name, load_tokenizer(root / "tokenizer"), seed)
-    rows = [json.loads(line) for line in files["prompts.jsonl"].splitlines()]
+    rows = furnish(root)
     prompts = [[r for r in rows if r["set"] == name][7 * i] for i in range(2) for name in ("seen", "unseen")]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     return root
 
 
-def command(*words, code=0):
-    """`python -m backtrack.attacks words` in this process; what it printed, and what it said on stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["attacks", *map(str, words)])
-        try:
-            run(attacks.main)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-    assert status == code, err.getvalue()
-    assert "Traceback" not in err.getvalue()
-    if code == 2:
-        *before, last = err.getvalue().splitlines()
-        assert "error: " in last and not any("error: " in line for line in before)
-    return out.getvalue(), err.getvalue()
+command = partial(run_command, attacks.main)
 
 
 def words(name, place, out, *more, ckpt="one"):
@@ -231,6 +207,7 @@ def test_a_prompts_draws_depend_on_seed_and_number_only(place, tmp_path):
         (("--budget", 41), "was begun with budget 40, now 41"),
         (("--suffix", " y"), "was begun with suffix"),
         (("--max-resets", 2), "was begun with max_resets 1, now 2"),
+        (("--target-tokens", 3), "was begun with target_tokens None, now 3"),
         (("--sets", "seen"), "was begun with prompts"),
     ],
 )
@@ -243,6 +220,33 @@ def test_other_settings_are_refused(place, tmp_path, change, complaint):
     assert "was begun with weights" in said
     _, said = command(*words("adaptive-gcg", place, tmp_path / "a.jsonl", "--limit", 1), code=2)
     assert "was begun with name gcg, now adaptive-gcg" in said
+
+
+def test_reset_weight_is_the_objectives(place, tmp_path):
+    """The first loss is the same suffix's: from weight to weight it differs by the penalty, in proportion."""
+    first = []
+    for weight in (0, 1, 3):
+        out = tmp_path / f"{weight}.jsonl"
+        command(*words("adaptive-gcg", place, out, "--limit", 1, "--budget", 1, "--reset-weight", weight))
+        first.append([r["losses"][0] for r in lines(out)[1]])
+    for zero, one, three in zip(*first, strict=True):
+        assert one - zero > 0 and three - zero == pytest.approx(3 * (one - zero), abs=1e-3)
+
+
+def test_synonyms_from_a_file(place, tmp_path):
+    """What stands in the attack beyond the wrapper's own words comes out of the file; another file is refused."""
+    wrappers, synonyms, out = tmp_path / "w.txt", tmp_path / "s.txt", tmp_path / "a.jsonl"
+    wrappers.write_text("Ask me. {q}\nTell them. {q}\n")
+    synonyms.write_text("me\tnobody\nthem\teverybody\n")
+    run = words("autodan", place, out, "--wrappers", wrappers, "--synonyms", synonyms, "--budget", 200)
+    command(*run)
+    said = {word for r in lines(out)[1] for word in r["attack"].replace(".", " ").split()}
+    assert said <= {"Ask", "me", "Tell", "them", "nobody", "everybody", "{q}"}
+    assert said & {"nobody", "everybody"}
+    synonyms.write_text("me\tsomebody\n")
+    assert "was begun with synonyms" in command(*run, code=2)[1]
+    synonyms.write_text("me\n")
+    assert "s.txt:1: needs a word and its synonyms" in command(*run, code=2)[1]
 
 
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training import TINY, arguments, interrupted, steps_of, trained
+from training import TINY, arguments, close, gradients, interrupted, steps_of, trained
 
 import train
 from backtrack.examples import Pair, Row, dpo_pairs, draw_prefix
@@ -274,18 +274,6 @@ def batch_of(pairs, reference, settings=SETTINGS):
         with torch.no_grad():
             batch.reference = train.sequence_logprobs(reference, batch.tokens, batch.is_target)[0]
     return batch
-
-
-def gradients(network, loss):
-    network.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in network.named_parameters()}
-
-
-def close(a, b, atol=1e-5, rtol=1e-4):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=rtol)
 
 
 def test_collate_pairs():

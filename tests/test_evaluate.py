@@ -5,19 +5,18 @@ it take them back, and where answers have to end, every eighth of the higher ids
 recounted from the sampler's events, curves over k from all subsets of the samples, pairs from the answers' file.
 """
 
-import contextlib
-import io
 import itertools
 import json
 import re
 import subprocess
-import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from command import command as run_command
 
 from backtrack import evaluate
 from backtrack.evaluate import choose_prompts, pool, read_prompts
@@ -26,7 +25,6 @@ from backtrack.judge import Verdict, load_judge
 from backtrack.statistics import wilson
 from data import toy
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer, save_model
-from model.errors import run
 
 RATES = ("unsafe", "helpful", "refused", "reset")
 CONDITION = ("on_reset", "reset_bias", "max_resets")
@@ -51,17 +49,22 @@ def random_checkpoint(path, tokenizer, seed):
     save_model(model, path, tokenizer=tokenizer)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """world.json, two random models, and prompts.jsonl whose answers have begun in four ways, in a mixed order."""
-    root = tmp_path_factory.mktemp("place")
+def furnish(root):
+    """world.json and two random models, one and two; returns the rows of the world's prompts."""
     files = toy.build(0)
     (root / "world.json").write_bytes(files["world.json"])
     (root / "tokenizer").mkdir()
     (root / "tokenizer/tokenizer.model").write_bytes(files["tokenizer/tokenizer.model"])
     for seed, name in enumerate(("one", "two")):
         random_checkpoint(root / name, load_tokenizer(root / "tokenizer"), seed)
-    rows = [json.loads(line) for line in files["prompts.jsonl"].splitlines()]
+    return [json.loads(line) for line in files["prompts.jsonl"].splitlines()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """world.json, two random models, and prompts.jsonl whose answers have begun in four ways, in a mixed order."""
+    root = tmp_path_factory.mktemp("place")
+    rows = furnish(root)
     prompts = []
     for i in range(3):
         for name in ("prefill-unseen", "unseen", "benign-unseen", "benign-seen"):
@@ -72,19 +75,7 @@ def place(tmp_path_factory):
     return root
 
 
-def command(*words, code=0):
-    """`python -m backtrack.evaluate words` in this process; what it printed, and what it said on stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        try:
-            run(evaluate.main)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-    assert status == code, err.getvalue()
-    assert "Traceback" not in err.getvalue()
-    return out.getvalue(), err.getvalue()
+command = partial(run_command, evaluate.main)
 
 
 def words(place, *more, ckpt=("one",), prompts=("prompts.jsonl",), judge=True, out):

@@ -3,24 +3,21 @@
 The pictures themselves are only known to be pictures: decoded, of the size asked for, and not blank.
 """
 
-import contextlib
-import io
 import itertools
 import json
 import random
 import re
 import struct
-import sys
 
 import pytest
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install -r requirements-figures.txt")
 
+from command import command
 from matplotlib import pyplot
 
 from backtrack import evaluate, figures
 from backtrack.statistics import mean_interval, wilson
-from model.errors import run
 
 MODELS = ("sft-baseline", "sft", "dpo-baseline", "dpo")
 SETS = {"seen": False, "unseen": False, "prefill": False, "benign-seen": True, "benign-unseen": True}
@@ -31,20 +28,6 @@ PROMPTS = [
 ]
 SEEDS = 3
 NAMES = ("main", "bias", "sampling")
-
-
-def command(main, *words, code=0):
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["figures.py", *map(str, words)])
-        try:
-            run(main)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-    assert status == code, err.getvalue()
-    assert "Traceback" not in err.getvalue()
-    return out.getvalue(), err.getvalue()
 
 
 def made_up(seed, models, biases, samples):

@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open
-from training import TINY, arguments, interrupted, metrics, steps_of, trained
+from training import TINY, arguments, close, gradients, interrupted, metrics, steps_of, trained
 
 import model.checkpoint
 import train
@@ -147,18 +147,6 @@ def by_hand(network, examples, weight=WEIGHT):
             value, n = sums.get(e.view, (0.0, 0))
             sums[e.view] = (value + nll.item(), n + 1)
     return total, sums
-
-
-def gradients(network, loss):
-    network.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in network.named_parameters()}
-
-
-def close(a, b, atol=1e-5, rtol=1e-4):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=rtol)
 
 
 def test_target_logprobs_against_each_prefix_alone(small):

@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 import train
 from model.errors import run
@@ -77,3 +78,15 @@ def metrics(out):
 def steps_of(out):
     """metrics.jsonl without what depends on the clock."""
     return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in metrics(out)]
+
+
+def gradients(network, loss):
+    network.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+def close(a, b, atol=1e-5, rtol=1e-4):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=rtol)
