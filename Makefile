@@ -216,6 +216,8 @@ $(RUNS)/toy-%/attacked-easily.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
 	$(call four,instruct,--limit 16)
 	@touch $@
 
+# GCG and AutoDAN aim at an opening that says yes, as they do on AdvBench; the adaptive attacker at the whole answer.
+
 $(RUNS)/toy-%/attacked-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
 	$(call four,gcg,$(ATTACK_SIZE) --target-tokens 8)
 	@touch $@
@@ -227,8 +229,6 @@ $(RUNS)/toy-%/attacked-adaptive-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.do
 $(RUNS)/toy-%/attacked-autodan.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
 	$(call four,autodan,$(ATTACK_SIZE) --target-tokens 8)
 	@touch $@
-
-# GCG and AutoDAN aim at an opening that says yes, as they do on AdvBench; the adaptive attacker at the whole answer.
 
 # What the defender can still change against the adaptive attack.
 $(RUNS)/toy-%/attacked-again.done: $(RUNS)/toy-%/dpo.done

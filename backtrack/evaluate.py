@@ -44,7 +44,8 @@ RATES = ("unsafe", "helpful", "refused", "reset")
 # Sums over answers. first_step: tokens sampled up to the first one that survives, itself included.
 SUMS = ("resets", "steps", "surviving", "first_step", "first_token_s", "total_s")
 CONDITION = ("on_reset", "reset_bias", "max_resets")
-K = (1, 2, 4, 8, 16, 32, 64)  # of best-of-k and worst-of-k
+CURVES = {"worst_of_k": worst_of_k, "best_of_k": best_of_k}
+K = (1, 2, 4, 8, 16, 32, 64)
 # Sampling temperature of each MT-Bench category: https://github.com/lm-sys/FastChat, fastchat/llm_judge/common.py
 MT_BENCH_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 
@@ -79,6 +80,10 @@ def choose_prompts(prompts: list[dict], sets: list[str] | None, limit: int | Non
         n = min(limit or len(members), len(members))
         chosen += [members[i * len(members) // n] for i in range(n)]
     return chosen
+
+
+def prompts_digest(prompts: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
 
 # ── Answers: one JSON line each ──────────────────────────────────────────────────────────────────────────────────────
@@ -173,24 +178,16 @@ def timings(g: Generation, prefilled: int) -> dict:
 
 def answer_all(prompts: list[dict], args) -> list[dict]:
     """Every prompt, sample, condition and checkpoint: the records, in that order, made now or read from the file."""
-    conditions = [
-        dict(zip(CONDITION, values, strict=True))
-        for values in itertools.product(args.on_reset, args.reset_bias, args.max_resets)
-    ]
+    conditions = list(itertools.product(args.on_reset, args.reset_bias, args.max_resets))
     same = ("temperature", "top_p", "samples", "max_new_tokens", "seed", "dtype")
     settings = {name: getattr(args, name) for name in same}
-    settings["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
     path = Path(args.out).with_suffix(".answers.jsonl")
     done = {key(r): r for r in read_answers(path, settings)}
-    wanted = [
-        {"checkpoint": ckpt, **condition, "prompt": i, "sample": sample}
-        for ckpt in args.ckpt
-        for condition in conditions
-        for i in range(len(prompts))
-        for sample in range(args.samples)
-    ]
-    left = sum(key(w) not in done for w in wanted)
+    questions = list(itertools.product(range(len(prompts)), range(args.samples)))  # (prompt, sample)
+    wanted = [(ckpt, *c, *question) for ckpt in args.ckpt for c in conditions for question in questions]
+    left = sum(w not in done for w in wanted)
     if left < len(wanted):
         print(f"{path}: {len(wanted) - left} of {len(wanted)} answers are there already", file=sys.stderr)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype)) if args.judge else None
@@ -209,16 +206,13 @@ def answer_all(prompts: list[dict], args) -> list[dict]:
         for ckpt in args.ckpt:
             model = tok = None
             for condition in conditions:
-                todo = [
-                    (w["prompt"], w["sample"])
-                    for w in wanted
-                    if w["checkpoint"] == ckpt and all(w[c] == condition[c] for c in CONDITION) and key(w) not in done
-                ]
+                todo = [question for question in questions if (ckpt, *condition, *question) not in done]
                 if not todo:
                     continue
                 if model is None:
                     tok, model = load_tokenizer(ckpt), load_model(ckpt, args.device, getattr(torch, args.dtype))
-                for records in answer(model, tok, ckpt, prompts, todo, condition, judge, args):
+                options = dict(zip(CONDITION, condition, strict=True))
+                for records in answer(model, tok, ckpt, prompts, todo, options, judge, args):
                     f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
                     f.flush()
                     done |= {key(r): r for r in records}
@@ -228,7 +222,7 @@ def answer_all(prompts: list[dict], args) -> list[dict]:
         os.fsync(f.fileno())
     if count:
         print(file=sys.stderr)
-    return [done[key(w)] for w in wanted]
+    return [done[w] for w in wanted]
 
 
 # ── From answers to counts ───────────────────────────────────────────────────────────────────────────────────────────
@@ -268,7 +262,7 @@ def count(answers: list[dict], prompts: list[dict]) -> tuple[list[dict], list[di
             if samples > 1 and record["unsafe"] is not None:
                 unsafe = [sum(a["unsafe"] for a in cell[i]) for i in members]
                 ks = [k for k in K if k <= samples]
-                for curve, of_k in (("worst_of_k", worst_of_k), ("best_of_k", best_of_k)):
+                for curve, of_k in CURVES.items():
                     record[curve] = {str(k): sum(of_k(samples, u, k) for u in unsafe) for k in ks}
             records.append(record)
             if ckpt != first and samples == 1:
@@ -291,7 +285,7 @@ def pool(records: list[dict]) -> list[dict]:
         total = pooled.setdefault(tuple(head.items()), head | ({} if pair else {"by_seed": []}))
         for k in ("only_first", "only_this") if pair else ("n", "prompts", *RATES, *SUMS):
             total[k] = None if None in (r[k], total.get(k, 0)) else round(total.get(k, 0) + r[k], 6)
-        for curve in ("worst_of_k", "best_of_k"):
+        for curve in CURVES:
             if curve in r:
                 old = total.get(curve, {})
                 total[curve] = {k: old.get(k, 0.0) + v for k, v in r[curve].items()}
@@ -301,9 +295,6 @@ def pool(records: list[dict]) -> list[dict]:
             seed |= {c: {k: round(v / r["prompts"], 4) for k, v in r[c].items()} for c in CURVES if c in r}
             total["by_seed"].append(seed)
     return list(pooled.values())
-
-
-CURVES = ("worst_of_k", "best_of_k")
 
 
 def with_intervals(records: list[dict], paired: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -459,6 +450,15 @@ def made_by() -> dict:
     }
 
 
+def write_result(path: str, **lists: list[dict]) -> None:
+    """A result file: made_by() and lists of records, a line of JSON each, so that a diff shows what changed."""
+    text = json.dumps(made_by(), indent=1)[:-2]
+    for name, records in lists.items():
+        lines = ",\n".join("  " + json.dumps(r) for r in records)
+        text += f',\n "{name}": [\n{lines}\n ]'
+    write_text(text + "\n}\n", path)
+
+
 def parse_args() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -529,9 +529,7 @@ def main() -> None:
         records, paired = count(answers, prompts)
     records, paired = with_intervals(records, paired)
     if args.out:
-        lines = [",\n".join("  " + json.dumps(r) for r in rows) for rows in (records, paired)]
-        head = json.dumps(made_by(), indent=1)[:-2]
-        write_text(f'{head},\n "records": [\n{lines[0]}\n ],\n "paired": [\n{lines[1]}\n ]\n}}\n', args.out)
+        write_result(args.out, records=records, paired=paired)
     print_table(records, paired)
     if args.show and args.ckpt:
         print_side_by_side(answers, prompts, args.show)

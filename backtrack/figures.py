@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
+from backtrack.evaluate import CURVES
 from backtrack.statistics import mean_interval, wilson
 from model import InputError
 from model.checkpoint import write_text
@@ -38,14 +39,16 @@ HATCHES = dict(zip(MODELS, ("", "...", "///", ""), strict=True))
 
 
 def load(directory: Path, name: str, models=tuple(MODELS)) -> dict:
+    """The pooled result toy-NAME.json. Raises InputError if it is not one, or lacks one of the models."""
     path = directory / f"toy-{name}.json"
     try:
         result = json.loads(path.read_bytes())
         found = {r["checkpoint"] for r in result["records"] if r["by_seed"]}
     except (OSError, ValueError, KeyError, TypeError):
         found = set()
-    if not found >= set(models):
-        raise InputError(f"{path}: not there, or not a pooled result of {', '.join(models)}; `make eval` writes it")
+    if not found or not found >= set(models):
+        what = f"a pooled result of {', '.join(models)}" if models else "a pooled result"
+        raise InputError(f"{path}: not there, or not {what}; `make eval` and `make attack` write them")
     return result
 
 
@@ -56,6 +59,10 @@ def line(ax, x: list, per_seed: list[list[float]], model: str) -> None:
     ax.plot(x, mean, label=label, markersize=4, linewidth=1.5, **style)
     if len(per_seed[0]) > 1:
         ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def condition(record: dict) -> tuple:
+    return record["on_reset"], record["max_resets"], record["reset_bias"]
 
 
 def finish(fig, path: Path, result: dict, title: str, count: int) -> None:
@@ -151,14 +158,9 @@ def sampling_figure(directory: Path) -> None:
 
 
 def attacks_figure(directory: Path) -> None:
-    path = directory / "toy-attacks.json"
-    try:
-        result = json.loads(path.read_bytes())
-        records = [r for r in result["records"] if "success_within" in r and r["on_reset"] == "truncate"]
-        records = [r for r in records if r["max_resets"] == 1 and r["reset_bias"] == 0]
-        seeds = len(records[0]["by_seed"])
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise InputError(f"{path}: not a table of attacks; `make attack` writes it") from None
+    result = load(directory, "attacks", ())
+    records = [r for r in result["records"] if "success_within" in r and condition(r) == ("truncate", 1, 0)]
+    seeds = len(result["records"][0]["by_seed"])
     names = list(dict.fromkeys(r["attack"] for r in records))
     fig, axes = plt.subplots(1, len(names) + 1, figsize=(3.3 * (len(names) + 1), 3.8), sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names, strict=False):
@@ -286,7 +288,7 @@ def sampling_table(records: list[dict]) -> str:
     ks = list(found[0]["worst_of_k"])
     rows = [
         [r["checkpoint"], curve.split("_")[0], *(f"{100 * v / r['prompts']:.1f}" for v in r[curve].values())]
-        for curve in ("worst_of_k", "best_of_k")
+        for curve in CURVES
         for r in found
     ]
     return markdown(["model", "of k", *(f"k = {k}" for k in ks)], rows)
@@ -304,7 +306,7 @@ def condition_table(records: list[dict], columns: tuple) -> str:
 
 def attack_table(records: list[dict]) -> str:
     rows = []
-    plain = [r for r in records if (r["on_reset"], r["max_resets"], r["reset_bias"]) == ("truncate", 1, 0.0)]
+    plain = [r for r in records if condition(r) == ("truncate", 1, 0)]
     for name, variant in dict.fromkeys((r["attack"], r["variant"]) for r in plain):
         found = {r["checkpoint"]: r for r in plain if (r["attack"], r["variant"]) == (name, variant)}
         rows.append([name, variant, *(cell(found[m]["unsafe"], found[m]["n"]) if m in found else "–" for m in MODELS)])
@@ -339,7 +341,7 @@ def write_tables(directory: Path) -> None:
     ):
         path = directory / f"toy-{name}.json"
         if path.is_file():
-            result = json.loads(path.read_bytes())
+            result = load(directory, name, ())
             text += f"\n## {title}\n\n`{path.name}`: commit {result['commit']}, {result['machine']}\n\n"
             text += table(result["records"])
     write_text(text, directory / "tables.md")

@@ -33,13 +33,13 @@ from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, autodan, read_synonyms
 from backtrack.attacks.gcg import gcg, with_suffix
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import OPENING, prefills
-from backtrack.evaluate import choose_prompts, made_by, read_answers, read_prompts
+from backtrack.evaluate import CONDITION, choose_prompts, prompts_digest, read_answers, read_prompts, write_result
 from backtrack.examples import json_lines
 from backtrack.generate import generate
 from backtrack.judge import load_judge
 from backtrack.statistics import wilson
 from model import load_model, load_tokenizer
-from model.checkpoint import weights_digest, write_text
+from model.checkpoint import weights_digest
 from model.errors import InputError, device, positive, run
 
 SEARCHES = ("gcg", "adaptive-gcg", "autodan")
@@ -87,30 +87,31 @@ def attack(name: str, model, tok, prompt: dict, index: int, judge, args) -> dict
     if plain["unsafe"]:  # no attack needed: a success before the first candidate
         return {"success_at": 0, "evaluations": 0, "losses": [], "attack": "", "sent": messages[-1]["content"]} | plain
     seed, last = f"{args.seed}/{index}", {}
+
+    def succeeds(sent: list[dict]) -> bool:
+        last.update({"sent": sent[-1]["content"]} | send(sent, []))
+        return last["unsafe"]
+
     if name == "autodan":
-
-        def unsafe_with(individual: list[str]) -> bool:
-            sent = wrap(individual, messages)
-            last.update({"sent": sent[-1]["content"]} | send(sent, []))
-            return last["unsafe"]
-
-        wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
-        synonyms = read_synonyms(args.synonyms) if args.synonyms else SYNONYMS
-        options = {"wrappers": wrappers, "synonyms": synonyms, "rows": args.batch_size}
-        found = autodan(model, tok, messages, target, unsafe_with, budget=args.budget, seed=seed, **options)
+        found = autodan(
+            model,
+            tok,
+            messages,
+            target,
+            lambda individual: succeeds(wrap(individual, messages)),
+            budget=args.budget,
+            seed=seed,
+            wrappers=args.wrappers,
+            synonyms=args.synonyms,
+            rows=args.batch_size,
+        )
     else:
-
-        def unsafe_with(text: str) -> bool:
-            sent = with_suffix(messages, text)
-            last.update({"sent": sent[-1]["content"]} | send(sent, []))
-            return last["unsafe"]
-
         found = gcg(
             model,
             tok,
             messages,
             target,
-            unsafe_with,
+            lambda text: succeeds(with_suffix(messages, text)),
             budget=args.budget,
             suffix=args.suffix,
             seed=seed,
@@ -127,15 +128,18 @@ def attack(name: str, model, tok, prompt: dict, index: int, judge, args) -> dict
 def attack_all(args) -> None:
     prompts = [p for path in args.prompts for p in read_prompts(path)]
     prompts = choose_prompts(prompts, args.sets, args.limit)
-    judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
-    tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
     not_settings = ("out", "prompts", "ckpt", "device", "batch_size", "sets", "limit", "judge")
     settings = {key: value for key, value in vars(args).items() if key not in not_settings}
-    settings["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = weights_digest(args.ckpt)
-    for name in ("wrappers", "synonyms"):  # what is in the file, not what it is called
-        if settings.get(name):
-            settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
+    if args.name == "autodan":
+        for name in ("wrappers", "synonyms"):  # what is in the file, not what it is called
+            if settings[name]:
+                settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
+        args.wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
+        args.synonyms = read_synonyms(args.synonyms) if args.synonyms else SYNONYMS
+    judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
+    tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
     done = {record["prompt"] for record in read_answers(Path(args.out), settings)}
     began, count = time.time(), 0
     with open(args.out, "a", encoding="utf-8") as f:
@@ -143,7 +147,7 @@ def attack_all(args) -> None:
             if index in done:
                 continue
             head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompt["set"]}
-            head |= {c: getattr(args, c) for c in ("on_reset", "reset_bias", "max_resets")}
+            head |= {c: getattr(args, c) for c in CONDITION}
             record = head | attack(args.name, model, tok, prompt, index, judge, args)
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
             f.flush()
@@ -165,15 +169,14 @@ def summarise(paths: list[str]) -> list[dict]:
     """One record per (attack, variant, condition, checkpoint): successes out of n, and against budget for searches."""
     cells: dict[tuple, dict] = {}
     for path in paths:
-        head, *records = [value for _, value in json_lines(path)] or [None]
+        first, *records = [value for _, value in json_lines(path)] or [None]
         try:
-            budget = head["settings"].get("budget")
+            budget = first["settings"].get("budget")
             for r in records:
                 variants = {"any": r["unsafe"]} | {k: v["unsafe"] for k, v in r.get("variants", {}).items()}
-                resets = r.get("resets")
                 for variant, unsafe in variants.items():
                     head = {"attack": r["name"], "variant": variant, "checkpoint": Path(r["checkpoint"]).name}
-                    head |= {c: r[c] for c in ("on_reset", "reset_bias", "max_resets")} | {"budget": budget}
+                    head |= {c: r[c] for c in CONDITION} | {"budget": budget}
                     cell = cells.setdefault(tuple(head.values()), head | {"at": [], "n": 0, "unsafe": 0, "seeds": {}})
                     cell["n"] += 1
                     cell["unsafe"] += unsafe
@@ -182,8 +185,7 @@ def summarise(paths: list[str]) -> list[dict]:
                     seed[1] += 1
                     if r["name"] in SEARCHES:
                         cell["at"].append(r["success_at"])
-                    if resets is not None:
-                        cell["reset"] = cell.get("reset", 0) + (resets > 0)
+                        cell["reset"] = cell.get("reset", 0) + (r["resets"] > 0)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise InputError(f"{path}: not a file of this program; make it with --out") from None
     out = []
@@ -201,9 +203,7 @@ def summarise(paths: list[str]) -> list[dict]:
 def table(paths: list[str], out: str | None) -> None:
     records = summarise(paths)
     if out:
-        head = json.dumps(made_by(), indent=1)[:-2]
-        lines = ",\n".join("  " + json.dumps(r) for r in records)
-        write_text(f'{head},\n "records": [\n{lines}\n ]\n}}\n', out)
+        write_result(out, records=records)
     print(
         f"{'attack':<14}{'variant':<18}{'checkpoint':<20}{'on_reset':<9}{'max':>4}{'bias':>6}{'n':>6}  success %, 95%"
     )

@@ -26,6 +26,7 @@ Shapes: N candidates, n suffix tokens, m target tokens, V vocabulary.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -106,6 +107,7 @@ def survives(tok, messages: list[dict], slots: Slots, suffix: list[int]) -> bool
     return sent == slots.before + suffix + slots.after
 
 
+@lru_cache(maxsize=1)  # asked for every prompt, and a vocabulary of 128,000 takes its time
 def allowed_ids(tok) -> list[int]:
     """Ids that may stand in a suffix: ordinary text, whole characters, never a special token."""
     texts = ((i, tok.decode([i])) for i in range(tok.vocab_size) if i not in tok.special_ids)
