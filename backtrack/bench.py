@@ -4,8 +4,8 @@
 
 Four questions, each answered in one run on one machine, with random weights and fixed seeds:
 
-- Tokens per second of `generate` against `transformers`' own, on the same checkpoint, prompts, dtype and thread count,
-  greedy, no stop token. The outputs must be equal token by token or the benchmark ends there. All prompts are equally
+- Tokens per second of `generate`, eager and with the decode step compiled (as `sample.py --compile` does it), against
+  `transformers`' own, eager, on the same checkpoint, prompts, dtype and thread count, greedy, no stop token. The outputs must be equal token by token or the benchmark ends there. All prompts are equally
   long: that spares transformers its padding mask, so it is the case that suits it best.
 - Decode steps as a share of what the memory allows. Each step has to read every weight and the keys and values of
   every row once; bytes / (bandwidth measured in this run) is the time that no implementation at this precision can
@@ -17,7 +17,8 @@ Four questions, each answered in one run on one machine, with random weights and
 
 Sides alternate (ABAB…) after a warm-up; numbers are medians, ratios are ratios of medians with the range of the
 pairs' ratios behind them. Bars are printed with "ok", "below" or "above"; they never change the exit code, as the
-machine may be busy. Just over a minute on two quiet cores, a quarter of that with --quick.
+machine may be busy. Four minutes on two quiet cores, half of them for the compiler; --quick measures the toy alone and
+eager alone in a quarter of a minute.
 
 With a CUDA device the same command adds a Llama-3-8B shape in bf16, eager and compiled, as a share of the copy
 bandwidth. No GPU was at hand when this was written: that part HAS NOT BEEN RUN, unless numbers are committed.
@@ -29,6 +30,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -202,7 +204,10 @@ def load_both(config: ModelConfig, transformers):
 
 
 def compare(name: str, model, theirs, batch: int, new_tokens: int, bar: float, repeats: int, bandwidth: float | None):
-    """Tokens per second of both; one row of the result. Raises AssertionError where the tokens differ."""
+    """Tokens per second of both; one row of the result. Raises AssertionError where the tokens differ.
+
+    bandwidth   bytes per second that the memory gives; None: no share of it is reported.
+    """
     prompts = random_prompts(model.config, batch, length=16)
     input_ids = torch.tensor(prompts)
     attention_mask = torch.ones_like(input_ids)
@@ -255,8 +260,7 @@ def reset_step(name: str, model, batch: int, steps: int, reset_id: int = 3) -> d
     """
     prompts = random_prompts(model.config, batch, length=16)
     capacity = len(prompts[0]) + 2 * steps
-    options = Sampler(0.0, 1.0, reset_id, 0.0, True, max_new_tokens=steps + 9, stop_ids=[])
-    stops = torch.tensor([], dtype=torch.int64)
+    options = Sampler(0.0, 1.0, reset_id, 0.0, steps, truncate=True, max_new_tokens=steps + 9, stop_ids=[])
     forced = torch.full((steps, batch), -1e9)
     forced[(torch.arange(steps)[:, None] + torch.arange(batch)) % 4 == 0] = 1e9
     plain = torch.full((steps, batch), -1e9)
@@ -268,17 +272,16 @@ def reset_step(name: str, model, batch: int, steps: int, reset_id: int = 3) -> d
             self.logits = model(torch.tensor(prompts), self.cache)[:, -1]  # (B, V)
             self.cache.truncate(torch.full((batch,), len(prompts[0]) - 1))
             self.records = [Record(i, []) for i in range(batch)]
-            ones = torch.ones(batch, dtype=torch.int64)
-            self.rows = Rows(ones, ones * len(prompts[0]), ones * steps, ones * options.max_new_tokens, ones)
+            self.rows = Rows(torch.full((batch,), len(prompts[0])), torch.zeros(batch, dtype=torch.int64))
 
         def step(self, i):
             self.logits[:, reset_id] = self.script[i]
             start = time.perf_counter()
-            token = choose(self.logits, self.rows, None, options)
-            advance(token, self.rows, self.cache, stops, options)
-            for event in sampler._read(sampler._to_host(token), self.records, options, prompts, start):
+            token, best = choose(self.logits, self.rows, None, options)
+            advance(token, self.rows, self.cache, options)
+            for event in sampler._read(*sampler._to_host(token, best), self.records, options, prompts, start):
                 self.resets += isinstance(event, Reset)
-            self.logits = model(self.rows.next[:, None], self.cache)[:, -1]
+            self.logits = model(token[:, None], self.cache)[:, -1]
             self.seconds.append(time.perf_counter() - start)
 
     with torch.inference_mode():
@@ -454,7 +457,7 @@ def machine(transformers) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the toy only, fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="the toy only, eager only, fewer repeats")
     parser.add_argument("--out", help="write the results to this file as JSON")
     args = parser.parse_args(argv)
     if args.out and Path(args.out).is_dir():
@@ -466,6 +469,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"memory: {bandwidth / 1e9:.1f} GB/s read\n", flush=True)
 
     repeats = 3 if args.quick else 5
+    compiler = not args.quick and any(map(shutil.which, ("g++", "clang++")))
+    if not args.quick and not compiler:
+        print("no C++ compiler found: compiled decode steps are left out\n", flush=True)
     toy = ModelConfig.load(Path(__file__).parent.parent / "data" / "toy.json")
     for name, config, runs, in_cache in (("toy", toy, TOY_RUNS, True), ("125M", LLAMA_125M, RUNS_125M, False)):
         if args.quick and config is LLAMA_125M:
@@ -474,6 +480,13 @@ def main(argv: list[str] | None = None) -> None:
         for batch, new_tokens, bar in runs:
             limit = None if in_cache else bandwidth
             report["speed"].append(compare(name, model, theirs, batch, new_tokens, bar, repeats, limit))
+            if compiler:
+                torch.compiler.reset()  # or the second batch size would get kernels that take any
+                compiled = random_model(config)  # the same weights once more
+                compiled.compile()
+                row = compare(f"{name}, compiled", compiled, theirs, batch, new_tokens, bar, repeats, limit)
+                report["speed"].append(row)
+                del compiled
         del theirs
         gc.collect()
         report["resets"].append(reset_step(name, model, batch=runs[-1][0], steps=120 if in_cache else 32))

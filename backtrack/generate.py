@@ -10,6 +10,7 @@ step with resets costs what a step without them costs, and the device never wait
 Transformer of this repository; no beam search, no speculative decoding, no batch that grows while it runs.
 """
 
+import math
 import random
 import time
 from collections import deque
@@ -127,8 +128,10 @@ def stream(
     if not prompts:
         return iter(())
     capacity = max(len(x) + len(y) for x, y in zip(prompts, prefill, strict=True)) + max_resets + attempts
-    sampler = Sampler(temperature, top_p, reset_id, reset_bias, on_reset == "truncate", max_new_tokens, stop_ids)
-    return _run(model, prompts, prefill, sampler, max_resets, capacity, [f"{seed}/{i}" for i in sample_ids])
+    sampler = Sampler(
+        temperature, top_p, reset_id, reset_bias, max_resets, on_reset == "truncate", max_new_tokens, stop_ids
+    )
+    return _run(model, prompts, prefill, sampler, capacity, [f"{seed}/{i}" for i in sample_ids])
 
 
 @dataclass
@@ -139,6 +142,7 @@ class Sampler:
     top_p: float
     reset_id: int | None
     reset_bias: float
+    max_resets: int
     truncate: bool
     max_new_tokens: int
     stop_ids: list[int]
@@ -146,22 +150,19 @@ class Sampler:
 
 @dataclass
 class Rows:
-    """What the device knows of each row, besides its cache: (B,) tensors, advanced without asking the host."""
+    """What the device knows of each row, besides its cache: (B,) int64 tensors, advanced without asking the host."""
 
-    next: torch.Tensor  # int64, the token to be fed
-    restart: torch.Tensor  # int64, where [RESET] is fed after a reset: P + resets so far (truncate)
-    resets_left: torch.Tensor  # int64
-    tokens_left: torch.Tensor  # int64, of this attempt
-    alive: torch.Tensor  # int64, 1 until the row has finished: it may be computed a little longer
+    prompt: torch.Tensor  # prompt tokens
+    resets: torch.Tensor  # resets so far
 
     def select(self, rows: torch.Tensor) -> "Rows":
-        return Rows(*(x[rows] for x in vars(self).values()))
+        return Rows(self.prompt[rows], self.resets[rows])
 
 
-def choose(logits: torch.Tensor, rows: Rows, u: torch.Tensor | None, s: Sampler) -> torch.Tensor:
-    """Pick each row's next token from logits (B, V): (B,) int64, or −1 where the logits are not finite."""
+def choose(logits: torch.Tensor, rows: Rows, u: torch.Tensor | None, s: Sampler) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick each row's next token from logits (B, V): (B,) int64, and its greatest logit (B,), not finite after NaN."""
     if s.reset_id is not None:
-        logits[:, s.reset_id] += torch.where(rows.resets_left > 0, s.reset_bias, float("-inf"))
+        logits[:, s.reset_id].add_(torch.where(rows.resets < s.max_resets, s.reset_bias, float("-inf")))
     best, token = logits.max(dim=-1)
     if s.temperature > 0:
         # One uniform number per token and the inverse of the distribution function, instead of torch.multinomial:
@@ -175,28 +176,23 @@ def choose(logits: torch.Tensor, rows: Rows, u: torch.Tensor | None, s: Sampler)
         cdf = probs.cumsum(dim=-1)
         index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)  # (B, 1)
         token = (index if order is None else order.gather(-1, index)).squeeze(-1)
-    return torch.where(best < float("inf"), token, -1)  # false for NaN too
+    return token, best
 
 
-def advance(token: torch.Tensor, rows: Rows, cache: KVCache, stops: torch.Tensor, s: Sampler) -> None:
-    """Move every row to where its next token will be written. `cache.lengths` points at the token fed last."""
-    tokens_left, restart = rows.tokens_left - 1, rows.restart
-    lengths = cache.lengths + rows.alive  # a finished row stands still
+def advance(token: torch.Tensor, rows: Rows, cache: KVCache, s: Sampler) -> None:
+    """Move every row to where `token` (B,) will be written. `cache.lengths` points at the token fed last."""
+    lengths = cache.lengths + 1
     if s.reset_id is not None:
         is_reset = token == s.reset_id
         # ── Backtracking, all of it ──────────────────────────────────────────────────────────────────────────────
         # The row's cache ends at the prompt (and the resets before this one); [RESET] is written there next, and all
         # that stood behind is forgotten. With on_reset="keep" nothing is cut: [RESET] follows what it retracts.
         if s.truncate:
-            lengths = torch.where(is_reset, restart, lengths)
-            rows.restart = torch.where(is_reset, restart + 1, restart)
+            lengths = torch.where(is_reset, rows.prompt + rows.resets, lengths)
         # ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-        rows.resets_left = rows.resets_left - is_reset.long()
-        tokens_left = torch.where(is_reset, s.max_new_tokens, tokens_left)
-    cache.truncate(lengths)
-    rows.tokens_left = tokens_left
-    rows.alive = rows.alive * ((token[:, None] != stops).all(dim=-1) & (tokens_left > 0))
-    rows.next = token.clamp(min=0)
+        rows.resets = rows.resets + is_reset
+    # A finished row may be computed a little longer and must not run out of its cache.
+    cache.truncate(lengths.clamp(max=cache.capacity - 1))
 
 
 @dataclass
@@ -214,7 +210,7 @@ class Record:
 
 
 @torch.inference_mode()  # as a decorator it is off again while the caller holds the generator
-def _run(model, prompts, prefill, s: Sampler, max_resets: int, capacity: int, seeds: list[str]):
+def _run(model, prompts, prefill, s: Sampler, capacity: int, seeds: list[str]):
     start = time.perf_counter()
     weight = model.model.embed_tokens.weight
     device, B = weight.device, len(prompts)
@@ -232,12 +228,7 @@ def _run(model, prompts, prefill, s: Sampler, max_resets: int, capacity: int, se
     logits = model.logits(hidden[torch.arange(B, device=device), last])  # (B, V)
     cache.truncate(last)
 
-    def full(n):
-        return torch.full((B,), n, device=device)
-
-    prompt_lengths = torch.tensor([len(x) for x in prompts], device=device)
-    rows = Rows(full(0), prompt_lengths, full(max_resets), full(s.max_new_tokens), full(1))
-    stops = torch.tensor(s.stop_ids, dtype=torch.int64, device=device)
+    rows = Rows(torch.tensor([len(x) for x in prompts], device=device), torch.zeros_like(last))
     generators = [torch.Generator().manual_seed(random.Random(seed).getrandbits(63)) for seed in seeds]
     uniforms, u = None, None
 
@@ -252,11 +243,11 @@ def _run(model, prompts, prefill, s: Sampler, max_resets: int, capacity: int, se
                 # Below 1 by more than a rounding error, or u · total could reach past the last possible token.
                 uniforms = uniforms.clamp(max=1 - 1e-6).to(device)
             u = uniforms[:, step % 256, None]  # (B, 1)
-        token = choose(logits, rows, u, s)
-        advance(token, rows, cache, stops, s)
+        token, best = choose(logits, rows, u, s)  # (B,), (B,)
+        advance(token, rows, cache, s)
         step += 1
 
-        unread.append((_to_host(token), active))
+        unread.append((*_to_host(token, best), active))
         while len(unread) > lag:
             yield from _read(*unread.popleft(), s, prompts, start)
         kept = [slot for slot, r in enumerate(active) if not r.done]
@@ -271,32 +262,32 @@ def _run(model, prompts, prefill, s: Sampler, max_resets: int, capacity: int, se
             active = [active[slot] for slot in order]
             index = torch.tensor(order, device=device)
             cache.keep_rows(order)
-            rows = rows.select(index)
+            rows, token = rows.select(index), token[index]
             uniforms = None if uniforms is None else uniforms[index]
         if lag == 0:
             cache.visible = max(r.entries for r in active)
-        logits = model(rows.next[:, None], cache)[:, -1]  # (B, V)
+        logits = model(token[:, None], cache)[:, -1]  # (B, V)
 
 
-def _to_host(token: torch.Tensor):
+def _to_host(token, best):
+    """Both on the host, or on their way there: then with the event that tells of their arrival."""
     if not token.is_cuda:
-        return token, None
-    copy = token.to("cpu", non_blocking=True)
+        return token, best, None
+    copies = token.to("cpu", non_blocking=True), best.to("cpu", non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return copy, event
+    return *copies, event
 
 
-def _read(copy, active: list[Record], s: Sampler, prompts, start: float):
+def _read(token, best, event, active: list[Record], s: Sampler, prompts, start: float):
     """Wait for one step's tokens and tell what they mean, row by row."""
-    token, event = copy
     if event is not None:
         event.synchronize()
     now = time.perf_counter() - start
-    for r, id in zip(active, token.tolist(), strict=True):
+    for r, id, logit in zip(active, token.tolist(), best.tolist(), strict=True):
         if r.done:
             continue
-        if id < 0:
+        if not math.isfinite(logit):
             raise InputError(f"row {r.row}: logits are not finite (NaN or inf) at step {r.steps}; check the weights")
         r.steps += 1
         finish_reason = None

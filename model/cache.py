@@ -20,6 +20,7 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # (B,) valid entries per row
+        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.capacity = capacity
         # Attention looks at entries [0, visible). A host-side bound on lengths may be set here to spare it the empty
         # tail; it is a plain int, so setting it never waits for the device.
@@ -34,9 +35,9 @@ class KVCache:
 
         Does not move `lengths`: how far a row has come, and how far back it goes, is its owner's decision.
         """
-        index = positions[:, None, :, None].expand_as(k)  # (B, K, T, head_dim)
-        self.k[layer].scatter_(2, index, k)
-        self.v[layer].scatter_(2, index, v)
+        # By index, not scatter_: torch.compile writes these in place, for scatter_ it copies the whole cache twice.
+        self.k[layer][self.rows, :, positions] = k.transpose(1, 2)  # (B, T, K, head_dim)
+        self.v[layer][self.rows, :, positions] = v.transpose(1, 2)
         return self.k[layer][:, :, : self.visible], self.v[layer][:, :, : self.visible]
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -50,4 +51,5 @@ class KVCache:
                 for i, r in moves:
                     tensor[i].copy_(tensor[r])
                 tensors[layer] = tensor[: len(rows)]
+        self.rows = self.rows[: len(rows)]
         self.lengths = self.lengths[torch.tensor(rows, device=self.lengths.device)]

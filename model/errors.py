@@ -16,7 +16,7 @@ class InputError(ValueError):
 
 
 def run(main) -> None:
-    """Call main(); turn InputError and OSError into one line on stderr and exit code 2."""
+    """Call main(); turn what a user can mend into one line on stderr and exit code 2."""
     try:
         main()
         sys.stdout.flush()
@@ -28,6 +28,13 @@ def run(main) -> None:
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: {str(error).splitlines()[0]} Lower the batch size or the lengths.", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        inductor = sys.modules.get("torch._inductor.exc")  # loaded by --compile alone
+        if inductor is None or not isinstance(error, inductor.InductorError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(f"error: torch.compile failed: {reason}; it needs a C++ compiler, or run without --compile", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

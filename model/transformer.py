@@ -26,15 +26,16 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
+        large = (b for b in (32, 16, 8, 4, 2) if n_out % b == 0 and n_in * n_out >= b * 2**17)
+        self.blocks = next(large, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.numel() // x.shape[-1]
-        if x.device.type != "cpu" or rows > 32 or self.weight.numel() < 2**17 or len(self.weight) % 8:
+        if self.blocks == 1 or x.device.type != "cpu" or x.numel() > 32 * x.shape[-1]:
             return F.linear(x, self.weight)
         # Decoding on a CPU: the BLAS reads W with one thread when x has so few rows. Cut into blocks of outputs, as a
         # batch of products, W is read by all threads, up to twice as fast (make bench).
-        blocks = self.weight.view(8, -1, x.shape[-1])
-        y = x.reshape(rows, -1) @ blocks.mT  # (8, rows, out / 8)
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ self.weight.view(self.blocks, -1, x.shape[-1]).mT  # (blocks, rows, out / blocks)
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -75,7 +76,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     its first half. x (B, heads, T, hd); cos, sin (B or 1, 1, T, hd) fp32.
     """
     rolled = x.roll(x.shape[-1] // 2, dims=-1)
-    return (x.float() * cos + rolled.float() * sin).type_as(x)
+    return torch.addcmul(x.float() * cos, rolled.float(), sin).type_as(x)
 
 
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -83,24 +84,27 @@ def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     return torch.tanh(x / cap) * cap
 
 
-def attend(q, k, v, blocked, scale: float, cap: float | None) -> torch.Tensor:
-    """softmax(q·kᵀ·scale, masked)·v with grouped heads. q (B, H, T, hd), k and v (B, K, S, hd) -> (B, H, T, hd).
+def as_mask(blocked: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """True -> -inf, False -> 0: what is added to the scores."""
+    return torch.zeros(blocked.shape, dtype=dtype, device=blocked.device).masked_fill_(blocked, float("-inf"))
 
-    blocked (B or 1, T, S) is True where a key may not be seen; None means plain causal attention without a cache.
+
+def attend(q, k, v, mask, scale: float, cap: float | None) -> torch.Tensor:
+    """softmax(q·kᵀ·scale + mask)·v with grouped heads. q (B, H, T, hd), k and v (B, K, S, hd) -> (B, H, T, hd).
+
+    mask (B or 1, 1, T, S) is -inf where a key may not be seen, else 0; None means causal attention without a cache.
     """
     B, H, T, hd = q.shape
     K, S = k.shape[1], k.shape[2]
-    if cap is None and (T > 1 or blocked is None):  # the fused kernel never builds the scores; it knows no softcap
-        if blocked is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != K)
-        return F.scaled_dot_product_attention(q, k, v, ~blocked[:, None], scale=scale, enable_gqa=H != K)
-    # Spelled out. Query head h reads key/value head h // G: with the G heads of a group stacked along T, one matmul
-    # serves them all and no key is copied.
+    if cap is None and (T > 1 or mask is None):  # the fused kernel never builds the scores; it knows no softcap
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=H != K)
+    # Query head h reads key/value head h // G. With the G heads of a group stacked along T, one product serves them
+    # all and no key is copied.
     q = q.reshape(B, K, (H // K) * T, hd)
-    scores = (q * scale) @ k.transpose(-1, -2)  # (B, K, G·T, S)
-    if cap is not None:
-        scores = softcap(scores, cap)
-    scores = scores.view(B, K, H // K, T, S).masked_fill(blocked[:, None, None], float("-inf"))
+    if cap is None:  # T is 1, and the G queries of a group share its one mask
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).view(B, H, T, hd)
+    scores = softcap((q * scale) @ k.transpose(-1, -2), cap)  # (B, K, G·T, S)
+    scores = scores.view(B, K, H // K, T, S) + mask[:, None]
     weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(v)
     return (weights.view(B, K, (H // K) * T, S) @ v).view(B, H, T, hd)
 
@@ -117,7 +121,7 @@ class Attention(nn.Module):
         self.scale = (config.query_pre_attn_scalar or hd) ** -0.5
         self.cap = config.attn_logit_softcapping
 
-    def forward(self, x, cos, sin, blocked, positions, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, x, cos, sin, mask, positions, cache: KVCache | None) -> torch.Tensor:
         B, T, _ = x.shape
         # Queries and keys are rotated alike, so in one go: (B, H + K, T, hd)
         qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -125,7 +129,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # (B, K, S, hd)
-        y = attend(q, k, v, blocked, self.scale, self.cap)
+        y = attend(q, k, v, mask, self.scale, self.cap)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -183,8 +187,10 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one)
-        # A plain attribute, not a buffer: model.to(bfloat16) must not round the RoPE frequencies.
-        self.rope_freqs = rope_frequencies(config)
+        # A plain attribute, not a buffer: model.to(bfloat16) must not round the RoPE frequencies. The first half of a
+        # head turns backwards, which leaves the cosine as it is and gives the sine its minus sign: see rotate.
+        freqs = rope_frequencies(config)
+        self.rope_freqs = torch.cat((-freqs, freqs))  # (hd,)
         # Gemma scales embeddings by sqrt(D) rounded to the model's dtype: in bf16 55.5 where sqrt(3072) is 55.4256.
         self.embed_scale = {
             dtype: torch.tensor(config.hidden_size**0.5, dtype=dtype, device="cpu").item()
@@ -203,24 +209,24 @@ class Decoder(nn.Module):
             positions = cache.lengths[:, None] + positions  # (B, T)
         if self.rope_freqs.device != device:
             self.rope_freqs = self.rope_freqs.to(device)
-        angles = positions[:, None, :, None].float() * self.rope_freqs  # (B or 1, 1, T, hd/2)
+        angles = positions[:, None, :, None] * self.rope_freqs  # (B or 1, 1, T, hd)
         cos, sin = angles.cos(), angles.sin()
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (B or 1, 1, T, hd), see rotate
-
-        # blocked[b, t, s]: query t may not see key s. Causal: s lies after t. Local: s also lies outside the window.
-        blocked = blocked_local = None
-        if cache is not None or config.attn_logit_softcapping is not None or config.local_layers:
-            keys = torch.arange(T if cache is None else cache.visible, device=device)  # (S,)
-            blocked = blocked_local = keys > positions[:, :, None]  # (B or 1, T, S)
-            if config.local_layers and len(keys) > config.sliding_window:  # the window counts the query itself
-                blocked_local = blocked | (keys <= positions[:, :, None] - config.sliding_window)
 
         x = self.embed_tokens(tokens)  # (B, T, D)
         if config.scale_embeddings:
             x = x * self.embed_scale[x.dtype]
+
+        # Query t may not see key s where s lies after t (causal) or, in a local layer, outside the window.
+        mask = mask_local = None
+        if cache is not None or config.attn_logit_softcapping is not None or config.local_layers:
+            keys = torch.arange(T if cache is None else cache.visible, device=device)  # (S,)
+            query = positions[:, None, :, None]  # (B or 1, 1, T, 1)
+            mask = mask_local = as_mask(keys > query, x.dtype)  # (B or 1, 1, T, S)
+            if config.local_layers and len(keys) > config.sliding_window:  # the window counts the query itself
+                mask_local = as_mask((keys > query) | (keys <= query - config.sliding_window), x.dtype)
         for i, layer in enumerate(self.layers):
             local = bool(config.local_layers) and config.local_layers[i]
-            x = layer(x, cos, sin, blocked_local if local else blocked, positions, cache)
+            x = layer(x, cos, sin, mask_local if local else mask, positions, cache)
         return self.norm(x)
 
 

@@ -333,14 +333,13 @@ def test_a_decode_step_never_waits_for_the_device(model, temperature):
     with torch.no_grad():
         logits = model(torch.randint(0, V, (B, 6)), cache)[:, -1]
         cache.truncate(torch.full((B,), 5))
-        ones = torch.ones(B, dtype=torch.int64)
-        rows = Rows(ones, ones * 6, ones, ones * 9, ones)
-        sampler = Sampler(temperature, 0.9, 3, 0.5, True, 9, [1])
-        stops, u = torch.tensor([1]), torch.rand(B, 1)
+        rows = Rows(torch.full((B,), 6), torch.zeros(B, dtype=torch.int64))
+        sampler = Sampler(temperature, 0.9, 3, 0.5, 1, True, 9, [1])
+        u = torch.rand(B, 1)
         with NoSync():
-            token = choose(logits, rows, u, sampler)
-            advance(token, rows, cache, stops, sampler)
-            model(rows.next[:, None], cache)
+            token, best = choose(logits, rows, u, sampler)
+            advance(token, rows, cache, sampler)
+            model(token[:, None], cache)
         with pytest.raises(AssertionError, match="waits"), NoSync():
             token.sum().item()
 

@@ -15,7 +15,7 @@ import torch
 import model.transformer as transformer_module
 from backtrack.generate import generate
 from model import InputError, KVCache, ModelConfig, Transformer, load_model
-from model.transformer import RMSNorm, attend, rope_frequencies, rotate, softcap
+from model.transformer import RMSNorm, as_mask, attend, rope_frequencies, rotate, softcap
 
 CLOSE = 2e-4
 DIFFERENT = 0.05
@@ -598,7 +598,7 @@ def test_every_path_of_attention(B, H, K, T, cap):
         masks[1][:, :, 0] = False  # nobody is left with nothing to see
         for blocked in masks:
             expected = spelled_out(q, k, v, blocked, 0.7, cap)
-            assert distance(attend(q, k, v, blocked, 0.7, cap), expected) < 1e-5
+            assert distance(attend(q, k, v, as_mask(blocked[:, None], q.dtype), 0.7, cap), expected) < 1e-5
         if S == T and cap is None:
             assert distance(attend(q, k, v, None, 0.7, None), spelled_out(q, k, v, causal, 0.7, None)) < 1e-5
 
