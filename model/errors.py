@@ -34,7 +34,8 @@ def run(main) -> None:
         if inductor is None or not isinstance(error, inductor.InductorError):
             raise
         reason = str(error).strip().splitlines()[0]
-        print(f"error: torch.compile failed: {reason}; it needs a C++ compiler, or run without --compile", file=sys.stderr)
+        way_out = "it needs a working C++ compiler, or leave out --compile"
+        print(f"error: torch.compile failed: {reason}; {way_out}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -26,7 +26,7 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
-        large = (b for b in (32, 16, 8, 4, 2) if n_out % b == 0 and n_in * n_out >= b * 2**17)
+        large = (b for b in (32, 16, 8, 4, 2) if n_out % b == 0 and n_in * n_out >= b * 2**16)
         self.blocks = next(large, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -34,8 +34,8 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight)
         # Decoding on a CPU: the BLAS reads W with one thread when x has so few rows. Cut into blocks of outputs, as a
         # batch of products, W is read by all threads, up to twice as fast (make bench).
-        rows = x.reshape(-1, x.shape[-1])
-        y = rows @ self.weight.view(self.blocks, -1, x.shape[-1]).mT  # (blocks, rows, out / blocks)
+        weight = self.weight.view(self.blocks, -1, x.shape[-1])  # (blocks, out / blocks, in)
+        y = torch.bmm(x.reshape(-1, x.shape[-1]).expand(self.blocks, -1, -1), weight.mT)  # (blocks, rows, out / blocks)
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 

@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, its refusal to time different outputs, its errors. No timing is asserted anywhere."""
 
+import functools
 import json
 import sys
 
@@ -178,13 +179,26 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "PROMPT_OF_RETRY", 20)
     monkeypatch.setattr(bench, "on_cuda", lambda repeats: pytest.fail("no GPU in this test"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    traced = functools.partialmethod(torch.nn.Module.compile, backend="eager")  # generating code would take a minute
+    monkeypatch.setattr(bench.Transformer, "compile", traced)
+    monkeypatch.setattr(bench.shutil, "which", lambda name: name)
     out = tmp_path / "bench.json"
     bench.main(["--out", str(out)])
     printed, report = capsys.readouterr().out, json.loads(out.read_text())
     assert f"torch {torch.__version__}" in printed and "transformers 5" in printed and "seed 0" in printed
-    assert [r["name"] for r in report["speed"]] == ["toy, batch 1", "125M, batch 2"]
+    assert [r["name"] for r in report["speed"]] == [
+        "toy, batch 1",
+        "toy, compiled, batch 1",
+        "125M, batch 2",
+        "125M, compiled, batch 2",
+    ]
     assert len(report["resets"]) == 3 and report["cuda"] == [] and report["read_bytes_per_s"] == 1e10
     for row in report["speed"] + report["resets"]:
         assert row["name"] in printed
     bench.main(["--quick"])
-    assert "125M" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "125M" not in printed and "compile" not in printed
+    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
+    bench.main([])
+    printed = capsys.readouterr().out
+    assert "no C++ compiler found" in printed and "compiled, batch" not in printed and "125M, batch 2" in printed

@@ -337,7 +337,7 @@ def test_a_decode_step_never_waits_for_the_device(model, temperature):
         sampler = Sampler(temperature, 0.9, 3, 0.5, 1, True, 9, [1])
         u = torch.rand(B, 1)
         with NoSync():
-            token, best = choose(logits, rows, u, sampler)
+            token, _ = choose(logits, rows, u, sampler)
             advance(token, rows, cache, sampler)
             model(token[:, None], cache)
         with pytest.raises(AssertionError, match="waits"), NoSync():
@@ -379,6 +379,19 @@ def test_the_cache_holds_what_is_promised_and_no_more(model, on_reset, monkeypat
     assert g.resets >= 1
     assert made == [10 + 3 + 2 + 7] if on_reset == "truncate" else [10 + 3 + 2 + 4 * 7]
     assert max(top) < made[0]
+
+
+def test_a_finished_row_that_is_computed_on_stays_in_its_cache(model):
+    """On a GPU the host reads a step late; whatever such a row says meanwhile, it writes to its own last entry."""
+    cache = KVCache(model.config, 2, capacity=8)
+    cache.truncate(torch.tensor([5, 2]))
+    rows = Rows(torch.tensor([6, 3]), torch.zeros(2, dtype=torch.int64))
+    sampler = Sampler(0.0, 1.0, 3, 0.0, 1, True, 9, [])
+    lengths = []
+    for token in ([4, 4], [4, 3], [4, 4], [3, 4], [3, 4], [3, 4]):  # the last two resets are one too many
+        advance(torch.tensor(token), rows, cache, sampler)
+        lengths.append(cache.lengths.tolist())
+    assert lengths == [[6, 3], [7, 3], [7, 4], [6, 5], [7, 6], [7, 7]]
 
 
 # ── Bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -584,6 +585,34 @@ def test_a_pipe(ckpt, tok):
     here, _ = command(*words, stdin=b"one\na\xffb\n")
     assert [json.loads(line)["text"] for line in here.splitlines()] == [r["text"] for r in records]
     assert done.stderr == b""
+
+
+def test_compile_without_a_compiler(ckpt, tmp_path):
+    words = ["--ckpt", str(ckpt), "--prompt", "Hi", "--device", "cpu", "--max-new-tokens", "6"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", *words, "--compile"],
+        env={**os.environ, "CXX": str(tmp_path / "gone"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: torch.compile failed")
+    assert "leave out --compile" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+def test_compiled_it_says_the_same(ckpt):
+    words = ["--ckpt", ckpt, "--prompt", "Hi", "--device", "cpu", "--max-new-tokens", "30", "--num-samples", "4"]
+    words += ["--reset-bias", "9", "--max-resets", "2", "--temperature", "1", "--json"]
+    plain, compiled = (
+        subprocess.run([sys.executable, ROOT / "sample.py", *words, *more], capture_output=True, text=True, check=True)
+        for more in ([], ["--compile"])
+    )
+    timeless = dict(first_token_s=0, total_s=0)
+    plain, compiled = ([json.loads(line) | timeless for line in done.stdout.splitlines()] for done in (plain, compiled))
+    assert plain == compiled and sum(answer["resets"] for answer in plain) > 0
 
 
 def test_a_chat_on_a_pseudo_terminal(ckpt):

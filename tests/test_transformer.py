@@ -15,7 +15,7 @@ import torch
 import model.transformer as transformer_module
 from backtrack.generate import generate
 from model import InputError, KVCache, ModelConfig, Transformer, load_model
-from model.transformer import RMSNorm, as_mask, attend, rope_frequencies, rotate, softcap
+from model.transformer import Linear, RMSNorm, as_mask, attend, rope_frequencies, rotate, softcap
 
 CLOSE = 2e-4
 DIFFERENT = 0.05
@@ -558,6 +558,22 @@ def test_rotate():
     pairs = torch.complex(x[:2], x[2:]) * torch.polar(torch.ones(2), angles)
     assert torch.allclose(rotate(x, cos, sin), torch.cat((pairs.real, pairs.imag)), atol=1e-6)
     assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("n_in, n_out, blocks", [(64, 48, 1), (256, 2048, 8), (512, 1536, 8), (300, 1201, 1)])
+def test_linear_in_blocks(n_in, n_out, blocks):
+    """Few rows on a CPU take a path of their own; one definition, whatever the shape of x, in training too."""
+    linear = Linear(n_in, n_out)
+    assert linear.blocks == blocks
+    for shape in ((n_in,), (1, 1, n_in), (8, 1, n_in), (2, 16, n_in), (33, n_in)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)), requires_grad=True)
+        y = linear(x)
+        expected = x.detach().double() @ linear.weight.detach().double().T
+        assert y.shape == expected.shape and distance(y, expected) < 1e-4
+        gx, gw = torch.autograd.grad(y.square().sum(), (x, linear.weight))
+        flat, out = x.detach().reshape(-1, n_in).double(), expected.reshape(-1, n_out)
+        assert distance(gx.reshape(-1, n_in), 2 * out @ linear.weight.detach().double()) < 1e-2
+        assert distance(gw, 2 * out.T @ flat) < 1e-2
 
 
 def test_softcap():
