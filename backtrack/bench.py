@@ -5,9 +5,9 @@
 Four questions, each answered in one run on one machine, with random weights and fixed seeds:
 
 - Tokens per second of `generate`, eager and with the decode step compiled (as `sample.py --compile` does it), against
-  `transformers`' own, eager, on the same checkpoint, prompts, dtype and thread count, greedy, no stop token. The outputs
-  must be equal token by token or the benchmark ends there. All prompts are equally long: that spares transformers its
-  padding mask, so it is the case that suits it best.
+  `transformers`' own, eager, on the same checkpoint, prompts, dtype and thread count, greedy, no stop token. The
+  outputs must be equal token by token or the benchmark ends there. All prompts are equally long: that spares
+  transformers its padding mask, so it is the case that suits it best.
 - Decode steps as a share of what the memory allows. Each step has to read every weight and the keys and values of
   every row once; bytes / (bandwidth measured in this run) is the time that no implementation at this precision can
   beat. Toy weights fit into the processor's cache, so for the toy no share is given.
@@ -18,7 +18,7 @@ Four questions, each answered in one run on one machine, with random weights and
 
 Sides alternate (ABAB…) after a warm-up; numbers are medians, ratios are ratios of medians with the range of the
 pairs' ratios behind them. Bars are printed with "ok", "below" or "above"; they never change the exit code, as the
-machine may be busy. Four minutes on two quiet cores, half of them for the compiler; --quick measures the toy alone and
+machine may be busy. Five minutes on two quiet cores, most of them for the compiler; --quick measures the toy alone and
 eager alone in a quarter of a minute.
 
 With a CUDA device the same command adds a Llama-3-8B shape in bf16, eager and compiled, as a share of the copy
