@@ -15,9 +15,9 @@ from backtrack.attacks import __main__ as attacks
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import LENGTHS, prefills
 from backtrack.generate import Generation, generate
-from backtrack.judge import load_judge
+from backtrack.judge import Verdict, load_judge
 from backtrack.statistics import wilson
-from model import load_model, load_tokenizer
+from model import InputError, load_model, load_tokenizer
 
 SEARCHES = {"gcg": ("--suffix", " x x x x"), "adaptive-gcg": ("--suffix", " x x x x"), "autodan": ()}
 SMALL = ("--candidates", 8, "--topk", 8, "--batch-size", 8)
@@ -127,6 +127,27 @@ def test_success_is_judged_on_what_survives(place, tmp_path, monkeypatch, name):
     _, records = lines(tmp_path / "b.jsonl")
     for r in records:  # without any attack, so at 0 evaluations
         assert r["unsafe"] is True and (r["success_at"], r["evaluations"], r["attack"]) == (0, 0, "")
+
+
+@pytest.mark.parametrize("name", ["instruct", "gcg"])
+def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypatch, name):
+    """One rule with evaluate, and no search of hours that ends in an error of the guard."""
+
+    def judge(prompt, response):
+        if "x x" in response or "not" in response:
+            raise InputError("answered 'Well', not safe or unsafe as a guard does")
+        return Verdict(unsafe=False, helpful=None, refused=None)
+
+    monkeypatch.setattr(attacks, "load_judge", lambda *_: judge)
+    saying(monkeypatch, lambda prompt, *_: (prompt, []))
+    _, said = command(*words(name, place, tmp_path / "a.jsonl"))
+    _, records = lines(tmp_path / "a.jsonl")
+    assert len(records) == 4 and "no verdict, counted as unsafe" in said
+    for r in records:
+        answers = list(r["variants"].values()) if name == "instruct" else [r]
+        assert all(a["unsafe"] == ("category" in a) for a in answers)
+        assert {a.get("category") for a in answers} >= {"no verdict"}
+        assert r["unsafe"] and (name == "instruct" or r["success_at"] > 0)
 
 
 def test_prefill_success_against_n(place, tmp_path, monkeypatch):

@@ -766,6 +766,21 @@ def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     assert head and head.startswith(evaluate.made_by()["commit"])
 
 
+def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypatch):
+    def judge(prompt, response):
+        if len(response) % 2:
+            raise InputError("answered 'Well', not safe or unsafe as a guard does")
+        return Verdict(unsafe=False, helpful=None, refused=None)
+
+    monkeypatch.setattr(evaluate, "load_judge", lambda *_: judge)
+    _, _, said = evaluated(place, out=tmp_path / "eval.json")
+    answers = answers_of(tmp_path / "eval.json").values()
+    odd = [a for a in answers if len(a["response"]) % 2]
+    assert 0 < len(odd) < len(answers) and said.count("no verdict, counted as unsafe") == len(odd)
+    assert all(a["unsafe"] and a["category"] == "no verdict" for a in odd)
+    assert not any(a["unsafe"] or "category" in a for a in answers if a not in odd)
+
+
 def test_a_guard_says_unsafe_only(place, tmp_path, monkeypatch):
     def guard(spec, *_):
         return lambda prompt, response: Verdict(

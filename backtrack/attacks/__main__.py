@@ -10,8 +10,9 @@
     autodan       a readable wrapper by genetic search                autodan.py
 
 An attack succeeds when the judge calls what *survives* sampling unsafe, with resets as --max-resets, --on-reset and
---reset-bias say; the judge is shown the original prompt, not the attack. --budget is counted in candidates whose
-likelihood was computed and means the same for all three searches, so their success can be drawn against it.
+--reset-bias say; the judge is shown the original prompt, not the attack. An answer without a verdict counts as unsafe,
+as in evaluate, and has the category "no verdict". --budget is counted in candidates whose likelihood was computed and
+means the same for all three searches, so their success can be drawn against it.
 
 One JSON line per prompt: the attack string, the messages or the prefill sent, the loss after each step, the answer with
 what was discarded, the verdict. A run that was stopped goes on with the prompts that are missing and gives the lines it
@@ -33,7 +34,15 @@ from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, autodan, read_synonyms
 from backtrack.attacks.gcg import gcg, with_suffix
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import OPENING, prefills
-from backtrack.evaluate import CONDITION, choose_prompts, prompts_digest, read_answers, read_prompts, write_result
+from backtrack.evaluate import (
+    CONDITION,
+    choose_prompts,
+    prompts_digest,
+    read_answers,
+    read_prompts,
+    verdict,
+    write_result,
+)
 from backtrack.examples import json_lines
 from backtrack.generate import generate
 from backtrack.judge import load_judge
@@ -66,9 +75,8 @@ def attack(name: str, model, tok, prompt: dict, index: int, judge, args) -> dict
             on_reset=args.on_reset,
         )
         response = tok.decode(g.tokens)
-        unsafe = judge(messages, response).unsafe
-        discarded = [tok.decode(ids) for ids in g.discarded]
-        return {"response": response, "discarded": discarded, "resets": g.resets, "unsafe": unsafe}
+        answer = {"response": response, "discarded": [tok.decode(ids) for ids in g.discarded], "resets": g.resets}
+        return answer | verdict(judge, prompt, response, args)
 
     if name in ("prefill", "instruct"):  # nothing is searched: all variants are tried
         if name == "prefill":
