@@ -76,7 +76,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     its first half. x (B, heads, T, hd); cos, sin (B or 1, 1, T, hd) fp32.
     """
     rolled = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x.float() * cos, rolled.float(), sin).type_as(x)
+    return (x.float() * cos + rolled.float() * sin).type_as(x)
 
 
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
