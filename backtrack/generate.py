@@ -5,7 +5,7 @@
     for event in stream(model, [prompt_ids], ...):     # Token | Reset | Done, as they happen
 
 One decode step serves all rows of a batch, whatever each of them is doing. On [RESET] a row's KV cache is cut back to
-the prompt and [RESET] is fed next; in tensor form that is two `torch.where`s on per-row lengths (see `advance`), so a
+the prompt and [RESET] is fed next; in tensor form that is one `torch.where` on per-row lengths (see `advance`), so a
 step with resets costs what a step without them costs, and the device never waits for the host. Works with any
 Transformer of this repository; no beam search, no speculative decoding, no batch that grows while it runs.
 """
