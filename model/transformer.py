@@ -26,8 +26,8 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
-        large = (b for b in (32, 16, 8, 4, 2) if n_out % b == 0 and n_in * n_out >= b * 2**16)
-        self.blocks = next(large, 1)
+        # The most blocks that still hold 2^16 weights each: see forward.
+        self.blocks = next((b for b in (32, 16, 8, 4, 2) if n_out % b == 0 and n_in * n_out >= b * 2**16), 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.blocks == 1 or x.device.type != "cpu" or x.numel() > 32 * x.shape[-1]:
@@ -209,7 +209,8 @@ class Decoder(nn.Module):
             positions = cache.lengths[:, None] + positions  # (B, T)
         if self.rope_freqs.device != device:
             self.rope_freqs = self.rope_freqs.to(device)
-        angles = positions[:, None, :, None] * self.rope_freqs  # (B or 1, 1, T, hd)
+        query = positions[:, None, :, None]  # (B or 1, 1, T, 1)
+        angles = query * self.rope_freqs  # (B or 1, 1, T, hd)
         cos, sin = angles.cos(), angles.sin()
 
         x = self.embed_tokens(tokens)  # (B, T, D)
@@ -220,10 +221,10 @@ class Decoder(nn.Module):
         mask = mask_local = None
         if cache is not None or config.attn_logit_softcapping is not None or config.local_layers:
             keys = torch.arange(T if cache is None else cache.visible, device=device)  # (S,)
-            query = positions[:, None, :, None]  # (B or 1, 1, T, 1)
-            mask = mask_local = as_mask(keys > query, x.dtype)  # (B or 1, 1, T, S)
+            later = keys > query
+            mask = mask_local = as_mask(later, x.dtype)  # (B or 1, 1, T, S)
             if config.local_layers and len(keys) > config.sliding_window:  # the window counts the query itself
-                mask_local = as_mask((keys > query) | (keys <= query - config.sliding_window), x.dtype)
+                mask_local = as_mask(later | (keys <= query - config.sliding_window), x.dtype)
         for i, layer in enumerate(self.layers):
             local = bool(config.local_layers) and config.local_layers[i]
             x = layer(x, cos, sin, mask_local if local else mask, positions, cache)
