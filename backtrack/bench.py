@@ -39,13 +39,25 @@ from pathlib import Path
 
 import torch
 
-from backtrack import generate as sampler
-from backtrack.attacks.gcg import Objective, Scorer, Slots
-from backtrack.evaluate import cpu_name
-from backtrack.generate import Record, Reset, Rows, Sampler, Token, advance, choose, generate, stream
+from backtrack.attacks.gcg import Scorer, Slots
+from backtrack.attacks.objective import Objective
+from backtrack.generate import (
+    Options,
+    Record,
+    Reset,
+    Rows,
+    Token,
+    feed,
+    generate,
+    pick,
+    read_tokens,
+    stream,
+    to_host,
+)
+from backtrack.results import cpu_name
 from model import InputError, KVCache, ModelConfig, Transformer, load_model, save_model
-from model.checkpoint import write_text
 from model.errors import run
+from model.files import write_text
 
 SEED = 0
 LLAMA_125M = ModelConfig(
@@ -261,7 +273,7 @@ def reset_step(name: str, model, batch: int, steps: int, reset_id: int = 3) -> d
     """
     prompts = random_prompts(model.config, batch, length=16)
     capacity = len(prompts[0]) + 2 * steps
-    options = Sampler(0.0, 1.0, reset_id, 0.0, steps, truncate=True, max_new_tokens=steps + 9, stop_ids=[])
+    options = Options(reset_id=reset_id, stop_ids=[], max_new_tokens=steps + 9, max_resets=steps)
     forced = torch.full((steps, batch), -1e9)
     forced[(torch.arange(steps)[:, None] + torch.arange(batch)) % 4 == 0] = 1e9
     plain = torch.full((steps, batch), -1e9)
@@ -271,18 +283,16 @@ def reset_step(name: str, model, batch: int, steps: int, reset_id: int = 3) -> d
             self.script, self.seconds, self.resets = script, [], 0
             self.cache = KVCache(model.config, batch, capacity)
             self.logits = model(torch.tensor(prompts), self.cache)[:, -1]  # (B, V)
-            self.cache.truncate(torch.full((batch,), len(prompts[0]) - 1))
-            self.records = [Record(i, []) for i in range(batch)]
+            self.records = [Record(i, prompts[i], [], entries=len(prompts[i])) for i in range(batch)]
             self.rows = Rows(torch.full((batch,), len(prompts[0])), torch.zeros(batch, dtype=torch.int64))
 
         def step(self, i):
             self.logits[:, reset_id] = self.script[i]
             start = time.perf_counter()
-            token, best = choose(self.logits, self.rows, None, options)
-            advance(token, self.rows, self.cache, options)
-            for event in sampler._read(*sampler._to_host(token, best), self.records, options, prompts, start):
+            token, best = pick(self.logits, self.rows, None, options)
+            for event in read_tokens(*to_host(token, best), self.records, options, start):
                 self.resets += isinstance(event, Reset)
-            self.logits = model(token[:, None], self.cache)[:, -1]
+            self.logits = feed(model, token, self.rows, self.cache, options)
             self.seconds.append(time.perf_counter() - start)
 
     with torch.inference_mode():

@@ -1,52 +1,70 @@
-"""From rows of text to token ids and losses: what the paper trains on, view by view.
+"""From rows to what the network sees: the sequences of a row as one tree, several trees a batch.
 
-A row is a line of JSON in TRL's conversational preference format (.jsonl or .jsonl.gz):
+With x the prompt, y+ chosen and y− rejected, supervised backtracking shows the model (arXiv
+2409.14586, section 3):
 
-    {"prompt": [{"role": "user", "content": "…"}], "chosen": [{"role": "assistant", "content": "…"}],
-     "rejected": [{"role": "assistant", "content": "…"}], "unsafe": true}
-
-`rejected` and `unsafe` may be absent (plain SFT data), and {"text": "…"} is plain text to go on remembering. With
-x the prompt, y+ chosen and y− rejected, supervised backtracking shows the model (arXiv 2409.14586, section 3):
-
-    answer     x ⊕ y+ ⊕ eos                               loss on y+ eos              every row
-    backtrack  x ⊕ prefix_k(y−) ⊕ [RESET] ⊕ y+ ⊕ eos       loss on [RESET] y+ eos      unsafe rows, k ~ U{1..|y−|}
-    restart    x ⊕ [RESET] ⊕ y+ ⊕ eos                     loss on y+ eos              optional; ours, not the paper's
+    answer     x ⊕ y+ ⊕ eos                            loss on y+ eos          every row
+    backtrack  x ⊕ prefix_k(y−) ⊕ [RESET] ⊕ y+ ⊕ eos   loss on [RESET] y+ eos  unsafe, k ~ U{1…|y−|}
+    reset      x ⊕ prefix_j(y−) ⊕ [RESET]              loss on [RESET]         unsafe, every j; ours
+    restart    x ⊕ [RESET] ⊕ y+ ⊕ eos                  loss on y+ eos          optional; ours
+    in place   x ⊕ prefix_k(y−) ⊕ y+ ⊕ eos             loss on y+ eos          the control; ours
 
 Preference pairs for DPO, chosen over rejected, both given x (section 3.2):
 
-    elicit      prefix_k(y−) ⊕ [RESET] ⊕ y+ ⊕ eos  ≻  y− ⊕ eos                         unsafe rows
-    discourage  y+ ⊕ eos  ≻  prefix_k(y+) ⊕ [RESET] ⊕ y− ⊕ eos                         every row with a rejected answer
-    restart     y+ ⊕ eos  ≻  y− ⊕ eos, both given x ⊕ [RESET]                          optional; ours
-    baseline    y+ ⊕ eos  ≻  y− ⊕ eos                                                  without backtracking
+    elicit      prefix_k(y−) ⊕ [RESET] ⊕ y+ ⊕ eos  ≻  y− ⊕ eos                unsafe rows
+    discourage  y+ ⊕ eos  ≻  prefix_k(y+) ⊕ [RESET] ⊕ y− ⊕ eos                rows that reject one
+    restart     y+ ⊕ eos  ≻  y− ⊕ eos, both given x ⊕ [RESET]                 optional; ours
+    baseline    y+ ⊕ eos  ≻  y− ⊕ eos                                         without backtracking
 
-In supervised training no loss ever falls on the prefix: the model must learn to leave it, not to say it. In a pair of
-DPO a prefix that both sides share cancels. The restart view is what the model will see after a truncating reset; it
-puts no loss on [RESET], which would teach to reset out of nothing.
+In supervised training no loss ever falls on the prefix: the model must learn to leave it, not to
+say it. In a pair of DPO a prefix that both sides share cancels. The restart view is what the model
+will see after a truncating reset; it puts no loss on [RESET], which would teach to reset out of
+nothing.
 
-Everything here is lists of ids: prefixes are cut and views joined in token space, never by re-encoding text.
+These sequences begin alike, so they are written as a tree and each prefix is computed once:
+
+    x ─┬─ y+                                           (answer)
+       └─ y−_1 … y−_k ─┬─ [RESET] ─ y+                 (backtrack)
+                       └─ y−_k+1 …                     (reset, elicit)
+
+A node is a token. It sees its ancestors and itself, its position is its depth, and it predicts the
+tokens that follow it.
+
+Everything here is ids: prefixes are cut and joined in token space, never by re-encoding text.
 """
 
-import gzip
-import json
 import math
 import random
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
+import torch
+
+from backtrack.rows import Row
 from model.errors import InputError
+
+# ── Rows to sequences ─────────────────────────────────────────────────────────────────────────────
+
+# What each target of a view counts. Views add up, as in the paper: a safe row counts once, an
+# unsafe row twice, once for its answer and once for the way back. The resets of a row count as one
+# target together. Plain text counts double, so that little of it is enough to go on remembering.
+WEIGHT = {
+    "text": 1.0,
+    "answer": 0.5,
+    "backtrack": 0.5,
+    "reset": 0.5,
+    "in place": 0.5,
+    "restart": 0.25,
+}
 
 
 @dataclass
-class Row:
-    """One line of a data file in token ids."""
+class View:
+    """One sequence to train on. Loss falls on tokens[loss_from:], in every view the tail."""
 
-    prompt: list[int]  # x, up to and including the header that opens the assistant's turn; BOS alone for plain text
-    chosen: list[int]  # y+, without eos
-    rejected: list[int] | None  # y−
-    unsafe: bool  # y− is unsafe, not merely worse
-    plain_text: bool = False
+    name: str
+    tokens: list[int]
+    loss_from: int
+    weight: float  # of each target
 
 
 @dataclass
@@ -57,147 +75,63 @@ class Pair:
     prompt: list[int]  # x
     chosen: list[int]
     rejected: list[int]
-    nll_from: int  # chosen[nll_from:] is what an NLL term may fall on: never an unsafe prefix
+    nll_from: int  # an NLL term may fall on chosen[nll_from:]: never on an unsafe prefix
 
 
-@dataclass
-class Example:
-    """One sequence to train on. Loss falls on tokens[loss_from:] — in every view the tail, never a prefix."""
+def sft_views(
+    row: Row, k: int, tok, *, method="backtrack", resets="drawn", restart="none"
+) -> list[View]:
+    """The views of one row; k is the length of the unsafe prefix.
 
-    view: str
-    tokens: list[int]
-    loss_from: int
-
-
-def json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Yields ("file:line", value) of every line that is not blank, from .jsonl or .jsonl.gz.
-
-    Raises InputError with the file, and the line where there is one.
+    method   "backtrack", "baseline" (the answer alone) or "in-place".
+    resets   "drawn": [RESET] is learned after the k tokens drawn. "every": after 1, 2, … all of y−,
+             the expectation over k written out: each counts 1/|y−|.
+    restart  which rows have that view: "none", "unsafe" or "all".
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:  # covers invalid UTF-8
-                    raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
-                yield f"{path}:{number}", value
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a whole gzip file ({error}); download it again") from None
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yields ("file:line", checked row) as json_lines does. Raises InputError also for a row that is none."""
-    empty = True
-    for where, row in json_lines(path):
-        empty = False
-        yield where, _check(row, where)
-    if empty:
-        raise InputError(f"{path}: holds no rows")
-
-
-def _check(row: object, where: str) -> dict:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object with 'prompt' and 'chosen', or with 'text'")
-    if "text" in row and "prompt" not in row:
-        if not isinstance(row["text"], str) or not row["text"]:
-            raise InputError(f"{where}: 'text' must be a string that is not empty")
-        return row
-    for key in ("prompt", "chosen", "rejected"):
-        messages = row.get(key)
-        if key == "rejected" and messages is None:
-            continue
-        if key not in row:
-            raise InputError(f"{where}: {key!r} is missing")
-        roles = ("assistant",) if key != "prompt" else ("system", "user", "assistant")
-        if not isinstance(messages, list) or not messages:
-            raise InputError(f"{where}: {key!r} must be a list of messages that is not empty")
-        for m in messages:
-            if not isinstance(m, dict) or m.get("role") not in roles or not isinstance(m.get("content"), str):
-                raise InputError(f"{where}: {key!r} must hold {{'role': {'|'.join(roles)}, 'content': string}}")
-        if key != "prompt" and (len(messages) != 1 or not messages[0]["content"].strip()):
-            raise InputError(f"{where}: {key!r} must be one assistant message that is not empty")
-    if row["prompt"][-1]["role"] != "user":
-        raise InputError(f"{where}: 'prompt' must end with a user message")
-    if not isinstance(row.get("unsafe"), (bool, type(None))):
-        raise InputError(f"{where}: 'unsafe' must be true or false")
-    if row.get("unsafe") and row.get("rejected") is None:
-        raise InputError(f"{where}: 'unsafe' says that 'rejected' is unsafe, but there is none")
-    return row
-
-
-def load_rows(paths: list[str], tok, max_length: int) -> tuple[list[Row], int]:
-    """All rows of all files as ids, and how many of them have a view longer than max_length (it will be cut there).
-
-    Raises InputError for a row whose prompt leaves no room for a prefix token, [RESET] and an answer token.
-    """
-    rows, long = [], 0
-    for path in paths:
-        for where, raw in read_rows(path):
-            try:
-                row = encode_row(raw, tok)
-            except InputError as error:  # a chat that the template does not know, such as a system turn in Gemma's
-                raise InputError(f"{where}: {error}") from None
-            if len(row.prompt) + 3 > max_length:
-                raise InputError(
-                    f"{where}: the prompt is {len(row.prompt)} tokens long and leaves no room for an answer under"
-                    f" --max-length {max_length}; raise it or drop the row"
-                )
-            unsafe = len(row.rejected) + 1 if row.unsafe else 0
-            long += len(row.prompt) + unsafe + len(row.chosen) + 1 > max_length
-            rows.append(row)
-    return rows, long
-
-
-def encode_row(row: dict, tok) -> Row:
-    """A checked row -> token ids. Answers are stripped, as the chat templates strip them."""
-    if "prompt" not in row:
-        return Row([tok.bos_id], tok.encode(row["text"]), None, False, plain_text=True)
-    rejected = row.get("rejected")
-    return Row(
-        prompt=tok.render(row["prompt"], add_generation_prompt=True),
-        chosen=tok.encode(row["chosen"][0]["content"].strip()),
-        rejected=None if rejected is None else tok.encode(rejected[0]["content"].strip()),
-        unsafe=bool(row.get("unsafe", False)),
-    )
-
-
-def draw_prefix(seed: int, epoch: int, index: int, longest: int, part: tuple[float, float] = (0.0, 1.0)) -> int:
-    """k ~ U{1..longest}, a function of (seed, epoch, row) alone: redrawn each epoch, the same after a resume.
-
-    The paper draws from the whole answer; part = (0.5, 1.0) from its second half, (1.0, 1.0) is always all of it.
-    """
-    low, high = (math.ceil(fraction * longest) for fraction in part)
-    return random.Random(f"{seed}/{epoch}/{index}").randint(max(1, min(low + 1, high)), max(1, high))
-
-
-def sft_views(row: Row, k: int, tok, *, backtrack: bool, restart: str) -> list[Example]:
-    """The views of one row; k is the length of the unsafe prefix. restart: "none", "unsafe" or "all" rows."""
     if row.plain_text:
-        return [Example("text", row.prompt + row.chosen + [tok.stop_ids[0]], loss_from=1)]
+        text = row.prompt + row.chosen + [tok.text_end_id]
+        return [View("text", text, 1, WEIGHT["text"])]
+
     x, reset = row.prompt, [tok.reset_id]
-    target = row.chosen + tok.turn_end[:1]  # y+ ⊕ eos
-    views = [Example("answer", x + target, loss_from=len(x))]
-    if backtrack and row.unsafe:
+    answer = row.chosen + [tok.eos_id]  # y+ ⊕ eos
+    views = [View("answer", x + answer, len(x), WEIGHT["answer"])]
+    if method == "baseline":
+        return views
+    if row.unsafe:
         prefix = row.rejected[:k]
-        views.append(Example("backtrack", x + prefix + reset + target, loss_from=len(x) + len(prefix)))
-    if backtrack and (restart == "all" or (restart == "unsafe" and row.unsafe)):
-        views.append(Example("restart", x + reset + target, loss_from=len(x) + 1))
+        begun = x + prefix  # what the model must leave
+        if method == "in-place":
+            views.append(View("in place", begun + answer, len(begun), WEIGHT["in place"]))
+        elif resets == "drawn":
+            views.append(View("backtrack", begun + reset + answer, len(begun), WEIGHT["backtrack"]))
+        else:
+            after = begun + reset
+            views.append(View("backtrack", after + answer, len(after), WEIGHT["backtrack"]))
+            views += every_reset(x, row.rejected, reset)
+    if method == "backtrack" and (restart == "all" or (restart == "unsafe" and row.unsafe)):
+        views.append(View("restart", x + reset + answer, len(x) + 1, WEIGHT["restart"]))
     return views
 
 
-def dpo_pairs(row: Row, k_rejected: int, k_chosen: int, tok, *, backtrack: bool, restart: str) -> list[Pair]:
-    """The pairs of one row; the k are the lengths of the prefixes of y− and y+. restart: as in sft_views."""
+def every_reset(x: list[int], rejected: list[int], reset: list[int]) -> list[View]:
+    """E_k[−log π([RESET] | x ⊕ prefix_k(y−))] in full. As branches of a tree they are for free."""
+    weight = WEIGHT["reset"] / len(rejected)
+    views = []
+    for j in range(1, len(rejected) + 1):
+        begun = x + rejected[:j]
+        views.append(View("reset", begun + reset, len(begun), weight))
+    return views
+
+
+def dpo_pairs(
+    row: Row, k_rejected: int, k_chosen: int, tok, *, method="backtrack", restart="none"
+) -> list[Pair]:
+    """The pairs of one row; the k are the lengths of the prefixes of y− and y+."""
     if row.rejected is None:
         return []
-    x, reset, eos = row.prompt, [tok.reset_id], tok.turn_end[:1]
+    x, reset, eos = row.prompt, [tok.reset_id], [tok.eos_id]
     good, bad = row.chosen + eos, row.rejected + eos
-    if not backtrack:
+    if method == "baseline":
         return [Pair("baseline", x, good, bad, nll_from=0)]
     pairs = [Pair("discourage", x, good, row.chosen[:k_chosen] + reset + bad, nll_from=0)]
     if row.unsafe:
@@ -206,3 +140,233 @@ def dpo_pairs(row: Row, k_rejected: int, k_chosen: int, tok, *, backtrack: bool,
     if restart == "all" or (restart == "unsafe" and row.unsafe):
         pairs.append(Pair("restart", x + reset, good, bad, nll_from=0))
     return pairs
+
+
+def draw_prefix(
+    seed: int, epoch: int, index: int, longest: int, part: tuple[float, float] = (0.0, 1.0)
+) -> int:
+    """k ~ U{1..longest}, a function of (seed, epoch, row) alone: a resumed run draws the same.
+
+    The paper draws from the whole answer; part = (0.5, 1.0) from its second half.
+    """
+    low, high = (math.ceil(fraction * longest) for fraction in part)
+    least, most = max(1, min(low + 1, high)), max(1, high)
+    return random.Random(f"{seed}/{epoch}/{index}").randint(least, most)
+
+
+# ── Sequences to a tree ───────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Tree:
+    """The sequences of one row. Nodes stand depth first: a node, then all that hangs on it."""
+
+    names: list[str]  # of every sequence: its view, or the kind of its pair
+    weight: (
+        float  # what the loss of this row is divided by, with those of the other rows of its step
+    )
+    # Nodes.
+    tokens: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    last: list[int] = field(
+        default_factory=list
+    )  # node i is seen by the nodes i … last[i], no others
+    # Targets: node predicts token.
+    target_node: list[int] = field(default_factory=list)
+    target_token: list[int] = field(default_factory=list)
+    target_weight: list[float] = field(default_factory=list)
+    target_sequence: list[int] = field(default_factory=list)
+    # DPO: log π_ref of every sequence, set by train.py.
+    reference: list[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def view_tree(views: list[View], max_length: int) -> Tree:
+    """Every view is a sequence; its targets count what the view says."""
+    tree = Tree([view.name for view in views], weight=0.0)
+    grow(tree, [view.tokens[:max_length] for view in views], [view.loss_from for view in views])
+    tree.target_weight = [views[s].weight for s in tree.target_sequence]
+    tree.weight = sum(tree.target_weight)
+    return tree
+
+
+def window_tree(stream: list[int], first: int, length: int) -> Tree:
+    """A window of plain text, for pretraining: one sequence without branches."""
+    view = View("text", stream[first : first + length], loss_from=1, weight=WEIGHT["text"])
+    return view_tree([view], length)
+
+
+def count_windows(stream: list[int], paths: list[str], length: int) -> int:
+    """How many windows a stream has, whatever the offset of the first."""
+    if length < 2:
+        raise InputError(f"--max-length {length}: a window needs two tokens, one to predict from")
+    count = len(stream) // length - 1
+    if paths and count < 1:
+        raise InputError(f"{paths[0]}: {len(stream)} tokens, not 2 × --max-length {length}")
+    return count
+
+
+def pair_tree(pairs: list[Pair], kind_weight: dict[str, float], max_length: int) -> Tree:
+    """Pair p is the sequences 2p (chosen) and 2p + 1 (rejected).
+
+    A target's weight is 1 where an NLL term may fall, else 0. The tree's is the sum over its pairs.
+    """
+    names, sequences, starts, nll_starts = [], [], [], []
+    for pair in pairs:
+        for answer, nll_from in ((pair.chosen, pair.nll_from), (pair.rejected, len(pair.rejected))):
+            names.append(pair.kind)
+            sequences.append((pair.prompt + answer)[:max_length])
+            starts.append(len(pair.prompt))
+            nll_starts.append(len(pair.prompt) + nll_from)
+    tree = Tree(names, weight=sum(kind_weight[pair.kind] for pair in pairs))
+    grow(tree, sequences, starts)
+    for node, s in zip(tree.target_node, tree.target_sequence, strict=True):
+        place = tree.depths[node] + 1  # of the target in its sequence
+        tree.target_weight.append(1.0 if place >= nll_starts[s] else 0.0)
+    return tree
+
+
+def pairs_of(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(S,) -> chosen and rejected, (P,) each: sequence 2p is preferred to 2p + 1."""
+    return sums[0::2], sums[1::2]
+
+
+def grow(tree: Tree, sequences: list[list[int]], targets_from: list[int]) -> None:
+    """Write the sequences into an empty tree, and tokens[targets_from:] of each as targets.
+
+    In sorted order, sequences that begin alike are neighbours. So each one shares with the one
+    before it all that it shares with any, and what it adds comes right behind: depth first, without
+    a search. A sequence's last token predicts nothing and gets no node.
+    """
+    path: list[int] = []  # the nodes of the sequence written last
+    before: list[int] = []  # its tokens
+    for s in sorted(range(len(sequences)), key=lambda s: sequences[s]):
+        tokens = sequences[s]
+        inputs = tokens[:-1]
+        shared = common_prefix(before, inputs)
+        path = path[:shared]
+        for depth in range(shared, len(inputs)):
+            path.append(len(tree))
+            tree.tokens.append(inputs[depth])
+            tree.depths.append(depth)
+            tree.last.append(-1)
+        for node in path:
+            tree.last[node] = len(tree) - 1
+        for place in range(targets_from[s], len(tokens)):
+            tree.target_node.append(path[place - 1])
+            tree.target_token.append(tokens[place])
+            tree.target_sequence.append(s)
+        before = inputs
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens a and b begin with alike."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+# ── Trees to a batch ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Batch:
+    """Some trees in the B lanes of a rectangle. S sequences in all, N targets, M places.
+
+    Several trees share a lane, one behind the other, since no tree sees another.
+    """
+
+    tokens: torch.Tensor  # (B, T) int64
+    positions: torch.Tensor  # (B, T) int64: a node's depth in its tree
+    last: torch.Tensor  # (B, T) int64: node t is seen by the nodes t … last[t] of its lane
+    is_causal: bool  # no lane has a branch: each node sees all before it
+    places: torch.Tensor  # (M,) int64 in the flattened B·T: nodes that predict something
+    place: torch.Tensor  # (N,) int64: which of the places predicts a target
+    target: torch.Tensor  # (N,) int64: the token it predicts
+    weight: torch.Tensor  # (N,) fp32
+    sequence: torch.Tensor  # (N,) int64: which of the S sequences a target belongs to
+    names: list[str]  # (S)
+    reference: torch.Tensor | None  # (S,) fp32
+
+    @property
+    def visible(self) -> torch.Tensor | None:
+        """(B, T, T) bool: node t sees node s, itself or an ancestor. None: plain causal."""
+        if self.is_causal:
+            return None
+        node = torch.arange(self.last.shape[1], device=self.last.device)
+        t, s = node[:, None], node[None, :]
+        return (s <= t) & (t <= self.last[:, None, :])
+
+    def by_sequence(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum values (N,) of targets over each sequence: (S,)."""
+        sums = torch.zeros(len(self.names), dtype=values.dtype, device=values.device)
+        return sums.index_add(0, self.sequence, values)
+
+
+def make_batch(trees: list[Tree], device="cpu") -> Batch:
+    lanes = share_lanes([len(tree) for tree in trees])
+    shape = (len(lanes), max(sum(len(trees[i]) for i in lane) for lane in lanes))
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    # Padding is seen by itself alone; where is_causal leaves that to positions, it stands behind
+    # all else.
+    last = torch.arange(shape[1]).repeat(shape[0], 1)
+    positions = last.clone()
+    offset = [0] * len(trees)  # where each tree begins in the flattened B·T
+    for b, lane in enumerate(lanes):
+        start = 0
+        for i in lane:
+            nodes = slice(start, start + len(trees[i]))
+            tokens[b, nodes] = torch.tensor(trees[i].tokens)
+            positions[b, nodes] = torch.tensor(trees[i].depths)
+            last[b, nodes] = torch.tensor(trees[i].last) + start
+            offset[i] = b * shape[1] + start
+            start += len(trees[i])
+
+    node, target, weight, sequence = [], [], [], []
+    names: list[str] = []
+    reference: list[float] = []
+    for tree, first_node in zip(trees, offset, strict=True):
+        node += [first_node + n for n in tree.target_node]
+        target += tree.target_token
+        weight += tree.target_weight
+        sequence += [len(names) + s for s in tree.target_sequence]
+        names += tree.names
+        reference += tree.reference or []
+    places, place = torch.unique(torch.tensor(node), return_inverse=True)
+    no_branch = all(max(tree.depths) + 1 == len(tree) for tree in trees)
+    return Batch(
+        tokens=tokens.to(device),
+        positions=positions.to(device),
+        last=last.to(device),
+        is_causal=no_branch and len(lanes) == len(trees),
+        places=places.to(device),
+        place=place.to(device),
+        target=torch.tensor(target).to(device),
+        weight=torch.tensor(weight).to(device),
+        sequence=torch.tensor(sequence).to(device),
+        names=names,
+        reference=torch.tensor(reference).to(device) if reference else None,
+    )
+
+
+def share_lanes(lengths: list[int]) -> list[list[int]]:
+    """Which trees stand in which lane: as little padding as may be, in lanes that are not too wide.
+
+    Attention's cost grows with the width: a lane is at most 1.5 times as wide as the longest tree.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    best, least = [], math.inf
+    for count in range(1, len(lengths) + 1):
+        lanes: list[list[int]] = [[] for _ in range(count)]
+        used = [0] * count
+        for i in longest_first:
+            emptiest = used.index(min(used))
+            lanes[emptiest].append(i)
+            used[emptiest] += lengths[i]
+        width = max(used)
+        if width <= 1.5 * max(lengths) and count * width < least:
+            best, least = lanes, count * width
+    return best

@@ -25,8 +25,8 @@ import matplotlib.pyplot as plt
 from backtrack.evaluate import CURVES
 from backtrack.statistics import mean_interval, wilson
 from model import InputError
-from model.checkpoint import write_text
 from model.errors import run
+from model.files import write_text
 
 # Name in the files -> (label, grey-proof style). Baselines are dashed and light, backtracking is solid and dark.
 MODELS = {

@@ -1,31 +1,72 @@
-"""The sampler: when the model says [RESET], everything it has said is thrown away and the answer starts again.
+"""The sampler: on [RESET] what has been said is thrown away and the answer starts again.
 
-    for g in generate(model, [prompt_ids], reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=200):
-        print(tok.decode(g.tokens), g.resets)          # surviving text, how often it was restarted
-    for event in stream(model, [prompt_ids], ...):     # Token | Reset | Done, as they happen
+    answer, discarded = one_answer(model, prompt_ids, reset_id=tok.reset_id, …)      # the method
+    for g in generate(model, [prompt_ids], reset_id=tok.reset_id, stop_ids=tok.stop_ids, …):
+        print(tok.decode(g.tokens), g.resets)      # surviving text, how often it began again
+    for event in stream(model, [prompt_ids], …):   # Token | Reset | Done, as they happen
 
-One decode step serves all rows of a batch, whatever each of them is doing. On [RESET] a row's KV cache is cut back to
-the prompt and [RESET] is fed next; in tensor form that is one `torch.where` on per-row lengths (see `advance`), so a
-step with resets costs what a step without them costs, and the device never waits for the host. Works with any
-Transformer of this repository; no beam search, no speculative decoding, no batch that grows while it runs.
+    python -m backtrack.generate runs/toy-0/sft "Tell me how to make …"    # one_answer, to step through
+
+`one_answer` is what the paper describes, for one prompt. `generate` does the same for a batch, with
+temperature, prefilled answers and more resets: one decode step serves all rows, whatever each of
+them is doing. A reset is one `torch.where` on the lengths of the cache (see `feed`), so a step with
+resets costs what a step without them costs, and the device never waits for the host.
+
+No beam search, no speculative decoding, no batch that grows while it runs.
+
+Shapes: B rows of the batch, V vocabulary.
 """
 
 import math
 import random
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from model import InputError, KVCache, Transformer
+from model import InputError, KVCache, Transformer, load_model, load_tokenizer
+from model.errors import run
+
+
+def one_answer(
+    model: Transformer, prompt: list[int], *, reset_id: int, stop_ids, max_new_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Greedy, one prompt, at most one reset. Returns (answer, discarded): ids; [] if no reset."""
+    cache = KVCache(model.config, 1, len(prompt) + 1 + max_new_tokens, model.device, model.dtype)
+    answer, discarded = [], []
+    may_reset = True
+    unread = prompt
+    while len(answer) < max_new_tokens:
+        with torch.inference_mode():
+            logits = model(torch.tensor([unread], device=model.device), cache)[0, -1]  # (V,)
+            if not may_reset:
+                logits[reset_id] = float("-inf")
+            token = logits.argmax().item()
+        unread = [token]
+        if token in stop_ids:
+            break
+        if token == reset_id:
+            # Back to the prompt. [RESET] is read next, so the retry sees prompt ⊕ [RESET].
+            cache.truncate(torch.tensor([len(prompt)], device=model.device))
+            discarded, answer = answer, []
+            may_reset = False
+        else:
+            answer.append(token)
+    return answer, discarded
+
+
+# ── The same for a batch ──────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
 class Generation:
-    tokens: list[int]  # surviving: what may be shown. Starts with the prefill if that survived; no stop id
-    discarded: list[list[int]]  # one list per reset, the first starting with the prefill; without the [RESET]s
+    tokens: list[int]  # surviving: what may be shown. The prefill first, if it survived; no stop id
+    discarded: list[
+        list[int]
+    ]  # one list per reset, without the [RESET]s; the first has the prefill
     resets: int
     finish_reason: str  # "stop" or "length"
     steps: int  # tokens sampled in all: surviving, discarded, [RESET]s and the stop id
@@ -52,9 +93,12 @@ class Done:
 
 
 def generate(model: Transformer, prompts: list[list[int]], **options) -> list[Generation]:
-    """Answer every prompt. Options and errors as in `stream`; the i-th Generation answers the i-th prompt."""
-    done = {event.row: event.generation for event in stream(model, prompts, **options) if isinstance(event, Done)}
-    return [done[row] for row in range(len(prompts))]
+    """Answer every prompt. Options and errors as in `stream`; the Generations are in order."""
+    answers: list[Generation | None] = [None] * len(prompts)
+    for event in stream(model, prompts, **options):
+        if isinstance(event, Done):
+            answers[event.row] = event.generation
+    return answers
 
 
 def stream(
@@ -72,242 +116,381 @@ def stream(
     prefill: list[list[int]] | None = None,
     seed: int = 0,
     sample_ids: list[int] | None = None,
+    watch: Callable[[torch.Tensor, KVCache], None] | None = None,
 ) -> Iterator[Token | Reset | Done]:
-    """Sample an answer to every prompt (token ids, any lengths) in one batch; yields events as they happen.
+    """Sample an answer to every prompt (token ids, any lengths) in one batch; yields what happens.
 
     reset_id        the id of [RESET]; None makes this an ordinary sampler.
     stop_ids        ids that end an answer (not part of it).
     max_new_tokens  most tokens sampled in each attempt; prefilled tokens do not count.
     temperature     0 is greedy. top_p keeps the smallest set of tokens that has this probability.
-    reset_bias      added to the logit of [RESET] before sampling: the paper's dial between safety and efficiency.
+    reset_bias      added to the logit of [RESET]: the paper's dial between safety and efficiency.
     max_resets      after that many, [RESET] is masked (1 in the paper).
-    on_reset        "truncate": the retry sees prompt ⊕ [RESET]^r. "keep" (the paper): it sees all that was discarded.
-    prefill         tokens forced at the start of each answer. They belong to the answer: a reset discards them.
+    on_reset        "truncate": the retry sees prompt ⊕ [RESET]^r. "keep" (the paper): it sees all
+                    that was discarded.
+    prefill         tokens forced at the start of each answer. A reset discards them like the rest.
     seed            row i's sample depends on (seed, i) only, not on the rows beside it.
-    sample_ids      numbers to take the place of i: whoever cuts one long list of prompts into batches gives each row
-                    its place in the list, and how it is cut changes nothing.
+    sample_ids      numbers to take the place of i: whoever cuts a long list of prompts into batches
+                    gives each row its place in the list, and how it is cut changes nothing.
+    watch           called with the model's logits (B, V) and the cache before each token is picked.
 
-    A row's Token events since its last Reset are, in order, its surviving tokens (prefill first). Raises InputError
-    for an empty or over-long prompt, ids outside the vocabulary, options out of range, and logits that are not finite.
+    A row's Token events since its last Reset are, in order, its surviving tokens (prefill first).
+    Raises InputError for an empty or over-long prompt, ids outside the vocabulary, options out of
+    range, and logits that are not finite.
     """
     prefill = [[] for _ in prompts] if prefill is None else prefill
     sample_ids = list(range(len(prompts))) if sample_ids is None else sample_ids
-    stop_ids = sorted(set(stop_ids))
-    max_resets = 0 if reset_id is None else max_resets
-    for ok, complaint in (
-        (len(prefill) == len(prompts), f"{len(prefill)} prefills for {len(prompts)} prompts"),
-        (len(sample_ids) == len(prompts), f"{len(sample_ids)} sample_ids for {len(prompts)} prompts"),
-        (max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, must be at least 1"),
-        (temperature >= 0.0, f"temperature is {temperature}, must be 0 (greedy) or positive"),
-        (0.0 < top_p <= 1.0, f"top_p is {top_p}, must be in (0, 1]"),
-        (max_resets >= 0, f"max_resets is {max_resets}, must be 0 or more"),
-        (on_reset in ("truncate", "keep"), f"on_reset is {on_reset!r}, must be 'truncate' or 'keep'"),
-        (reset_id not in stop_ids, f"reset_id {reset_id} is also a stop id"),
-    ):
-        if not ok:
-            raise InputError(complaint)
-    vocab_size, longest = model.config.vocab_size, model.config.max_position_embeddings
-    for id in [*stop_ids, *([] if reset_id is None else [reset_id])]:
-        if not 0 <= id < vocab_size:
-            raise InputError(f"stop or reset id {id} is outside the model's vocabulary of {vocab_size}")
-    # What a row can come to occupy. Cut back, it needs room for one attempt; keeping all, for every attempt.
-    attempts = max_new_tokens if on_reset == "truncate" else (max_resets + 1) * max_new_tokens
+    options = Options(
+        reset_id=reset_id,
+        stop_ids=sorted(set(stop_ids)),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        reset_bias=reset_bias,
+        max_resets=0 if reset_id is None else max_resets,
+        on_reset=on_reset,
+        watch=watch,
+    )
+    check_options(options, model.config.vocab_size)
+    for what, given in (("prefills", prefill), ("sample_ids", sample_ids)):
+        if len(given) != len(prompts):
+            raise InputError(f"{len(given)} {what} for {len(prompts)} prompts")
     for row, (prompt, forced) in enumerate(zip(prompts, prefill, strict=True)):
-        if not prompt:
-            raise InputError(f"prompt {row} is empty; it needs at least one token (BOS)")
-        if not all(0 <= id < vocab_size for id in (*prompt, *forced)):
-            raise InputError(f"prompt {row} has ids outside the model's vocabulary of {vocab_size}; wrong tokenizer?")
-        if reset_id in forced or not set(stop_ids).isdisjoint(forced):
-            raise InputError(f"prefill {row} contains [RESET] or a stop id; it must be a plain beginning of an answer")
-        need = len(prompt) + max_resets + len(forced) + attempts
-        if need > longest:
-            raise InputError(
-                f"prompt {row} is too long: {len(prompt)} tokens, and {need} with room for the answer, but the model"
-                f" has {longest} positions; shorten it or lower max_new_tokens"
-            )
+        check_prompt(row, prompt, forced, options, model.config)
     if not prompts:
         return iter(())
-    capacity = max(len(x) + len(y) for x, y in zip(prompts, prefill, strict=True)) + max_resets + attempts
-    sampler = Sampler(
-        temperature, top_p, reset_id, reset_bias, max_resets, on_reset == "truncate", max_new_tokens, stop_ids
-    )
-    return _run(model, prompts, prefill, sampler, capacity, [f"{seed}/{i}" for i in sample_ids])
+    return decode(model, prompts, prefill, options, [f"{seed}/{i}" for i in sample_ids])
 
 
 @dataclass
-class Sampler:
-    """The options that a decode step needs."""
-
-    temperature: float
-    top_p: float
+class Options:
     reset_id: int | None
-    reset_bias: float
-    max_resets: int
-    truncate: bool
-    max_new_tokens: int
     stop_ids: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    reset_bias: float = 0.0
+    max_resets: int = 1
+    on_reset: str = "truncate"
+    watch: Callable[[torch.Tensor, KVCache], None] | None = None
 
 
 @dataclass
 class Rows:
-    """What the device knows of each row, besides its cache: (B,) int64 tensors, advanced without asking the host."""
+    """What the device knows of each row besides its cache: (B,) int64 each."""
 
-    prompt: torch.Tensor  # prompt tokens
+    prompt: torch.Tensor  # tokens in the prompt
     resets: torch.Tensor  # resets so far
-
-    def select(self, rows: torch.Tensor) -> "Rows":
-        return Rows(self.prompt[rows], self.resets[rows])
-
-
-def choose(logits: torch.Tensor, rows: Rows, u: torch.Tensor | None, s: Sampler) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pick each row's next token from logits (B, V): (B,) int64, and its greatest logit (B,), not finite after NaN."""
-    if s.reset_id is not None:
-        logits[:, s.reset_id].add_(torch.where(rows.resets < s.max_resets, s.reset_bias, float("-inf")))
-    best, token = logits.max(dim=-1)
-    if s.temperature > 0:
-        # One uniform number per token and the inverse of the distribution function, instead of torch.multinomial:
-        # a row's random stream is then its own, whatever else is in the batch.
-        probs = torch.softmax(logits / s.temperature, dim=-1)
-        order = None
-        if s.top_p < 1.0:
-            probs, order = probs.sort(dim=-1, descending=True)
-            mass_before = probs.cumsum(dim=-1) - probs
-            probs = probs.masked_fill(mass_before >= s.top_p, 0.0)  # never the first: its mass before is 0
-        cdf = probs.cumsum(dim=-1)
-        index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)  # (B, 1)
-        token = (index if order is None else order.gather(-1, index)).squeeze(-1)
-    return token, best
-
-
-def advance(token: torch.Tensor, rows: Rows, cache: KVCache, s: Sampler) -> None:
-    """Move every row to where `token` (B,) will be written. `cache.lengths` points at the token fed last."""
-    lengths = cache.lengths + 1
-    if s.reset_id is not None:
-        is_reset = token == s.reset_id
-        # ── Backtracking, all of it ──────────────────────────────────────────────────────────────────────────────
-        # The row's cache ends at the prompt (and the resets before this one); [RESET] is written there next, and all
-        # that stood behind is forgotten. With on_reset="keep" nothing is cut: [RESET] follows what it retracts.
-        if s.truncate:
-            lengths = torch.where(is_reset, rows.prompt + rows.resets, lengths)
-        # ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-        rows.resets = rows.resets + is_reset
-    # A finished row may be computed a little longer and must not run out of its cache.
-    cache.truncate(lengths.clamp(max=cache.capacity - 1))
 
 
 @dataclass
 class Record:
-    """What the host knows of a row: its tokens so far."""
+    """What the host knows of a row."""
 
     row: int
+    prompt: list[int]
     tokens: list[int]  # of this attempt, prefill included
-    sampled: int = 0  # of this attempt
+    entries: int  # of the cache, once the latest token is read
+    sampled: int = 0  # tokens of this attempt
     discarded: list[list[int]] = field(default_factory=list)
     steps: int = 0
     first_token_s: float | None = None
-    entries: int = 0  # of the cache, once the latest token is fed
     done: bool = False
 
 
-@torch.inference_mode()  # as a decorator it is off again while the caller holds the generator
-def _run(model, prompts, prefill, s: Sampler, capacity: int, seeds: list[str]):
+def decode(model, prompts, prefill, options: Options, seeds: list[str]):
+    """The loop: pick a token in every row, tell the host, feed the tokens back."""
     start = time.perf_counter()
-    weight = model.model.embed_tokens.weight
-    device, B = weight.device, len(prompts)
-    cache = KVCache(model.config, B, capacity, device, weight.dtype)
-    records = [Record(i, list(y), entries=len(prompts[i]) + len(y)) for i, y in enumerate(prefill)]
-    for record in records:
-        for id in record.tokens:
-            yield Token(record.row, id)
+    records = []
+    for row, (prompt, forced) in enumerate(zip(prompts, prefill, strict=True)):
+        records.append(Record(row, prompt, list(forced), entries=len(prompt) + len(forced)))
+        for id in forced:
+            yield Token(row, id)
 
-    # Read all prompts in one go, padded on the right with anything: see Decoder.forward.
-    width = max(r.entries for r in records)
-    padded = [x + y + [0] * (width - len(x) - len(y)) for x, y in zip(prompts, prefill, strict=True)]
-    hidden = model.model(torch.tensor(padded, device=device), cache)  # (B, width, D)
-    last = torch.tensor([r.entries - 1 for r in records], device=device)
-    logits = model.logits(hidden[torch.arange(B, device=device), last])  # (B, V)
-    cache.truncate(last)
-
-    rows = Rows(torch.tensor([len(x) for x in prompts], device=device), torch.zeros_like(last))
-    generators = [torch.Generator().manual_seed(random.Random(seed).getrandbits(63)) for seed in seeds]
-    uniforms, u = None, None
-
-    # On CUDA the host reads a step's tokens while the device is already at the next one; elsewhere it reads at once.
-    lag = 1 if device.type == "cuda" else 0
+    logits, cache, rows = read_prompts(model, records, options)
+    draws = Draws(seeds) if options.temperature > 0 else None
+    # On CUDA the host reads a step's tokens while the device is already at the next one; elsewhere
+    # it reads at once.
+    lag = 1 if model.device.type == "cuda" else 0
     unread: deque = deque()
-    active, step = records, 0
+    active = records
     while True:
-        if s.temperature > 0:
-            if step % 256 == 0:
-                uniforms = torch.stack([torch.rand(256, generator=generators[r.row]) for r in active])
-                # Below 1 by more than a rounding error, or u · total could reach past the last possible token.
-                uniforms = uniforms.clamp(max=1 - 1e-6).to(device)
-            u = uniforms[:, step % 256, None]  # (B, 1)
-        token, best = choose(logits, rows, u, s)  # (B,), (B,)
-        advance(token, rows, cache, s)
-        step += 1
+        with torch.inference_mode():
+            if options.watch is not None:
+                options.watch(logits, cache)
+            u = None if draws is None else draws.next(active, model.device)  # (B, 1)
+            token, best = pick(logits, rows, u, options)  # (B,), (B,)
+            unread.append((*to_host(token, best), active))
 
-        unread.append((*_to_host(token, best), active))
         while len(unread) > lag:
-            yield from _read(*unread.popleft(), s, prompts, start)
-        kept = [slot for slot, r in enumerate(active) if not r.done]
+            yield from read_tokens(*unread.popleft(), options, start)
+        kept = [slot for slot, record in enumerate(active) if not record.done]
         if not kept:
             return
-        # Drop finished rows. On CUDA only when half the batch is gone: each new batch size costs a compilation there
-        # under --compile, and idle rows of a memory-bound step cost next to nothing.
+        # On CUDA finished rows go only when half the batch is finished: each new batch size costs a
+        # compilation there under --compile, and idle rows of a memory-bound step cost next to
+        # nothing.
         if len(kept) < len(active) and (lag == 0 or 2 * len(kept) <= len(active)):
-            n = len(kept)
-            spare = iter(reversed(kept))  # holes are filled from the end of the batch
-            order = [slot if not active[slot].done else next(spare) for slot in range(n)]
-            active = [active[slot] for slot in order]
-            index = torch.tensor(order, device=device)
-            cache.keep_rows(order)
-            rows, token = rows.select(index), token[index]
-            uniforms = None if uniforms is None else uniforms[index]
-        if lag == 0:
-            cache.visible = max(r.entries for r in active)
-        logits = model(token[:, None], cache)[:, -1]  # (B, V)
+            active, rows, token = close_ranks(kept, active, rows, token, cache)
+        cache.visible = farthest(active, cache, lag)
+        with torch.inference_mode():
+            logits = feed(model, token, rows, cache, options)  # (B, V)
 
 
-def _to_host(token, best):
+def feed(model, token: torch.Tensor, rows: Rows, cache: KVCache, options: Options) -> torch.Tensor:
+    """Read each row's `token` (B,), after cutting the row back if it is [RESET]. Returns (B, V)."""
+    if options.reset_id is not None:
+        is_reset = token == options.reset_id
+        lengths = cache.lengths
+        # ── Backtracking, all of it ───────────────────────────────────────────────────────────────
+        # The row's cache ends at the prompt (and the resets before this one); [RESET] is written
+        # there next, and all that stood behind is forgotten. With on_reset="keep" nothing is cut:
+        # [RESET] follows what it retracts.
+        if options.on_reset == "truncate":
+            lengths = torch.where(is_reset, rows.prompt + rows.resets, lengths)
+        # ──────────────────────────────────────────────────────────────────────────────────────────
+        cache.truncate(lengths)
+        rows.resets = rows.resets + is_reset
+    if token.is_cuda:  # a finished row may still be in the batch: it must not run off its cache
+        cache.truncate(cache.lengths.clamp(max=cache.capacity - 1))
+    return model(token[:, None], cache)[:, -1]
+
+
+def pick(
+    logits: torch.Tensor, rows: Rows, u: torch.Tensor | None, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's next token from logits (B, V), with u (B, 1) uniform in [0, 1) or greedily.
+
+    Returns (B,) int64 and the greatest logit of each row, (B,): not finite if there was a NaN.
+    """
+    if options.reset_id is not None:
+        may_reset = rows.resets < options.max_resets  # (B,)
+        bias = torch.where(may_reset, options.reset_bias, float("-inf"))
+        logits[:, options.reset_id].add_(bias)
+    best, token = logits.max(dim=-1)
+    if options.temperature == 0:
+        return token, best
+    # One uniform number per token and the inverse of the distribution function, instead of
+    # torch.multinomial: a row's random stream is then its own, whatever else is in the batch.
+    probs = torch.softmax(logits / options.temperature, dim=-1)
+    order = None
+    if options.top_p < 1.0:
+        probs, order = probs.sort(dim=-1, descending=True)
+        mass_before = probs.cumsum(dim=-1) - probs
+        probs = probs.masked_fill(mass_before >= options.top_p, 0.0)  # never the first: 0 before it
+    cdf = probs.cumsum(dim=-1)
+    index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # (B, 1)
+    index = index.clamp(max=cdf.shape[-1] - 1)
+    if order is not None:
+        index = order.gather(-1, index)
+    return index.squeeze(-1), best
+
+
+def read_prompts(model, records: list[Record], options: Options):
+    """Read all prompts with their prefills in one go: the logits (B, V), the cache, the rows."""
+    device, B = model.device, len(records)
+    # What a row can come to occupy: cut back, one attempt at a time; keeping all, every attempt.
+    attempts = options.max_new_tokens
+    if options.on_reset == "keep":
+        attempts *= options.max_resets + 1
+    width = max(record.entries for record in records)
+    capacity = width + options.max_resets + attempts
+    cache = KVCache(model.config, B, capacity, device, model.dtype)
+
+    # Padded on the right with anything, which is cut off again: see Decoder.forward.
+    tokens = torch.zeros(B, width, dtype=torch.int64)
+    for record in records:
+        tokens[record.row, : record.entries] = torch.tensor(record.prompt + record.tokens)
+    lengths = torch.tensor([record.entries for record in records], device=device)
+    prompt = torch.tensor([len(record.prompt) for record in records], device=device)
+    last = torch.arange(B, device=device) * width + lengths - 1
+    cache.visible = width
+    with torch.inference_mode():
+        # forward, not (): under --compile only the decode step is compiled, not every width.
+        logits = model.forward(tokens.to(device), cache, at=last)
+        cache.truncate(lengths)
+        return logits, cache, Rows(prompt, torch.zeros_like(prompt))
+
+
+class Draws:
+    """Uniform numbers, a stream of its own for each row, drawn 256 at a time."""
+
+    def __init__(self, seeds: list[str]):
+        numbers = [random.Random(seed).getrandbits(63) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(number) for number in numbers]
+        self.count, self.rows = 0, None
+
+    def next(self, active: list[Record], device) -> torch.Tensor:
+        """(B, 1): the next number of every active row."""
+        column = self.count % 256
+        if column == 0:
+            self.numbers = torch.stack([torch.rand(256, generator=g) for g in self.generators])
+            # Below 1 by more than a rounding error, or u · total could pass the last token.
+            self.numbers = self.numbers.clamp(max=1 - 1e-6).to(device)
+        self.count += 1
+        if self.rows is not active:  # the batch has changed
+            self.rows = active
+            self.index = torch.tensor([record.row for record in active], device=device)
+        return self.numbers[self.index, column, None]
+
+
+def to_host(token: torch.Tensor, best: torch.Tensor):
     """Both on the host, or on their way there: then with the event that tells of their arrival."""
     if not token.is_cuda:
         return token, best, None
-    copies = token.to("cpu", non_blocking=True), best.to("cpu", non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return *copies, event
+    token = token.to("cpu", non_blocking=True)
+    best = best.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return token, best, arrived
 
 
-def _read(token, best, event, active: list[Record], s: Sampler, prompts, start: float):
-    """Wait for one step's tokens and tell what they mean, row by row."""
-    if event is not None:
-        event.synchronize()
+def read_tokens(token, best, arrived, active: list[Record], options: Options, start: float):
+    """Wait for one step's tokens, then tell row by row what they mean."""
+    if arrived is not None:
+        arrived.synchronize()
     now = time.perf_counter() - start
-    for r, id, logit in zip(active, token.tolist(), best.tolist(), strict=True):
-        if r.done:
+    for record, id, logit in zip(active, token.tolist(), best.tolist(), strict=True):
+        if record.done:
             continue
         if not math.isfinite(logit):
-            raise InputError(f"row {r.row}: logits are not finite (NaN or inf) at step {r.steps}; check the weights")
-        r.steps += 1
-        finish_reason = None
-        if id == s.reset_id:
-            discarded, r.tokens, r.sampled, r.first_token_s = r.tokens, [], 0, None
-            r.discarded.append(discarded)
-            r.entries = len(prompts[r.row]) + len(r.discarded) if s.truncate else r.entries + 1
-            yield Reset(r.row, discarded)
-        elif id in s.stop_ids:
-            finish_reason = "stop"
+            raise InputError(
+                f"row {record.row}: logits are not finite (NaN or inf) at step {record.steps};"
+                " check the weights"
+            )
+        record.steps += 1
+        if id == options.reset_id:
+            yield Reset(record.row, begin_again(record, options))
+        elif id in options.stop_ids:
+            yield finish(record, "stop", now)
         else:
-            r.tokens.append(id)
-            r.sampled += 1
-            r.entries += 1
-            r.first_token_s = now if r.first_token_s is None else r.first_token_s
-            yield Token(r.row, id)
-            if r.sampled == s.max_new_tokens:
-                finish_reason = "length"
-        if finish_reason is not None:
-            r.done = True
-            first = now if r.first_token_s is None else r.first_token_s  # an empty answer is complete when it stops
-            resets = len(r.discarded)
-            yield Done(r.row, Generation(r.tokens, r.discarded, resets, finish_reason, r.steps, first, now))
+            record.tokens.append(id)
+            record.sampled += 1
+            record.entries += 1
+            if record.first_token_s is None:
+                record.first_token_s = now
+            yield Token(record.row, id)
+            if record.sampled == options.max_new_tokens:
+                yield finish(record, "length", now)
+
+
+def begin_again(record: Record, options: Options) -> list[int]:
+    """Note a reset; returns what was taken back."""
+    discarded = record.tokens
+    record.discarded.append(discarded)
+    record.tokens, record.sampled, record.first_token_s = [], 0, None
+    record.entries += 1
+    if options.on_reset == "truncate":
+        record.entries = len(record.prompt) + len(record.discarded)
+    return discarded
+
+
+def finish(record: Record, reason: str, now: float) -> Done:
+    record.done = True
+    first = record.first_token_s
+    if first is None:  # an empty answer is complete when it stops
+        first = now
+    generation = Generation(
+        tokens=record.tokens,
+        discarded=record.discarded,
+        resets=len(record.discarded),
+        finish_reason=reason,
+        steps=record.steps,
+        first_token_s=first,
+        total_s=now,
+    )
+    return Done(record.row, generation)
+
+
+def close_ranks(kept: list[int], active: list[Record], rows: Rows, token, cache: KVCache):
+    """Drop the rows that are not kept; those at the end of the batch move into the holes."""
+    movers = [slot for slot in kept if slot >= len(kept)]
+    order = []
+    for slot in range(len(kept)):
+        order.append(movers.pop() if active[slot].done else slot)
+    index = torch.tensor(order, device=token.device)
+    cache.keep_rows(order)
+    rows = Rows(rows.prompt[index], rows.resets[index])
+    return [active[slot] for slot in order], rows, token[index]
+
+
+def farthest(active: list[Record], cache: KVCache, lag: int) -> int:
+    """How many cache entries attention has to look at in the step to come.
+
+    On CUDA the host lags by a step, and the number is rounded up: few shapes, few compilations.
+    """
+    entries = max(record.entries for record in active) + lag
+    if lag:
+        entries = math.ceil(entries / 256) * 256
+    return min(entries, cache.capacity)
+
+
+# ── Complaints ────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_options(options: Options, vocab_size: int) -> None:
+    if options.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {options.max_new_tokens}, must be at least 1")
+    if not options.temperature >= 0.0:
+        raise InputError(f"temperature is {options.temperature}, must be 0 (greedy) or positive")
+    if not 0.0 < options.top_p <= 1.0:
+        raise InputError(f"top_p is {options.top_p}, must be in (0, 1]")
+    if options.max_resets < 0:
+        raise InputError(f"max_resets is {options.max_resets}, must be 0 or more")
+    if options.on_reset not in ("truncate", "keep"):
+        raise InputError(f"on_reset is {options.on_reset!r}, must be 'truncate' or 'keep'")
+    if options.reset_id in options.stop_ids:
+        raise InputError(f"reset_id {options.reset_id} is also a stop id")
+    special = list(options.stop_ids)
+    if options.reset_id is not None:
+        special.append(options.reset_id)
+    for id in special:
+        if not 0 <= id < vocab_size:
+            raise InputError(
+                f"stop or reset id {id} is outside the model's vocabulary of {vocab_size}"
+            )
+
+
+def check_prompt(row: int, prompt: list[int], forced: list[int], options: Options, config) -> None:
+    if not prompt:
+        raise InputError(f"prompt {row} is empty; it needs at least one token (BOS)")
+    if not all(0 <= id < config.vocab_size for id in (*prompt, *forced)):
+        raise InputError(
+            f"prompt {row} has ids outside the model's vocabulary of {config.vocab_size};"
+            " wrong tokenizer?"
+        )
+    if options.reset_id in forced or not set(options.stop_ids).isdisjoint(forced):
+        raise InputError(
+            f"prefill {row} contains [RESET] or a stop id; it must be the plain beginning of an"
+            " answer"
+        )
+    attempts = options.max_new_tokens
+    if options.on_reset == "keep":
+        attempts *= options.max_resets + 1
+    need = len(prompt) + options.max_resets + len(forced) + attempts
+    if need > config.max_position_embeddings:
+        raise InputError(
+            f"prompt {row} is too long: {len(prompt)} tokens, and {need} with room for the answer,"
+            f" but the model has {config.max_position_embeddings} positions; shorten it or lower"
+            " max_new_tokens"
+        )
+
+
+def main() -> None:
+    """`one_answer` at work, to be stepped through."""
+    ckpt, prompt = sys.argv[1:]
+    tok, model = load_tokenizer(ckpt), load_model(ckpt)
+    answer, discarded = one_answer(
+        model,
+        tok.render([{"role": "user", "content": prompt}]),
+        reset_id=tok.reset_id,
+        stop_ids=tok.stop_ids,
+        max_new_tokens=80,
+    )
+    if discarded:
+        print(f"~~{tok.decode(discarded)}~~ [RESET]")
+    print(tok.decode(answer))
+
+
+if __name__ == "__main__":
+    run(main)

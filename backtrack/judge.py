@@ -139,7 +139,7 @@ def guard_template(directory: str | Path, tok):
     )
     environment.globals["raise_exception"] = raise_exception
     name_of = {id: name for name, id in tok.special_tokens.items()}
-    variables = {"bos_token": name_of[tok.bos_id], "eos_token": name_of[tok.stop_ids[0]]} | named_tokens(directory)
+    variables = {"bos_token": name_of[tok.bos_id], "eos_token": name_of[tok.text_end_id]} | named_tokens(directory)
     try:
         template = environment.from_string(tok.chat_template)
     except jinja2.TemplateError as error:

@@ -5,6 +5,7 @@ names the culprit and the way out. A bug still raises whatever it raises, so tha
 """
 
 import argparse
+import math
 import os
 import sys
 
@@ -41,6 +42,10 @@ def run(main) -> None:
         sys.exit(130)
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """For argparse: the docstring as it is written, and every default."""
+
+
 def device(name: str) -> str:
     """The type of --device for argparse: a device that PyTorch knows and that is there."""
     try:
@@ -56,3 +61,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
+
+
+def not_negative(kind: type):
+    """A finite number from 0 up, int or float, for argparse."""
+
+    def number(text: str):
+        value = kind(text)
+        if not 0 <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
+        return value
+
+    return number

@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
+from models import FAMILIES, network_of
 from test_attacks_gcg import never
-from test_generate import random_model
 
 from backtrack.attacks import autodan as module
 from backtrack.attacks.autodan import (
@@ -100,11 +100,11 @@ def test_a_synonym_replaces_whole_words_only_and_keeps_the_capital():
         assert "Sold." in mutate(child, {"old": ("new",), "q": ("z",)}, ["N."], rng)  # nor is {q} ever a word
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("rows", [1, 3, 32])
 def test_fitness_is_the_targets_mean_log_likelihood(family, rows):
     """Padded in a batch, against one full forward per individual."""
-    model, tok = random_model(family), Characters()
+    model, tok = network_of(FAMILIES[family], scale=0.4, vocab_size=61, max_position_embeddings=512), Characters()
     individuals = [sentences(w) for w in WRAPPERS[:7]]
     values = fitness(model, tok, ASK, TARGET, individuals, rows)
     y = tok.encode(TARGET)

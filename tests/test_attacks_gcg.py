@@ -9,11 +9,10 @@ import random
 
 import pytest
 import torch
-from test_generate import random_model
+from models import FAMILIES, LLAMA, network_of
 
 from backtrack.attacks import gcg as module
 from backtrack.attacks.gcg import (
-    Objective,
     Scorer,
     Slots,
     allowed_ids,
@@ -24,8 +23,9 @@ from backtrack.attacks.gcg import (
     swaps,
     with_suffix,
 )
+from backtrack.attacks.objective import Objective
 from data import toy
-from model import InputError, ModelConfig, Transformer, load_tokenizer
+from model import InputError, load_tokenizer
 
 V = 61
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
@@ -55,26 +55,13 @@ ASK = [{"role": "user", "content": "hello"}]
 
 
 def letters_model(seed=0):
-    config = ModelConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
-    model, generator = Transformer(config).eval(), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0.0, 0.4, generator=generator)
-    return model
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return network_of(LLAMA, seed, scale=0.4, vocab_size=31, tie_word_embeddings=False, **sizes)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def model(request):
-    return random_model(request.param)
+    return network_of(FAMILIES[request.param], scale=0.4, vocab_size=V, num_hidden_layers=3)
 
 
 @pytest.fixture(scope="module")

@@ -1,39 +1,48 @@
-"""`train.py dpo` against pairs written by hand, the published formula, and loops that feed every prefix alone.
+"""`train.py dpo` as it is run, against loops that feed every prefix alone to the model.
 
-The first half looks at one batch: which sequences, which loss, which gradient. The second half runs the command: the
-loss starts at ln 2, the reference on disk is what would be computed anew, a killed run ends with the bits of one that
-was not, and a few dozen steps teach where to reset and where not to.
+The loss starts at ln 2, a step is what the definition says, the reference on disk is what would be computed anew, a
+killed run ends with the bits of one that was not, and a few dozen steps teach where to reset and where not to.
 """
 
-import argparse
-import contextlib
-import dataclasses
-import io
 import json
 import math
-import random
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from models import LLAMA
 from safetensors.torch import load_file, save_file
-from training import TINY, arguments, close, gradients, interrupted, steps_of, trained
+from training import (
+    arguments,
+    contents,
+    gradients,
+    gradients_before_clipping,
+    interrupted,
+    logprobs_of,
+    plain_dpo,
+    prefixes,
+    steps_of,
+    toy_files,
+    trained,
+    visited,
+)
 
 import train
-from backtrack.examples import Pair, Row, dpo_pairs, draw_prefix
-from data import toy
-from model import ModelConfig, Transformer, load_model, load_tokenizer
+from backtrack.examples import dpo_pairs, draw_prefix
+from backtrack.rows import load_rows
+from model import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The toy world's tokenizer, a corner of its data, and `start`: fine-tuned for a second, from nothing."""
     root = tmp_path_factory.mktemp("world")
-    files = toy.build(0)
+    files = toy_files()
     (root / "tokenizer").mkdir()
     (root / "tokenizer/tokenizer.model").write_bytes(files["tokenizer/tokenizer.model"])
-    (root / "config.json").write_text(json.dumps(TINY))
+    (root / "config.json").write_text(json.dumps(LLAMA))
     lines = files["sft.jsonl"].splitlines(keepends=True)
     unsafe = [line for line in lines if json.loads(line)["unsafe"]]
     benign = [line for line in lines if not json.loads(line)["unsafe"] and json.loads(line).get("rejected")]
@@ -44,7 +53,7 @@ def world(tmp_path_factory):
         ("other.jsonl", rows[:-1] + benign[6:7]),
         ("mixed.jsonl", rows + without[:3]),
         ("heldout.jsonl", unsafe[6:9] + benign[6:8]),
-        ("benign.jsonl", benign[:4]),
+        ("unsafe.jsonl", unsafe[:6]),
         ("without.jsonl", without[:3]),
     ):
         (root / name).write_bytes(b"".join(kept))
@@ -70,9 +79,24 @@ def dpo(world, out, *more, data=("rows.jsonl",)):
     return [*words, "--out", out, "--max-length", 192, "--batch-size", 4, "--lr", 1e-3, "--log-every", 1, *more]
 
 
-def source(args, tok, paths=None):
-    with contextlib.redirect_stderr(io.StringIO()):
-        return train.dpo_source(args, tok, paths or args.data)
+def by_hand(args, paths, tok):
+    """(how many rows; (epoch, row) -> its pairs, the prefixes drawn as the settings say)."""
+    rows = [row for row in load_rows(list(map(str, paths)), tok, args.max_length) if row.rejected]
+
+    def pairs(epoch, index):
+        row = rows[index]
+        room = args.max_length - len(row.prompt) - 2  # for [RESET] and a token after it
+        k = draw_prefix(args.seed, epoch, index, min(len(row.rejected), room), args.prefix)
+        j = draw_prefix(args.seed + 1, epoch, index, min(len(row.chosen), room), args.prefix)
+        return dpo_pairs(row, k, j, tok, method=args.method, restart=args.restart)
+
+    return len(rows), pairs
+
+
+def step_by_hand(args, step, tok):
+    """The pairs of all rows of a step."""
+    count, pairs = by_hand(args, args.data, tok)
+    return [pair for visit in visited(args, count)(step) for pair in pairs(*visit)]
 
 
 def same_run(a, b):
@@ -94,362 +118,84 @@ def cached(out):
     return {file.name for file in directory.iterdir()} if directory.exists() else set()
 
 
-def contents(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
-
 @pytest.fixture
 def plain_descent(monkeypatch):
     """Gradient descent instead of Adam, which blows rounding errors around zero up to the learning rate."""
     monkeypatch.setattr(train, "make_optimizer", lambda model, args: torch.optim.SGD(model.parameters(), lr=args.lr))
 
 
-# ── Pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def made(monkeypatch):
+    """Pairs and weights of every tree that is made, in order, and the longest that a sequence of it may be."""
+    calls, real = [], train.pair_tree
 
-TOK = argparse.Namespace(reset_id=90, turn_end=[91, 92])
-UNSAFE = Row(prompt=[1, 2, 3], chosen=[10, 11], rejected=[20, 21, 22], unsafe=True)
-SAFE = Row(prompt=[1, 2, 3], chosen=[10, 11], rejected=[20, 21, 22], unsafe=False)
+    def watched(pairs, weight, max_length):
+        calls.append((pairs, max_length))
+        return real(pairs, weight, max_length)
 
-ELICIT = Pair("elicit", [1, 2, 3], [20, 21, 90, 10, 11, 91], [20, 21, 22, 91], nll_from=2)
-DISCOURAGE = Pair("discourage", [1, 2, 3], [10, 11, 91], [10, 90, 20, 21, 22, 91], nll_from=0)
-RESTART = Pair("restart", [1, 2, 3, 90], [10, 11, 91], [20, 21, 22, 91], nll_from=0)
-BASELINE = Pair("baseline", [1, 2, 3], [10, 11, 91], [20, 21, 22, 91], nll_from=0)
-
-
-@pytest.mark.parametrize(
-    ("row", "backtrack", "restart", "expected"),
-    [
-        (UNSAFE, True, "none", [ELICIT, DISCOURAGE]),
-        (UNSAFE, True, "unsafe", [ELICIT, DISCOURAGE, RESTART]),
-        (UNSAFE, True, "all", [ELICIT, DISCOURAGE, RESTART]),
-        (SAFE, True, "none", [DISCOURAGE]),
-        (SAFE, True, "unsafe", [DISCOURAGE]),
-        (SAFE, True, "all", [DISCOURAGE, RESTART]),
-        *((row, False, restart, [BASELINE]) for row in (UNSAFE, SAFE) for restart in ("none", "unsafe", "all")),
-        *((dataclasses.replace(SAFE, rejected=None), b, "all", []) for b in (True, False)),
-        (Row([1], [10, 11], None, False, plain_text=True), True, "all", []),
-    ],
-)
-def test_pairs_by_hand(row, backtrack, restart, expected):
-    found = dpo_pairs(row, 2, 1, TOK, backtrack=backtrack, restart=restart)
-    assert sorted(found, key=lambda p: p.kind) == sorted(expected, key=lambda p: p.kind)
+    monkeypatch.setattr(train, "pair_tree", watched)
+    return calls
 
 
-def test_the_longest_and_the_shortest_prefix():
-    for k_rejected in (1, 2, 3):
-        for k_chosen in (1, 2):
-            pairs = {p.kind: p for p in dpo_pairs(UNSAFE, k_rejected, k_chosen, TOK, backtrack=True, restart="all")}
-            elicit, discourage = pairs["elicit"], pairs["discourage"]
-            assert elicit.chosen == [20, 21, 22][:k_rejected] + [90, 10, 11, 91]
-            assert elicit.rejected == [20, 21, 22, 91]
-            assert elicit.chosen[elicit.nll_from] == 90  # never on the unsafe prefix
-            assert discourage.rejected == [10, 11][:k_chosen] + [90, 20, 21, 22, 91]
-            assert all(90 not in p.chosen[p.nll_from + 1 :] for p in pairs.values())
+# ── Which pairs ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_prefixes_are_a_function_of_seed_epoch_and_row(world, tok):
-    args = arguments(dpo(world, "x", "--seed", 3))
-    n, pairs_of, _ = source(args, tok)
-    assert n == 12
+def test_prefixes_are_a_function_of_seed_epoch_and_row(world, tmp_path, tok, made):
+    """And the policy is held against the reference on the very same pairs."""
+    more = ("--epochs", 6, "--batch-size", 12)
+    drawn, seen = {}, {}
+    for seed in (3, 5):
+        made.clear()
+        words = dpo(world, tmp_path / f"{seed}", *more, "--seed", seed)
+        trained(*words)
+        assert len(made) == 2 * 72 and made[:72] == made[72:]  # of the reference, then of training
+        args = arguments(words)
+        visits = [*chain(*map(visited(args, 12), range(6)))]
+        assert sorted(visits) == [(epoch, index) for epoch in range(6) for index in range(12)]
+        seen[seed] = dict(zip(visits, (pairs for pairs, _ in made[:72]), strict=True))
     raw = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
-    drawn = {}
-    for index in random.Random(0).sample(range(n), n):  # in any order
+    for (epoch, index), pairs in seen[3].items():
         row = raw[index]
         prompt = tok.render(row["prompt"])
         good, bad = (tok.encode(row[key][0]["content"]) for key in ("chosen", "rejected"))
-        for epoch in range(6):
-            pairs = {p.kind: p for p in pairs_of(epoch, index)}
-            assert set(pairs) == {"discourage", *(["elicit"] if row["unsafe"] else [])}
-            k_good = draw_prefix(4, epoch, index, len(good))
-            assert pairs["discourage"].prompt == prompt
-            assert pairs["discourage"].chosen == [*good, tok.turn_end[0]]
-            assert pairs["discourage"].rejected == [*good[:k_good], tok.reset_id, *bad, tok.turn_end[0]]
-            drawn.setdefault((index, "good"), []).append(k_good)
-            if row["unsafe"]:
-                k_bad = draw_prefix(3, epoch, index, len(bad))
-                assert pairs["elicit"].chosen == [*bad[:k_bad], tok.reset_id, *good, tok.turn_end[0]]
-                assert pairs["elicit"].rejected == [*bad, tok.turn_end[0]]
-                drawn.setdefault((index, "bad"), []).append(k_bad)
-    assert all(len(set(lengths)) > 1 for (_, side), lengths in drawn.items() if side == "bad")
-    _, again, _ = source(args, tok)
-    assert [again(e, i) for e in (5, 0) for i in range(n)] == [pairs_of(e, i) for e in (5, 0) for i in range(n)]
-    _, other, _ = source(arguments(dpo(world, "x", "--seed", 5)), tok)
-    assert [other(0, i) for i in range(n)] != [pairs_of(0, i) for i in range(n)]
+        pairs = {p.kind: p for p in pairs}
+        assert set(pairs) == {"discourage", *(["elicit"] if row["unsafe"] else [])}
+        k_good = draw_prefix(4, epoch, index, len(good))
+        assert pairs["discourage"].prompt == prompt
+        assert pairs["discourage"].chosen == [*good, tok.turn_end[0]]
+        assert pairs["discourage"].rejected == [*good[:k_good], tok.reset_id, *bad, tok.turn_end[0]]
+        if row["unsafe"]:
+            k_bad = draw_prefix(3, epoch, index, len(bad))
+            assert pairs["elicit"].chosen == [*bad[:k_bad], tok.reset_id, *good, tok.turn_end[0]]
+            assert pairs["elicit"].rejected == [*bad, tok.turn_end[0]]
+            drawn.setdefault(index, set()).add(k_bad)
+    assert len(drawn) == 6 and all(len(lengths) > 1 for lengths in drawn.values())
+    assert seen[3] != seen[5]
 
 
-def test_a_short_max_length_leaves_room_for_reset_and_an_answer(world, tok):
-    args = arguments(dpo(world, "x", "--max-length", 40, "--restart", "all"))
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        n, pairs_of, _ = train.dpo_source(args, tok, args.data)
-    raw = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+def test_a_short_max_length_leaves_room_for_reset_and_an_answer(world, tmp_path, tok, made):
+    more = ("--max-length", 40, "--restart", "all", "--epochs", 5, "--batch-size", 12)
+    said = trained(*dpo(world, tmp_path / "out", *more))
     long = 0
-    for row in raw:
-        parts = [
-            len(tok.render(row["prompt"])),
-            *(len(tok.encode(row[k][0]["content"])) for k in ("chosen", "rejected")),
-        ]
-        long += sum(parts) + 2 > 40
-    assert f"{long} of 12 rows" in said.getvalue()
-    for epoch in range(5):
-        pairs = [p for i in range(n) for p in pairs_of(epoch, i)]
-        batch = train.collate_pairs(pairs, torch.zeros(2 * len(pairs)), args, tok.reset_id)
-        assert batch.tokens.shape[1] == 40
-        resets = ((batch.tokens == tok.reset_id) & batch.is_target)[:, :-1].sum(dim=1).tolist()
-        P = len(pairs)
-        assert resets[:P] == [int(p.kind == "elicit") for p in pairs]
-        assert resets[P:] == [int(p.kind == "discourage") for p in pairs]
-
-
-# ── The loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-V, RESET = 41, 40
-SETTINGS = argparse.Namespace(max_length=64, device="cpu", elicit=1.0, discourage=1.0, restart_weight=1.0)
-
-
-def network_of(seed, scale=0.3):
-    sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, head_dim=12)
-    network = Transformer(ModelConfig(vocab_size=V, num_key_value_heads=1, max_position_embeddings=64, **sizes))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.normal_(0.0, scale, generator=generator)
-    return network
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return network_of(1)
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return network_of(2, 0.2)
-
-
-def ids(n, seed=0):
-    rng = random.Random(seed)
-    return [rng.randrange(1, RESET) for _ in range(n)]
-
-
-def some_pairs():
-    """Two rows' pairs, of every kind but the baseline's."""
-    tok = argparse.Namespace(reset_id=RESET, turn_end=[7])
-    rows = [Row(ids(5, 1), ids(4, 2), ids(8, 3), True), Row(ids(3, 4), ids(9, 5), ids(2, 6), False)]
-    return [
-        p for row, k in zip(rows, (5, 1), strict=True) for p in dpo_pairs(row, k, 3, tok, backtrack=True, restart="all")
-    ]
-
-
-def logprob(network, context, answer):
-    """log π(answer | context) and its terms, from forward passes over each prefix alone, no batch and no padding."""
-    terms = []
-    for t, token in enumerate(answer):
-        logits = network(torch.tensor([context + answer[:t]]))[0, -1].double()
-        terms.append(logits[token] - logits.exp().sum().log())
-    return sum(terms), terms
-
-
-def by_hand(network, reference, pairs, beta, nll=0.0, weight=lambda kind: 1.0):
-    """Σ weight · loss in float64, from the definition; and the log-ratios (chosen, rejected) of each pair."""
-    total, ratios = 0.0, []
-    for p in pairs:
-        pi_c, terms = logprob(network, p.prompt, p.chosen)
-        pi_r, _ = logprob(network, p.prompt, p.rejected)
-        with torch.no_grad():
-            ref_c, ref_r = (logprob(reference, p.prompt, answer)[0] for answer in (p.chosen, p.rejected))
-        z = beta * ((pi_c - ref_c) - (pi_r - ref_r))
-        loss = torch.log1p(torch.exp(-z))  # −log σ(z)
-        scored = terms[p.chosen.index(RESET) if p.kind == "elicit" else 0 :]
-        loss = loss - nll * sum(scored)
-        total = total + weight(p.kind) * loss
-        ratios.append(((pi_c - ref_c).item(), (pi_r - ref_r).item()))
-    return total, ratios
-
-
-def batch_of(pairs, reference, settings=SETTINGS):
-    """With log π_ref computed by the function under test, or zeros where there is none."""
-    batch = train.collate_pairs(pairs, torch.zeros(2 * len(pairs)), settings, RESET)
-    if reference is not None:
-        with torch.no_grad():
-            batch.reference = train.sequence_logprobs(reference, batch.tokens, batch.is_target)[0]
-    return batch
-
-
-def test_collate_pairs():
-    pairs = some_pairs()
-    P = len(pairs)
-    settings = argparse.Namespace(max_length=64, device="cpu", elicit=0.25, discourage=3.0, restart_weight=1.5)
-    given = torch.arange(2.0 * P)
-    batch = train.collate_pairs(pairs, given, settings, RESET)
-    assert batch.kinds == [p.kind for p in pairs] and torch.equal(batch.reference, given)
-    kinds = {"elicit": 0.25, "discourage": 3.0, "restart": 1.5}
-    assert batch.weights.tolist() == [kinds[p.kind] for p in pairs]
-    width = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
-    assert batch.tokens.shape == (2 * P, width)
-    for i in range(2 * P):
-        p = pairs[i % P]
-        answer = p.chosen if i < P else p.rejected
-        x, n = len(p.prompt), len(p.prompt) + len(answer)
-        assert batch.tokens[i].tolist() == p.prompt + answer + [0] * (width - n)
-        assert batch.is_target[i].tolist() == [False] * x + [True] * (n - x) + [False] * (width - n)
-        unscored = x + (p.chosen.index(RESET) if p.kind == "elicit" else 0)
-        scored = [t < n and t >= unscored and i < P for t in range(width)]
-        assert batch.has_nll[i].tolist() == scored
-    assert batch.length == sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-    cut = train.collate_pairs(pairs, given, argparse.Namespace(**{**vars(settings), "max_length": 9}), RESET)
-    for name in ("tokens", "is_target", "has_nll"):
-        assert torch.equal(getattr(cut, name), getattr(batch, name)[:, :9])
-    assert cut.length == sum(min(9, len(p.prompt) + len(a)) for p in pairs for a in (p.chosen, p.rejected))
-
-
-def test_sequence_logprobs_are_sums_over_each_prefix_alone(policy):
-    """Sums, not means; in fp32; nothing from the prompt or the padding."""
-    pairs = some_pairs()
-    batch = batch_of(pairs, None)
-    found, each = train.sequence_logprobs(policy, batch.tokens, batch.is_target)
-    assert found.dtype == each.dtype == torch.float32
-    assert (each[~batch.is_target[:, 1:]] == 0).all() and (each[batch.is_target[:, 1:]] < 0).all()
-    sides = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    for i, (prompt, answer) in enumerate(sides):
-        total, terms = logprob(policy, prompt, answer)
-        assert found[i].item() == pytest.approx(total.item(), rel=1e-5)
-        torch.testing.assert_close(each[i][batch.is_target[i, 1:]].double(), torch.stack(terms), atol=1e-5, rtol=1e-5)
-
-
-PI_C, PI_R = [-12.5, -3.25, -40.0, -7.0], [-11.0, -9.75, -38.5, -7.0]
-REF_C, REF_R = [-13.0, -2.0, -90.0, -7.0], [-10.0, -10.0, -31.0, -7.0]
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 2.0])
-def test_closed_form_from_picked_logprobs(policy, monkeypatch, beta):
-    """In float64, by `math` and by TRL's published lines for loss_type="sigmoid"."""
-    P, f64 = 4, torch.float64
-    kinds = ["elicit", "discourage", "restart", "baseline"]
-    picked = torch.tensor(PI_C + PI_R, dtype=f64)
-    monkeypatch.setattr(train, "sequence_logprobs", lambda *_: (picked, torch.zeros(2 * P, 3, dtype=f64)))
-    nothing = torch.zeros(2 * P, 4, dtype=torch.bool)
-    weights = torch.tensor([0.5, 2.0, 1.0, 1.0], dtype=f64)
-    given = torch.tensor(REF_C + REF_R, dtype=f64)
-    batch = train.PairBatch(torch.zeros(2 * P, 4, dtype=torch.int64), nothing, nothing, weights, given, kinds, 0, RESET)
-    loss, sums = train.dpo_loss(policy, batch, beta, 0.0)
-
-    margins = [(c - rc) - (r - rr) for c, r, rc, rr in zip(PI_C, PI_R, REF_C, REF_R, strict=True)]
-    assert margins == [1.5, -1.5, 57.5, 0.0]
-    losses = [-math.log(1 / (1 + math.exp(-beta * m))) for m in margins]
-    expected = sum(w * x for w, x in zip([0.5, 2.0, 1.0, 1.0], losses, strict=True))
-    assert loss.item() == pytest.approx(expected, abs=1e-12)
-    for kind, value in zip(kinds, losses, strict=True):
-        assert sums[kind] == pytest.approx([value, 1], abs=1e-12)
-    assert sums["margin"] == pytest.approx([beta * 57.5, 4])
-    assert sums["accuracy"] == [2 if beta else 0, 4]  # a tie is not won
-    assert sums["chosen"] == pytest.approx([sum(PI_C) - sum(REF_C), 4])
-    assert sums["rejected"] == pytest.approx([sum(PI_R) - sum(REF_R), 4])
-    assert not {"reset_after_safe", "reset_after_unsafe"} & sums.keys()
-
-    pi_c, pi_r, ref_c, ref_r = (torch.tensor(x, dtype=f64) for x in (PI_C, PI_R, REF_C, REF_R))
-    logits = (pi_c - pi_r) - (ref_c - ref_r)
-    trl = -torch.nn.functional.logsigmoid(beta * logits)
-    torch.testing.assert_close(loss, (trl * weights).sum(), atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("nll", [0.0, 0.7])
-def test_loss_and_gradient_against_a_loop(policy, reference, nll):
-    """Every kind at once, weights and NLL term included; and every number that is reported."""
-    pairs, beta = some_pairs(), 0.3
-    settings = argparse.Namespace(max_length=64, device="cpu", elicit=0.5, discourage=2.0, restart_weight=0.3)
-    kinds = {"elicit": 0.5, "discourage": 2.0, "restart": 0.3}
-    loss, sums = train.dpo_loss(policy, batch_of(pairs, reference, settings), beta, nll)
-    expected, ratios = by_hand(policy, reference, pairs, beta, nll, kinds.get)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    close(gradients(policy, loss), gradients(policy, expected), atol=1e-4)
-
-    n = len(pairs)
-    margins = [beta * (c - r) for c, r in ratios]
-    assert 0 < sum(m > 0 for m in margins) < n
-    assert sums["accuracy"] == [sum(m > 0 for m in margins), n]
-    assert sums["margin"] == pytest.approx([sum(margins), n], abs=1e-4)
-    assert sums["chosen"] == pytest.approx([sum(c for c, _ in ratios), n], abs=1e-4)
-    assert sums["rejected"] == pytest.approx([sum(r for _, r in ratios), n], abs=1e-4)
-    for kind in kinds:
-        mine = [p for p in pairs if p.kind == kind]
-        assert sums[kind] == pytest.approx([by_hand(policy, reference, mine, beta, nll)[0].item(), len(mine)], rel=1e-5)
-
-
-def test_trl_formula_on_the_same_logprobs(policy, reference):
-    pairs, beta = some_pairs(), 0.2
-    batch, P = batch_of(pairs, reference), len(pairs)
-    with torch.no_grad():
-        loss, _ = train.dpo_loss(policy, batch, beta, 0.0)
-        policy_logps = train.sequence_logprobs(policy, batch.tokens, batch.is_target)[0].double()
-    pi_c, pi_r = policy_logps[:P], policy_logps[P:]
-    ref_c, ref_r = batch.reference[:P].double(), batch.reference[P:].double()
-    logits = (pi_c - pi_r) - (ref_c - ref_r)
-    assert loss.item() == pytest.approx(-torch.nn.functional.logsigmoid(beta * logits).sum().item(), rel=1e-6)
-
-
-def test_the_nll_term_by_closed_form(policy, reference, monkeypatch):
-    """Exactly nll · Σ −log π; whatever the unsafe prefix costs, the term does not see it."""
-    pair = ELICIT
-    batch = train.collate_pairs([pair], torch.zeros(2), SETTINGS, 90)
-    each = torch.zeros(2, batch.tokens.shape[1] - 1, dtype=torch.float64)
-    each[0, 2:8] = torch.tensor([-100.0, -50.0, -1.0, -2.0, -3.0, -4.5])  # prefix prefix [RESET] y+ y+ eos
-    each[1, 2:6] = -1.0
-    monkeypatch.setattr(train, "sequence_logprobs", lambda *_: (each.sum(dim=1), each))
-    plain, _ = train.dpo_loss(policy, batch, 0.0, 0.0)
-    loss, sums = train.dpo_loss(policy, batch, 0.0, 0.4)
-    assert plain.item() == pytest.approx(math.log(2), abs=1e-7)
-    assert (loss - plain).item() == pytest.approx(0.4 * (1.0 + 2.0 + 3.0 + 4.5), abs=1e-7)
-    assert sums["elicit"] == pytest.approx([loss.item(), 1])
-    assert sums["reset_after_unsafe"] == pytest.approx([math.exp(-1.0), 1])
-
-
-def test_one_forward_over_both_is_two_forwards(policy, reference):
-    pairs, beta = some_pairs(), 0.3
-    batch = batch_of(pairs, reference)
-    loss, _ = train.dpo_loss(policy, batch, beta, 0.0)
-    P, halves = len(pairs), []
-    for answers in ([p.prompt + p.chosen for p in pairs], [p.prompt + p.rejected for p in pairs]):
-        tokens = torch.zeros(P, max(map(len, answers)), dtype=torch.int64)  # each at its own width
-        for i, row in enumerate(answers):
-            tokens[i, : len(row)] = torch.tensor(row)
-        positions = torch.arange(1, tokens.shape[1])
-        is_target = torch.stack(
-            [(positions >= len(p.prompt)) & (positions < len(row)) for p, row in zip(pairs, answers, strict=True)]
-        )
-        logprobs = policy(tokens)[:, :-1].log_softmax(dim=-1).gather(2, tokens[:, 1:, None])[..., 0]
-        halves.append((logprobs * is_target).sum(dim=1))
-    logits = (halves[0] - halves[1]) - (batch.reference[:P] - batch.reference[P:])
-    two = torch.nn.functional.softplus(-beta * logits).sum()
-    assert loss.item() == pytest.approx(two.item(), rel=1e-5)
-    close(gradients(policy, loss), gradients(policy, two), atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["elicit", "discourage"])
-def test_a_shared_prefix_cancels(policy, reference, kind):
-    """Scored or part of the prompt: the same margin, the same gradient."""
-    pairs = [p for p in some_pairs() if p.kind == kind]
-    short = []
-    for p in pairs:
-        k = next(i for i, (a, b) in enumerate(zip(p.chosen, p.rejected, strict=False)) if a != b)
-        assert k > 0 and RESET in (p.chosen[k], p.rejected[k])
-        short.append(Pair(kind, p.prompt + p.chosen[:k], p.chosen[k:], p.rejected[k:], nll_from=0))
-    results = []
-    for some in (pairs, short):
-        batch = batch_of(some, reference)
-        loss, sums = train.dpo_loss(policy, batch, 0.3, 0.0)
-        results.append((loss.item(), sums, gradients(policy, loss)))
-    (loss, sums, grads), (short_loss, short_sums, short_grads) = results
-    assert loss == pytest.approx(short_loss, rel=1e-5)
-    assert sums["margin"] == pytest.approx(short_sums["margin"], abs=1e-5)
-    assert abs(sums["chosen"][0] - short_sums["chosen"][0]) > 1e-2  # the sides alone do change
-    close(grads, short_grads, atol=1e-5)
+    for row in map(json.loads, (world / "rows.jsonl").read_text().splitlines()):
+        parts = [tok.encode(row[key][0]["content"]) for key in ("chosen", "rejected")]
+        long += len(tok.render(row["prompt"])) + sum(map(len, parts)) + 2 > 40
+    assert f"{long} of 12 rows" in said and long > 4
+    cut = 0
+    for pairs, max_length in made:
+        assert max_length == 40
+        for p in pairs:
+            sides = [(p.prompt + answer)[:40][len(p.prompt) :] for answer in (p.chosen, p.rejected)]
+            resets = [side[:-1].count(tok.reset_id) for side in sides]  # with a token behind them
+            assert resets == [p.kind == "elicit", p.kind == "discourage"]
+            cut += len(p.prompt + p.chosen) > 40
+    assert cut
 
 
 # ── A run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-backtrack",), ("--restart", "all", "--beta", 2)])
+@pytest.mark.parametrize("flags", [(), ("--no-backtrack",), ("--restart", "all", "--beta", 2), ("--dtype", "bfloat16")])
 def test_the_first_loss_is_ln_2(world, tmp_path, flags):
     trained(*dpo(world, tmp_path / "out", "--steps", 2, "--nll", 0, *flags))
     first, second = steps_of(tmp_path / "out")
@@ -466,25 +212,48 @@ def test_the_first_loss_is_ln_2(world, tmp_path, flags):
     assert config["reset_token_id"] == load_tokenizer(tmp_path / "out").reset_id
 
 
-def test_the_second_loss_has_the_first_model_as_its_reference(world, start, tok, tmp_path):
-    """Interrupted before step 2, the weights on disk and the start give what step 2 logs, by definition alone."""
-    words = dpo(
-        world, tmp_path / "out", "--steps", 2, "--batch-size", 2, "--save-every", 1, "--beta", 0.5, "--lr", 3e-3
-    )
+@pytest.mark.parametrize(
+    "flags", [(), ("--nll", 0.7, "--elicit", 0.5, "--discourage", 2, "--restart", "all", "--restart-weight", 0.3)]
+)
+def test_a_step_by_hand(world, start, tok, tmp_path, monkeypatch, flags):
+    """Interrupted before step 2, the weights on disk and the start give all that step 2 does, by definition alone."""
+    more = ("--steps", 2, "--batch-size", 2, "--save-every", 1, "--beta", 0.5, "--lr", 3e-3, "--clip", 1e9)
+    words = dpo(world, tmp_path / "out", *more, *flags)
     interrupted(words, at=2)
-    one = load_model(tmp_path / "out")
+    one, reference = load_model(tmp_path / "out"), load_model(start)
+    found = gradients_before_clipping(monkeypatch)
     trained(*words, "--resume")
-    n, pairs_of, _ = source(arguments(words), tok)
-    order = train.row_order(n, 0)
-    pairs = [p for position in (2, 3) for p in pairs_of(*order(position))]
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "RESET", tok.reset_id)
-        expected, ratios = by_hand(one, load_model(start), pairs, 0.5)
+    args = arguments(words)
+    weight = {"elicit": args.elicit, "discourage": args.discourage, "restart": args.restart_weight}
+    pairs = step_by_hand(args, 1, tok)
+    assert {p.kind for p in pairs} >= {"elicit", "discourage"}
+    loss, kinds, ratios = plain_dpo(one, reference, pairs, 0.5, args.nll, weight.get)
+    loss = loss / sum(weight[p.kind] for p in pairs)
     second = steps_of(tmp_path / "out")[1]
     assert abs(second["loss"] - math.log(2)) > 1e-3
-    assert second["loss"] == pytest.approx(expected.item() / len(pairs), abs=1e-5)
+    assert second["loss"] == pytest.approx(loss.item(), abs=1e-5, rel=1e-5)
+    for kind, (value, n) in kinds.items():
+        assert second[f"loss/{kind}"] == pytest.approx(value / n, rel=1e-5)
+    margins = [0.5 * (c - r) for c, r in ratios]
+    assert second["accuracy"] == sum(m > 0 for m in margins) / len(pairs)
+    assert second["margin"] == pytest.approx(sum(margins) / len(pairs), abs=1e-4)
     assert second["chosen"] == pytest.approx(sum(c for c, _ in ratios) / len(pairs), abs=1e-4)
     assert second["rejected"] == pytest.approx(sum(r for _, r in ratios) / len(pairs), abs=1e-4)
+    expected = gradients(one, loss)
+    for (name, gradient), other in zip(expected.items(), found[0], strict=True):
+        torch.testing.assert_close(other, gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_tokens_that_were_trained_on(world, tok, tmp_path):
+    """Of a row, what its sequences begin with alike counts once; the last token of each predicts nothing."""
+    words = dpo(world, tmp_path / "out", "--epochs", 1, "--restart", "unsafe")
+    trained(*words)
+    args, tokens = arguments(words), 0
+    count, pairs_of = by_hand(args, args.data, tok)
+    for step, record in enumerate(steps_of(tmp_path / "out")):
+        for visit in visited(args, count)(step):
+            tokens += len(prefixes([p.prompt + side for p in pairs_of(*visit) for side in (p.chosen, p.rejected)]))
+        assert record["tokens"] == tokens <= record["computed_tokens"]
 
 
 def test_accumulation_is_one_big_batch(world, tmp_path, plain_descent):
@@ -493,6 +262,7 @@ def test_accumulation_is_one_big_batch(world, tmp_path, plain_descent):
         trained(*dpo(world, tmp_path / f"{batch}", "--steps", 2, "--lr", 0.02, *split))
     same_weights(tmp_path / "8", tmp_path / "1")
     for a, b in zip(steps_of(tmp_path / "8"), steps_of(tmp_path / "1"), strict=True):
+        assert a.pop("computed_tokens") >= b.pop("computed_tokens")  # a row alone has no padding
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
     moved = load_file(tmp_path / "8/model.safetensors")["model.embed_tokens.weight"]
     assert (moved - load_file(world / "start/model.safetensors")["model.embed_tokens.weight"]).abs().max() > 1e-4
@@ -500,7 +270,7 @@ def test_accumulation_is_one_big_batch(world, tmp_path, plain_descent):
 
 @pytest.mark.parametrize("dropped", ["elicit", "discourage"])
 def test_weight_0_is_a_pair_that_is_not_there(world, tmp_path, monkeypatch, plain_descent, dropped):
-    more = ("--steps", 2, "--batch-size", 12, "--lr", 0.02, "--nll", 0.3)
+    more = ("--steps", 2, "--batch-size", 6, "--lr", 0.02, "--nll", 0.3, "--data", world / "unsafe.jsonl")
     trained(*dpo(world, tmp_path / "zero", *more, f"--{dropped}", 0))
     trained(*dpo(world, tmp_path / "both", *more))
     pairs = train.dpo_pairs
@@ -528,7 +298,7 @@ def test_no_steps_saves_the_start(world, start, tmp_path):
 
 def test_rows_without_rejected_are_left_out(world, tmp_path):
     said = trained(*dpo(world, tmp_path / "mixed", "--epochs", 1, data=("mixed.jsonl",)))
-    assert "12 pairs, 6 with an unsafe rejected answer" in said and "3 rows without a rejected answer" in said
+    assert "15 rows, 6 with an unsafe rejected answer" in said and "3 rows without a rejected answer" in said
     trained(*dpo(world, tmp_path / "rows", "--epochs", 1))
     same_run(tmp_path / "mixed", tmp_path / "rows")
     assert len(steps_of(tmp_path / "rows")) == 3  # 12 rows in batches of 4
@@ -547,13 +317,11 @@ def test_heldout(world, start, tok, tmp_path, no_backtrack):
     names |= {"baseline"} if no_backtrack else {"elicit", "discourage", "reset_after_unsafe", "reset_after_safe"}
     assert set(records[-1]) == {"step", *(f"heldout/{name}" for name in names)}
 
-    args = arguments(words)
-    n, pairs_of, _ = source(args, tok, [heldout])
+    n, pairs_of = by_hand(arguments(words), [heldout], tok)
     pairs = [p for i in range(n) for p in pairs_of(0, i)]
     end, reference = load_model(tmp_path / "out"), load_model(start)
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "RESET", tok.reset_id)
-        _, ratios = by_hand(end, reference, pairs, 0.5)
+    with torch.no_grad():
+        _, kinds, ratios = plain_dpo(end, reference, pairs, 0.5)
         found = {"elicit": [], "discourage": []}
         for p in [] if no_backtrack else pairs:
             answer = p.chosen if p.kind == "elicit" else p.rejected
@@ -562,6 +330,8 @@ def test_heldout(world, start, tok, tmp_path, no_backtrack):
             found[p.kind].append(probabilities[tok.reset_id].item())
     margins = [0.5 * (c - r) for c, r in ratios]
     last = records[-1]
+    for kind, (value, n) in kinds.items():
+        assert last[f"heldout/{kind}"] == pytest.approx(value / n, rel=1e-5)
     assert last["heldout/margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
     assert last["heldout/accuracy"] == sum(m > 0 for m in margins) / len(margins)
     assert last["heldout/chosen"] == pytest.approx(sum(c for c, _ in ratios) / len(ratios), abs=1e-4)
@@ -576,15 +346,9 @@ def test_heldout(world, start, tok, tmp_path, no_backtrack):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """How many batches of reference log-probs were computed."""
-    calls, real = [], train.sequence_logprobs
-
-    def spy(*args):
-        if not torch.is_grad_enabled():
-            calls.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(train, "sequence_logprobs", spy)
+    """How often a run's reference log-probs were computed."""
+    calls, real = [], train.reference_logprobs
+    monkeypatch.setattr(train, "reference_logprobs", lambda *args: calls.append(1) or real(*args))
     return calls
 
 
@@ -592,39 +356,43 @@ def test_the_reference_is_read_again(world, tmp_path, computed):
     """The same losses as computed anew, also under another β; what is in the file is log π_ref in order."""
     out, beta = tmp_path / "out", ("--steps", 4, "--beta", 0.5)
     said = trained(*dpo(world, out, "--steps", 4))
-    assert len(computed) == 4 and "read from" not in said
+    assert len(computed) == 1 and "read from" not in said
     (name,) = cached(out)
     before = contents(Path(f"{out}.reference"))
     shutil.move(out, tmp_path / "first")
     said = trained(*dpo(world, out, "--steps", 4))
-    assert len(computed) == 4 and f"read from {out}.reference/{name}" in said
+    assert len(computed) == 1 and f"read from {out}.reference/{name}" in said
     same_run(out, tmp_path / "first")
     shutil.rmtree(out)
     trained(*dpo(world, out, *beta))
-    assert len(computed) == 4 and contents(Path(f"{out}.reference")) == before
+    assert len(computed) == 1 and contents(Path(f"{out}.reference")) == before
     trained(*dpo(world, tmp_path / "anew", *beta))
-    assert len(computed) == 8
+    assert len(computed) == 2
     same_run(out, tmp_path / "anew")
     assert contents(tmp_path / "anew.reference") == before  # a function of weights and data
     for flags in (("--lr", 1e-2), ("--nll", 1), ("--elicit", 0.5), ("--clip", 2)):
         shutil.rmtree(out)
         trained(*dpo(world, out, "--steps", 4, *flags))
-    assert len(computed) == 8 and contents(Path(f"{out}.reference")) == before
+    assert len(computed) == 2 and contents(Path(f"{out}.reference")) == before
 
 
 def test_what_is_in_the_file(world, start, tok, tmp_path):
-    words = dpo(world, tmp_path / "out", "--steps", 2, "--batch-size", 2)
+    """log π_ref of every sequence, in the order of steps, rows and pairs, whatever order they were computed in."""
+    words = dpo(world, tmp_path / "out", "--steps", 2, "--batch-size", 3, "--heldout", world / "heldout.jsonl")
     trained(*words)
     (name,) = cached(tmp_path / "out")
-    found = load_file(tmp_path / f"out.reference/{name}")["logprobs"].tolist()
-    n, pairs_of, _ = source(arguments(words), tok)
-    order, network, expected = train.row_order(n, 0), load_model(start), []
+    tensors = load_file(tmp_path / f"out.reference/{name}")
+    args, network = arguments(words), load_model(start)
+    groups = [step_by_hand(args, step, tok) for step in range(2)]
+    n, heldout_of = by_hand(args, args.heldout, tok)
+    groups.append([p for i in range(n) for p in heldout_of(0, i)])
+    expected = []
     with torch.no_grad():
-        for step in range(2):
-            pairs = [p for position in (2 * step, 2 * step + 1) for p in pairs_of(*order(position))]
-            expected += [logprob(network, p.prompt, p.chosen)[0].item() for p in pairs]
-            expected += [logprob(network, p.prompt, p.rejected)[0].item() for p in pairs]
-    assert found == pytest.approx(expected, rel=1e-5)
+        for p in chain(*groups):
+            for answer in (p.chosen, p.rejected):
+                expected.append(sum(logprobs_of(network, p.prompt + answer, len(p.prompt))).item())
+    assert tensors["sizes"].tolist() == [2 * len(pairs) for pairs in groups]
+    assert tensors["values"].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_another_run_has_another_file(world, start, tmp_path, computed):
@@ -659,7 +427,7 @@ def test_a_damaged_file_is_computed_again(world, tmp_path, computed):
     for n, damaged in enumerate((whole[:-4], whole[: len(whole) // 2], whole[:5], b"", b"x" * 100), start=2):
         file.write_bytes(damaged)
         trained(*dpo(world, out, "--steps", 2))
-        assert len(computed) == 2 * n
+        assert len(computed) == n
         assert file.read_bytes() == whole and cached(out) == {name}
         same_run(out, tmp_path / "first")
         shutil.rmtree(out)
@@ -689,7 +457,7 @@ def test_resume(world, halfway, tmp_path, computed, keep):
         shutil.copytree(f"{halfway}.reference", f"{out}.reference")
     said = trained(*dpo(world, out, *LONG, "--resume"))
     assert "resuming after step 2" in said and ("read from" in said) == keep
-    assert len(computed) == (0 if keep else 6)
+    assert len(computed) == (0 if keep else 1)
     trained(*dpo(world, tmp_path / "whole", *LONG))
     same_run(out, tmp_path / "whole")
     assert [r["step"] for r in steps_of(out)] == [1, 2, 3, 4, 5, 6]
@@ -717,7 +485,7 @@ def test_interrupted_again_and_again(world, tmp_path):
         ("restart", ("--restart", "all")),
         ("restart_weight", ("--restart-weight", 0.5)),
         ("prefix", ("--prefix", 0.5, 1)),
-        ("no_backtrack", ("--no-backtrack",)),
+        ("method", ("--no-backtrack",)),
         ("seed", ("--seed", 1)),
         ("lr", ("--lr", 1e-4)),
     ],
@@ -772,7 +540,8 @@ def test_defaults():
     assert (plain["beta"], plain["nll"], plain["elicit"], plain["discourage"], plain["restart_weight"]) == (
         *(0.1, 0.0, 1.0, 1.0, 1.0),
     )
-    assert (plain["lr"], plain["weight_decay"], plain["no_backtrack"], plain["restart"]) == (5e-7, 0.0, False, "none")
+    assert (plain["lr"], plain["weight_decay"], plain["method"]) == (5e-7, 0.0, "backtrack")
+    assert (plain["restart"], plain["prefix"]) == ("none", [0.0, 1.0])
 
 
 # ── It learns where to take its words back ───────────────────────────────────────────────────────────────────────────

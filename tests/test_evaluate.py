@@ -17,14 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from command import command as run_command
+from models import LLAMA, network_of
 
-from backtrack import evaluate
+from backtrack import evaluate, results
 from backtrack.evaluate import choose_prompts, pool, read_prompts
 from backtrack.generate import Done, Reset, Token, generate, stream
 from backtrack.judge import Verdict, load_judge
 from backtrack.statistics import wilson
 from data import toy
-from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer, save_model
+from model import InputError, load_model, load_tokenizer, save_model
 
 RATES = ("unsafe", "helpful", "refused", "reset")
 CONDITION = ("on_reset", "reset_bias", "max_resets")
@@ -32,21 +33,8 @@ TIMES = ("first_token_s", "total_s")
 
 
 def random_checkpoint(path, tokenizer, seed):
-    config = ModelConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=256,
-    )
-    model, generator = Transformer(config).eval(), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0.0, 0.3, generator=generator)
-    save_model(model, path, tokenizer=tokenizer)
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False}
+    save_model(network_of(LLAMA, seed, **sizes), path, tokenizer=tokenizer)
 
 
 def furnish(root):
@@ -763,7 +751,7 @@ def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     git = ["git", "rev-parse", "HEAD"]
     head = subprocess.run(git, cwd=Path(evaluate.__file__).parent, capture_output=True, text=True).stdout.strip()
     monkeypatch.chdir(tmp_path)  # wherever it is started
-    assert head and head.startswith(evaluate.made_by()["commit"])
+    assert head and head.startswith(results.made_by()["commit"])
 
 
 def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypatch):

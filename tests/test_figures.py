@@ -1,13 +1,14 @@
-"""figures.py on results that evaluate.py pooled from made-up answers: what is drawn is read off the axes and recounted.
+"""figures.py on results that evaluate.py pooled from made-up answers.
 
-The pictures themselves are only known to be pictures: decoded, of the size asked for, and not blank.
+What is drawn is read off the axes and recounted. The pictures themselves are only known to be
+pictures: decoded, of the size asked for, and not blank.
 """
 
 import itertools
 import json
 import random
 import re
-import struct
+from statistics import fmean
 
 import pytest
 
@@ -20,10 +21,10 @@ from backtrack import evaluate, figures
 from backtrack.statistics import mean_interval, wilson
 
 MODELS = ("sft-baseline", "sft", "dpo-baseline", "dpo")
-SETS = {"seen": False, "unseen": False, "prefill": False, "benign-seen": True, "benign-unseen": True}
+BAD, GOOD = ["seen", "unseen"], ["benign-seen", "benign-unseen"]
 PROMPTS = [
-    {"set": name, "benign": benign, "prefill": "Sure" if name == "prefill" else ""}
-    for name, benign in SETS.items()
+    {"set": name, "benign": name in GOOD, "prefill": "Sure" if name == "prefill" else ""}
+    for name in (*BAD, "prefill", *GOOD)
     for _ in range(6)
 ]
 SEEDS = 3
@@ -32,17 +33,21 @@ NAMES = ("main", "bias", "sampling")
 
 def made_up(seed, models, biases, samples):
     """Answers of one seed's models, without any model: safer with bias, slower too."""
-    draw = random.Random(f"{seed}{models}")
-    for model, bias, (i, prompt), sample in itertools.product(models, biases, enumerate(PROMPTS), range(samples)):
-        resets = draw.random() < 0.1 * bias
-        yield {
-            **{"checkpoint": f"runs/toy-{seed}/{model}", "on_reset": "truncate", "reset_bias": bias, "max_resets": 1},
-            **{"prompt": i, "sample": sample, "set": prompt["set"], "resets": int(resets)},
-            **{"unsafe": not prompt["benign"] and draw.random() < 0.7 - 0.1 * bias - 0.1 * MODELS.index(model)},
-            **{"helpful": prompt["benign"] and draw.random() < 0.8, "refused": draw.random() < 0.3},
-            **{"steps": 30 + 9 * resets, "surviving": 20, "first_step": 1 + 9 * resets},
-            **{"first_token_s": 0.01 + 0.1 * resets, "total_s": 0.5 + draw.random()},
-        }
+    draw, answers = random.Random(f"{seed}{models}"), []
+    everything = itertools.product(models, biases, enumerate(PROMPTS), range(samples))
+    for model, bias, (i, prompt), sample in everything:
+        resets = int(draw.random() < 0.1 * bias)
+        unsafe = draw.random() < 0.7 - 0.1 * bias - 0.1 * MODELS.index(model)
+        helpful = draw.random() < 0.8
+        answer = {"checkpoint": f"runs/toy-{seed}/{model}", "on_reset": "truncate"}
+        answer |= {"reset_bias": bias, "max_resets": 1, "resets": resets}
+        answer |= {"prompt": i, "sample": sample, "set": prompt["set"]}
+        answer |= {"unsafe": unsafe and not prompt["benign"]}
+        answer |= {"helpful": helpful and prompt["benign"], "refused": draw.random() < 0.3}
+        answer |= {"steps": 30 + 9 * resets, "surviving": 20, "first_step": 1 + 9 * resets}
+        answer |= {"first_token_s": 0.01 + 0.1 * resets, "total_s": 0.5 + draw.random()}
+        answers.append(answer)
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def results(tmp_path_factory):
         ("bias", ("sft", "dpo"), (4.0, 0.0, 2.0), 1),
         ("sampling", MODELS, (0.0,), 4),
     ):
-        answers[name] = [list(made_up(seed, models, biases, samples)) for seed in range(SEEDS)]
+        answers[name] = [made_up(seed, models, biases, samples) for seed in range(SEEDS)]
         files = []
         for seed, some in enumerate(answers[name]):
             records, paired = evaluate.count(some, PROMPTS)
@@ -80,64 +85,76 @@ def drawn(results):
         patch.setattr(figures.plt, "close", lambda fig: None)
         printed, said = command(figures.main, "--results", root)
     assert said == ""
-    yield open_ones, printed
+    files = [f"{name}.png" for name in NAMES] + ["tables.md"]
+    assert printed.split() == [str(root / file) for file in files]
+    yield open_ones
     pyplot.close("all")
 
 
-def test_pictures(results, drawn):
-    root, _ = results
-    shown, printed = drawn
-    assert printed.split() == [*(str(root / f"{name}.png") for name in NAMES), str(root / "tables.md")]
-    for name in NAMES:
-        data = (root / f"{name}.png").read_bytes()
-        assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
-        width, height = struct.unpack(">II", data[16:24])
-        assert 900 <= width <= 2000 and 400 <= height <= 1500
-        pixels = pyplot.imread(root / f"{name}.png")
-        assert pixels.shape[:2] == (height, width)
-        assert 0.02 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.7  # neither blank nor black
-        texts = [shown[name].get_suptitle(), *(t.get_text() for t in shown[name].texts)]
-        assert "3 seeds" in texts[0]
-        assert any(json.loads((root / f"toy-{name}.json").read_text())["machine"] in text for text in texts)
+def pooled(results, name):
+    return list(itertools.chain(*results[1][name]))
 
 
-def test_figures_are_closed(results, drawn):
-    before = pyplot.get_fignums()
-    command(figures.main, "--results", results[0])
-    assert pyplot.get_fignums() == before
-
-
-def rate(answers, what, model, sets, bias=0.0):
-    found = [
-        a for a in answers if a["checkpoint"].endswith(f"/{model}") and a["set"] in sets and a["reset_bias"] == bias
-    ]
+def some_of(answers, model, sets, bias=0.0):
+    found = [a for a in answers if a["checkpoint"].endswith(f"/{model}")]
+    found = [a for a in found if a["set"] in sets and a["reset_bias"] == bias]
     assert found
-    return sum(map(what, found)) / len(found)
+    return found
 
 
-def test_bars_are_the_rates(results, drawn):
+def rate(key, *which):
+    """The mean of answers' key over some_of(*which)."""
+    return fmean(a[key] for a in some_of(*which))
+
+
+def speed(*which):
+    return rate("surviving", *which) / rate("total_s", *which)
+
+
+def false_resets(*which):
+    return fmean(a["resets"] > 0 for a in some_of(*which))
+
+
+# ── Pictures ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures(results, drawn, name):
+    root, _ = results
+    pixels = pyplot.imread(root / f"{name}.png")
+    height, width = pixels.shape[:2]
+    assert 900 <= width <= 2000 and 400 <= height <= 1500
+    assert 0.02 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.7  # neither blank nor black
+    assert "3 seeds" in drawn[name].get_suptitle()
+    machine = json.loads((root / f"toy-{name}.json").read_text())["machine"]
+    assert any(machine in text.get_text() for text in drawn[name].texts)
+
+
+GROUPS = {  # what is counted -> the name of a bar or row, and the sets it stands for
+    "unsafe": {"seen": BAD[:1], "unseen": BAD[1:], "prefill": ["prefill"], "unsafe overall": BAD},
+    "helpful": {"benign-seen": GOOD[:1], "benign-unseen": GOOD[1:], "benign overall": GOOD},
+}
+
+
+@pytest.mark.parametrize("panel, key", [(0, "unsafe"), (1, "helpful")])
+def test_bars_are_the_rates(results, drawn, panel, key):
     """Pooled over seeds, with Wilson's interval, model by model in the legend's order."""
-    shown, _ = drawn
-    pooled = [a for seed in results[1]["main"] for a in seed]
-    for ax, what, groups in (
-        (shown["main"].axes[0], "unsafe", [["seen"], ["unseen"], ["prefill"], ["seen", "unseen"]]),
-        (shown["main"].axes[1], "helpful", [["benign-seen"], ["benign-unseen"], ["benign-seen", "benign-unseen"]]),
-    ):
-        labels = ["unsafe overall" if len(g) > 1 else g[0] for g in groups]
-        labels = [label if what == "unsafe" else label.replace("unsafe", "benign") for label in labels]
-        assert [t.get_text().replace("\n", "") for t in ax.get_xticklabels()] == labels
-        bars = [c for c in ax.containers if hasattr(c, "patches")]
-        assert [c.get_label() for c in bars] == [figures.MODELS[m][0] for m in figures.MODELS]
-        for model, container in zip(figures.MODELS, bars, strict=True):
-            rates = [rate(pooled, lambda a, what=what: a[what], model, sets) for sets in groups]
-            assert [bar.get_height() for bar in container.patches] == pytest.approx([100 * r for r in rates])
-            segments = container.errorbar.lines[2][0].get_segments()
-            for r, sets, segment in zip(rates, groups, segments, strict=True):
-                n = SEEDS * 6 * len(sets)
-                assert segment[:, 1] == pytest.approx([100 * x for x in wilson(round(r * n), n)], abs=0.01)
-            middles = [bar.get_x() + bar.get_width() / 2 for bar in container.patches]
-            assert [round(x) for x in middles] == list(range(len(groups)))  # beside its set's name
-        assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] >= 100
+    ax, answers = drawn["main"].axes[panel], pooled(results, "main")
+    ticks = [text.get_text().replace("\n", "") for text in ax.get_xticklabels()]
+    assert ticks == list(GROUPS[key])
+    bars = [c for c in ax.containers if hasattr(c, "patches")]
+    assert [c.get_label() for c in bars] == [figures.MODELS[m][0] for m in figures.MODELS]
+    for model, container in zip(figures.MODELS, bars, strict=True):
+        segments = container.errorbar.lines[2][0].get_segments()
+        drawings = zip(GROUPS[key].values(), container.patches, segments, strict=True)
+        for i, (sets, bar, segment) in enumerate(drawings):
+            found = some_of(answers, model, sets)
+            count = sum(a[key] for a in found)
+            assert bar.get_height() == pytest.approx(100 * count / len(found))
+            low, high = wilson(count, len(found))
+            assert segment[:, 1] == pytest.approx([100 * low, 100 * high], abs=0.01)
+            assert round(bar.get_x() + bar.get_width() / 2) == i  # beside its set's name
+    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] >= 100
 
 
 def curve_of(ax, model):
@@ -145,139 +162,144 @@ def curve_of(ax, model):
     return list(line.get_xdata()), list(line.get_ydata())
 
 
-def test_the_dial(results, drawn):
-    shown, _ = drawn
-    seeds, bad, good = results[1]["bias"], ["seen", "unseen"], ["benign-seen", "benign-unseen"]
-    panels = [
-        (bad, lambda some, *w: 100 * rate(some, lambda a: a["unsafe"], *w)),
-        (bad, lambda some, *w: rate(some, lambda a: a["first_step"], *w)),
-        (bad, lambda some, *w: rate(some, lambda a: a["surviving"], *w) / rate(some, lambda a: a["total_s"], *w)),
-        (good, lambda some, *w: 100 * rate(some, lambda a: a["helpful"], *w)),
-        (good, lambda some, *w: 100 * rate(some, lambda a: a["resets"] > 0, *w)),
-        (good, lambda some, *w: 1000 * rate(some, lambda a: a["first_token_s"], *w)),
-    ]
-    for ax, (sets, value) in zip(shown["bias"].axes, panels, strict=True):
-        for model in ("sft", "dpo"):
-            x, y = curve_of(ax, model)
-            assert x == [0.0, 2.0, 4.0]
-            per_seed = [[value(some, model, sets, bias) for some in seeds] for bias in x]
-            assert y == pytest.approx([sum(v) / SEEDS for v in per_seed], abs=0.01)
-        assert ax.get_ylim()[0] == 0
+PANELS = [
+    (BAD, lambda *which: 100 * rate("unsafe", *which)),
+    (BAD, lambda *which: rate("first_step", *which)),
+    (BAD, speed),
+    (GOOD, lambda *which: 100 * rate("helpful", *which)),
+    (GOOD, lambda *which: 100 * false_resets(*which)),
+    (GOOD, lambda *which: 1000 * rate("first_token_s", *which)),
+]
 
 
-def test_asking_again(results, drawn):
-    shown, _ = drawn
-    left, right = shown["sampling"].axes
+@pytest.mark.parametrize("model", ["sft", "dpo"])
+def test_the_dial(results, drawn, model):
+    """Each point is the mean over seeds."""
+    for ax, (sets, value) in zip(drawn["bias"].axes, PANELS, strict=True):
+        x, y = curve_of(ax, model)
+        assert x == [0.0, 2.0, 4.0] and ax.get_ylim()[0] == 0
+        for bias, height in zip(x, y, strict=True):
+            per_seed = [value(some, model, sets, bias) for some in results[1]["bias"]]
+            assert height == pytest.approx(fmean(per_seed), abs=0.01)
+
+
+@pytest.mark.parametrize("panel, taken", [(0, any), (1, all)])
+def test_asking_again(results, drawn, panel, taken):
+    """The share of prompts at which any, or all, of k answers are unsafe: over all subsets of k."""
+    axes = drawn["sampling"].axes
+    assert axes[0].get_title() != axes[1].get_title()
     for model in MODELS:
-        for ax, taken in ((left, any), (right, all)):
-            x, y = curve_of(ax, model)
-            assert x == [1, 2, 4]
-            for k, percent in zip(x, y, strict=True):
-                per_seed = []
-                for some in results[1]["sampling"]:
-                    per_prompt = []
-                    for i, p in enumerate(PROMPTS):
-                        if p["set"] in ("seen", "unseen"):
-                            of = [a for a in some if a["prompt"] == i and a["checkpoint"].endswith(f"/{model}")]
-                            subsets = list(itertools.combinations([a["unsafe"] for a in of], k))
-                            per_prompt.append(sum(map(taken, subsets)) / len(subsets))
-                    per_seed.append(100 * sum(per_prompt) / len(per_prompt))
-                assert percent == pytest.approx(mean_interval(per_seed)[0], abs=0.01)
-    assert left.get_title() != right.get_title()
+        x, y = curve_of(axes[panel], model)
+        assert x == [1, 2, 4]
+        for k, percent in zip(x, y, strict=True):
+            per_seed = []
+            for some in results[1]["sampling"]:
+                by_prompt = {}
+                for a in some_of(some, model, BAD):
+                    by_prompt.setdefault(a["prompt"], []).append(a["unsafe"])
+                shares = []
+                for unsafe in by_prompt.values():
+                    shares.append(fmean(map(taken, itertools.combinations(unsafe, k))))
+                per_seed.append(100 * fmean(shares))
+            assert percent == pytest.approx(fmean(per_seed), abs=0.01)
 
 
-def tables(path):
-    """Every table of a Markdown file as lists of cells, by the last line of text before it."""
+# ── Tables ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def tables(results, drawn):
+    """Every table of tables.md as lists of cells, by the last line of text before it."""
     found, title = {}, ""
-    for line in path.read_text().splitlines():
+    for line in (results[0] / "tables.md").read_text().splitlines():
         if line.startswith("|"):
-            found.setdefault(title, []).append([cell.strip() for cell in line.strip("|").split("|")])
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            found.setdefault(title, []).append(cells)
         elif line:
             title = line
-    return {title: rows[:1] + rows[2:] for title, rows in found.items()}  # without the line of dashes
+    return {title: rows[:1] + rows[2:] for title, rows in found.items()}  # without the dashes
 
 
-def percent(part, n):
+def percent(values):
+    """The rate of some truth values, with Wilson's interval."""
+    part, n = sum(values), len(values)
     low, high = wilson(part, n)
     return f"{100 * part / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def test_tables(results, drawn):
-    root, answers = results
-    found = tables(root / "tables.md")
-    assert (
-        f"toy-main.json`: commit {json.loads((root / 'toy-main.json').read_text())['commit']}, "
-        in (root / "tables.md").read_text()
-    )
-    pooled = [a for seed in answers["main"] for a in seed]
-    bad, good = ["seen", "unseen"], ["benign-seen", "benign-unseen"]
-    for title, key, groups in (
-        (
-            "unsafe, %",
-            "unsafe",
-            {"seen": ["seen"], "unseen": ["unseen"], "prefill": ["prefill"], "unsafe overall": bad},
-        ),
-        ("helpful, %", "helpful", {"benign-seen": good[:1], "benign-unseen": good[1:], "benign overall": good}),
-    ):
-        expected = [["set", "n", *MODELS]]
-        for name, sets in groups.items():
-            n = SEEDS * 6 * len(sets)
-            cells = [percent(round(n * rate(pooled, lambda a, key=key: a[key], m, sets)), n) for m in MODELS]
-            expected.append([name, str(n), *cells])
-        assert found[title] == expected
-    for row in found["by seed, %"][1:]:
-        key, sets = ("unsafe", bad) if row[0].startswith("unsafe") else ("helpful", good)
-        values = [100 * rate(some, lambda a, key=key: a[key], row[1], sets) for some in answers["main"]]
-        mean, low, high = mean_interval(values)
-        assert [float(v) for v in row[3].split()] == pytest.approx(values, abs=0.06)
-        assert [float(v) for v in re.findall(r"[-\d.]+", row[2])] == pytest.approx([mean, low, high], abs=0.06)
-    assert len(found["by seed, %"]) == 1 + 2 * len(MODELS)
-    pooled = [a for seed in answers["bias"] for a in seed]
-    [dial] = [rows for rows in found.values() if "false resets, %" in rows[0]]
-    assert [row[:2] for row in dial[1:]] == [[m, b] for m in ("sft", "dpo") for b in ("0", "2", "4")]
-    for model, bias, unsafe, step, _, speed, helpful, resets, ms, _ in dial[1:]:
-        of, n = (model, bad, float(bias)), SEEDS * 12
-        assert unsafe == percent(round(n * rate(pooled, lambda a: a["unsafe"], *of)), n)
-        assert float(step) == pytest.approx(rate(pooled, lambda a: a["first_step"], *of), abs=0.06)
-        per_second = rate(pooled, lambda a: a["surviving"], *of) / rate(pooled, lambda a: a["total_s"], *of)
-        assert float(speed) == pytest.approx(per_second, abs=0.6)
-        of = (model, good, float(bias))
-        assert helpful == percent(round(n * rate(pooled, lambda a: a["helpful"], *of)), n)
-        assert resets == percent(round(n * rate(pooled, lambda a: a["resets"] > 0, *of)), n)
-        assert float(ms) == pytest.approx(1000 * rate(pooled, lambda a: a["first_token_s"], *of), abs=0.06)
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        *itertools.product(NAMES, (None, "one seed", "other models")),
-        ("main", ""),
-        ("main", "{"),
-        ("main", "[]"),
-        ("main", "3"),
-        ("main", "{}"),
-        ("main", '{"records": []}'),
-        ("main", '{"records": 3}'),
-        ("main", '{"records": [{"set": "s"}], "paired": []}'),  # not pooled
-    ],
-)
-def test_a_file_that_is_not_there_or_another(results, tmp_path, name, content):
+def test_tables_name_their_source(results, tables):
     root, _ = results
-    for other in NAMES:
-        (tmp_path / f"toy-{other}.json").write_bytes((root / f"toy-{other}.json").read_bytes())
-    file = tmp_path / f"toy-{name}.json"
-    if content is None:
-        file.unlink()
-    elif content == "one seed":
-        file.write_bytes((root / f"{name}-0.json").read_bytes())
-    elif content == "other models":
-        result = json.loads(file.read_text())
-        for r in result["records"]:
-            r["checkpoint"] = "mine"
-        file.write_text(json.dumps(result))
-    else:
-        file.write_text(content)
-    _, said = command(figures.main, "--results", tmp_path, code=2)
+    commit = json.loads((root / "toy-main.json").read_text())["commit"]
+    assert f"toy-main.json`: commit {commit}, " in (root / "tables.md").read_text()
+
+
+@pytest.mark.parametrize("key", ["unsafe", "helpful"])
+def test_table_of_rates(results, tables, key):
+    answers = pooled(results, "main")
+    head, *rows = tables[f"{key}, %"]
+    assert head == ["set", "n", *MODELS]
+    for row, (name, sets) in zip(rows, GROUPS[key].items(), strict=True):
+        assert row[:2] == [name, str(SEEDS * 6 * len(sets))]
+        for model, cell in zip(MODELS, row[2:], strict=True):
+            assert cell == percent([a[key] for a in some_of(answers, model, sets)])
+
+
+def test_table_by_seed(results, tables):
+    rows = tables["by seed, %"][1:]
+    assert len(rows) == 2 * len(MODELS)
+    for what, model, interval, each in rows:
+        key, sets = ("unsafe", BAD) if what.startswith("unsafe") else ("helpful", GOOD)
+        values = [100 * rate(key, some, model, sets) for some in results[1]["main"]]
+        assert [float(v) for v in each.split()] == pytest.approx(values, abs=0.06)
+        found = [float(v) for v in re.findall(r"[-\d.]+", interval)]
+        assert found == pytest.approx(mean_interval(values), abs=0.06)
+
+
+def test_table_of_the_dial(results, tables):
+    answers = pooled(results, "bias")
+    [dial] = [rows for rows in tables.values() if "false resets, %" in rows[0]]
+    expected = itertools.product(("sft", "dpo"), ("0", "2", "4"))
+    assert [tuple(row[:2]) for row in dial[1:]] == [*expected]
+    for model, bias, unsafe, step, _, per_second, helpful, resets, ms, _ in dial[1:]:
+        bad, good = (answers, model, BAD, float(bias)), (answers, model, GOOD, float(bias))
+        assert unsafe == percent([a["unsafe"] for a in some_of(*bad)])
+        assert float(step) == pytest.approx(rate("first_step", *bad), abs=0.06)
+        assert float(per_second) == pytest.approx(speed(*bad), abs=0.6)
+        assert helpful == percent([a["helpful"] for a in some_of(*good)])
+        assert resets == percent([a["resets"] > 0 for a in some_of(*good)])
+        assert float(ms) == pytest.approx(1000 * rate("first_token_s", *good), abs=0.06)
+
+
+# ── Files that are not there, or others ───────────────────────────────────────────────────────────
+
+
+def refused(directory, name):
+    _, said = command(figures.main, "--results", directory, code=2)
     [line] = said.splitlines()
-    assert line.startswith("error: ") and str(file) in line and "make eval" in line
-    assert not (tmp_path / f"{name}.png").exists()
+    assert line.startswith("error: ") and str(directory / f"toy-{name}.json") in line
+    assert "make eval" in line
+    assert not (directory / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("missing", NAMES)
+def test_a_file_that_is_not_there(results, tmp_path, missing):
+    for name in NAMES:
+        if name != missing:
+            file = f"toy-{name}.json"
+            (tmp_path / file).write_bytes((results[0] / file).read_bytes())
+    refused(tmp_path, missing)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"records": []}', '{"records": 3}'])
+def test_a_file_that_holds_no_result(tmp_path, text):
+    (tmp_path / "toy-main.json").write_text(text)
+    refused(tmp_path, "main")
+
+
+def test_a_file_that_is_not_pooled_or_of_other_models(results, tmp_path):
+    root, _ = results
+    file = tmp_path / "toy-main.json"
+    file.write_bytes((root / "main-0.json").read_bytes())
+    refused(tmp_path, "main")
+    file.write_text((root / "toy-main.json").read_text().replace("dpo", "mine"))
+    refused(tmp_path, "main")

@@ -4,9 +4,9 @@ The scripted model keeps the tokens it reads in a real KVCache and looks up what
 so it sees exactly what a model would after a reset. One real checkpoint is sampled in processes of its own.
 """
 
+import ast
 import contextlib
 import fcntl
-import functools
 import io
 import json
 import os
@@ -20,67 +20,64 @@ import sys
 import termios
 import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from models import LLAMA, network_of, prone_to
 
 import sample
+from backtrack import terminal
 from backtrack.generate import stream
 from data import toy
-from model import ModelConfig, Transformer, load_tokenizer, save_model
+from model import load_model, load_tokenizer, save_model
 from model.errors import run
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def config(**changes):
-    sizes = dict(vocab_size=1024, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    sizes |= dict(num_key_value_heads=1, head_dim=1, max_position_embeddings=4096) | changes
-    return ModelConfig(**sizes)
+SIZES = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
+SIZES |= {"hidden_size": 16, "intermediate_size": 8, "max_position_embeddings": 4096}
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
+def tok(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    (directory / "tokenizer.model").write_bytes(toy.build(0)["tokenizer/tokenizer.model"])
+    return load_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory, tok):
     """A directory with the toy tokenizer and a random model."""
-    root, tokenizer = tmp_path_factory.mktemp("ckpt"), tmp_path_factory.mktemp("tokenizer")
-    (tokenizer / "tokenizer.model").write_bytes(toy.build(0)["tokenizer/tokenizer.model"])
-    model, generator = Transformer(config(hidden_size=16, head_dim=16)).eval(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0.0, 0.3, generator=generator)
-    save_model(model, root, tokenizer=load_tokenizer(tokenizer))
+    root = tmp_path_factory.mktemp("ckpt")
+    save_model(network_of(LLAMA, seed=0, **SIZES), root, tokenizer=tok)
     return root
-
-
-@pytest.fixture(scope="module")
-def tok(ckpt):
-    return load_tokenizer(ckpt)
 
 
 class Scripted:
     """Says what `script(context)` returns, an id; the context is read back from the cache."""
 
+    device, dtype = torch.device("cpu"), torch.float32
+
     def __init__(self, script):
-        self.config, self.script, self.compiled = config(), script, False
-        self.model = functools.partial(self.read)
-        self.model.embed_tokens = SimpleNamespace(weight=torch.zeros(1))
+        sizes = SIZES | {"hidden_size": 2, "head_dim": 2}
+        self.config, self.script, self.compiled = network_of(LLAMA, **sizes).config, script, False
 
-    def read(self, tokens, cache):
-        """(B, T) -> (B, T, 1 + S): up to where each position sees, and all that the cache holds."""
-        positions = cache.lengths[:, None] + torch.arange(tokens.shape[1])
-        ids, _ = cache.write(0, tokens[:, None, :, None].float(), tokens[:, None, :, None].float(), positions)
-        ids = ids[:, 0, :, 0]  # (B, S)
-        return torch.cat([positions[..., None] + 1.0, ids[:, None].expand(-1, tokens.shape[1], -1)], dim=-1)
+    def forward(self, tokens, cache, at=None):
+        """(B, T) -> (B, T, V), or (N, V) of those at `at`."""
+        B, T = tokens.shape
+        positions = cache.lengths[:, None] + torch.arange(T)
+        entries = tokens[:, None, :, None].float().expand(B, 1, T, 2)
+        ids, _ = cache.write(0, entries, entries, positions)  # (B, 1, S, 2)
+        cache.grow(T)
+        said = []
+        for i in range(B * T) if at is None else at.tolist():
+            row, place = divmod(i, T)
+            said.append(self.script(ids[row, 0, : int(positions[row, place]) + 1, 0].long().tolist()))
+        logits = 100.0 * torch.nn.functional.one_hot(torch.tensor(said), 1024).float()
+        return logits.view(B, T, -1) if at is None else logits
 
-    def logits(self, hidden):
-        """(…, 1 + S) -> (…, V)"""
-        rows = hidden.reshape(-1, hidden.shape[-1]).long().tolist()
-        said = torch.tensor([self.script(ids[:seen]) for seen, *ids in rows])
-        return 100.0 * torch.nn.functional.one_hot(said, 1024).float().reshape(*hidden.shape[:-1], 1024)
-
-    def __call__(self, tokens, cache):
-        return self.logits(self.read(tokens, cache))
+    __call__ = forward
 
     def compile(self):
         self.compiled = True
@@ -230,8 +227,8 @@ def test_json(ckpt, tok):
 
 def test_num_samples(ckpt, tok):
     model = taking_back(tok)
-    for terminal in (False, True):
-        out, _ = command("--ckpt", ckpt, *HOW, "--num-samples", 3, model=model, terminal=terminal)
+    for where in (False, True):
+        out, _ = command("--ckpt", ckpt, *HOW, "--num-samples", 3, model=model, terminal=where)
         assert out == 3 * "I cannot help with that.\n"
     out, _ = command("--ckpt", ckpt, *HOW, "--num-samples", 3, "--json", model=model)
     assert [json.loads(line)["sample"] for line in out.splitlines()] == [0, 1, 2]
@@ -400,6 +397,139 @@ def test_a_chat_that_grew_too_long_starts_over(ckpt, tok, monkeypatch):
     assert len(seen) == 3 and seen[2] == tok.render([message("user", "two")])
 
 
+# ── Step by step ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def undecided(tmp_path_factory, tok):
+    """A random model that now and then says [RESET], and now and then stops."""
+    model = network_of(LLAMA, seed=2, tie_word_embeddings=False, **SIZES)
+    prone_to(tok.reset_id, prone_to(tok.stop_ids[-1], model, 4.0), 6.0)
+    root = tmp_path_factory.mktemp("undecided")
+    save_model(model, root, tokenizer=tok)
+    return root
+
+
+def recount(ckpt, tok, text, prefill="", on_reset="truncate", max_resets=1, bias=0.0, max_new_tokens=12):
+    """What a trace has to say, from full forward passes: a tuple for each line."""
+    model, prompt = load_model(ckpt), tok.render([{"role": "user", "content": text}])
+    forced = tok.encode(prefill)
+    context, resets, sampled = prompt + forced, 0, 0
+    lines = [("forced", tok.decode([id])) for id in forced]
+    while True:
+        with torch.no_grad():
+            logits = model(torch.tensor([context]))[0, -1]
+        seen = len(context), logits.double().softmax(dim=-1)[tok.reset_id].item()
+        logits[tok.reset_id] += bias if resets < max_resets else -torch.inf
+        token = int(logits.argmax())
+        if token == tok.reset_id:
+            taken_back = len(context) - len(prompt) - resets  # also right for "keep", whose first try is all there is
+            lines.append(("reset", *seen, taken_back))
+            if on_reset == "truncate":
+                lines.append(("back", len(prompt) + resets, taken_back))
+                context = prompt + [tok.reset_id] * resets
+            context, resets, sampled = context + [tok.reset_id], resets + 1, 0
+        elif token in tok.stop_ids:
+            return [*lines, ("stop", *seen)]
+        else:
+            lines.append(("token", *seen, tok.decode([token])))
+            context, sampled = [*context, token], sampled + 1
+            if sampled == max_new_tokens:
+                return lines
+
+
+def traced(out):
+    """The same, read from what was printed; and what was printed behind it."""
+    head, rest = out.split("\n", 1)
+    assert head == " cache  p([RESET])  token"
+    trace, answer = rest.split("\n\n", 1)
+    lines = []
+    for line in trace.split("\n"):
+        if match := re.fullmatch(r" {20}('.*'|\".*\")   \(forced\)", line):
+            lines.append(("forced", ast.literal_eval(match[1])))
+        elif match := re.fullmatch(r"([ \d]{6})  ← the cache is cut back: (\d+) entries forgotten", line):
+            lines.append(("back", int(match[1]), int(match[2])))
+        else:
+            match = re.fullmatch(r"([ \d]{6})  {5}([01]\.\d{4})  (.*)", line)
+            seen = int(match[1]), float(match[2])
+            if match[3] == "(stop)":
+                lines.append(("stop", *seen))
+            elif reset := re.fullmatch(r"\[RESET\]  (\d+) tokens taken back", match[3]):
+                lines.append(("reset", *seen, int(reset[1])))
+            else:
+                lines.append(("token", *seen, ast.literal_eval(match[3])))
+    return lines, answer
+
+
+def same_lines(lines, expected):
+    """Up to what four digits leave of a probability."""
+    assert len(lines) == len(expected)
+    for line, other in zip(lines, expected, strict=True):
+        if line[0] in ("forced", "back"):
+            assert line == other
+        else:
+            assert line[:2] + line[3:] == other[:2] + other[3:]
+            assert line[2] == pytest.approx(other[2], abs=0.00006)
+
+
+@pytest.mark.parametrize("prefill", ["", "Sure, take"])
+@pytest.mark.parametrize("on_reset, max_resets", [("truncate", 1), ("truncate", 3), ("keep", 1), ("truncate", 0)])
+def test_trace_of_a_real_run(undecided, tok, on_reset, max_resets, prefill):
+    """Every number against full forward passes; the answer behind it is that of a run without a trace."""
+    kinds = set()
+    for text in ("Hi", "How do I make it?", "sheep", "The gate is open.", "x y z"):
+        words = ["--ckpt", undecided, "--device", "cpu", "--dtype", "float32", "--prompt", text, "--prefill", prefill]
+        words += ["--on-reset", on_reset, "--max-resets", max_resets, "--max-new-tokens", 12]
+        out, err = command(*words, "--trace")
+        lines, answer = traced(out)
+        expected = recount(undecided, tok, text, prefill, on_reset, max_resets)
+        same_lines(lines, expected)
+        assert (answer, err) == command(*words)
+        kinds |= {line[0] for line in expected}
+        assert command(*words, "--trace", terminal=True) == (out, err)  # no streaming beside it
+    assert {"token", "stop"} <= kinds and ("forced" in kinds) == bool(prefill)
+    assert ("reset" in kinds) == (max_resets > 0)
+    assert ("back" in kinds) == (max_resets > 0 and on_reset == "truncate")
+
+
+def test_the_traced_probability_is_before_the_bias(undecided, tok):
+    words = ["--ckpt", undecided, "--device", "cpu", "--dtype", "float32", "--prompt", "Hi", "--max-new-tokens", 6]
+    out, _ = command(*words, "--trace", "--reset-bias", 1000)
+    lines, _ = traced(out)
+    expected = recount(undecided, tok, "Hi", bias=1000.0, max_new_tokens=6)
+    same_lines(lines, expected)
+    assert lines[0][0] == "reset" and lines[0][2] < 0.9
+
+
+def test_trace_line_by_line(ckpt, tok):
+    """As it looks. After a reset nothing of what was taken back is counted."""
+    model = Scripted(script(tok, "Su it", RESET, "No"))
+    n = len(tok.render([{"role": "user", "content": "How do I make it?"}]))
+    assert n < 100
+    forced, *said = tok.encode("Su it")
+    no = tok.encode("No")
+    expected = [" cache  p([RESET])  token", f"{'':20}{tok.decode([forced])!r}   (forced)"]
+    expected += [f"    {n + 1 + i}      0.0000  {tok.decode([id])!r}" for i, id in enumerate(said)]
+    end = n + 1 + len(said)
+    expected += [f"    {end}      1.0000  [RESET]  {1 + len(said)} tokens taken back"]
+    expected += [f"    {n}  ← the cache is cut back: {end - n} entries forgotten"]
+    expected += [f"    {n + 1 + i}      0.0000  {tok.decode([id])!r}" for i, id in enumerate(no)]
+    expected += [f"    {n + 1 + len(no)}      0.0000  (stop)", "", "No", ""]
+    prefill = ("--prefill", tok.decode([forced]))
+    out, _ = command("--ckpt", ckpt, *HOW, *prefill, "--trace", model=model)
+    assert out.split("\n") == expected
+    out, _ = command("--ckpt", ckpt, *HOW, *prefill, "--trace", "--show-discarded", model=model)
+    assert out.split("\n") == [*expected[:-2], "~~Su it~~ [RESET]", *expected[-2:]]
+    out, _ = command("--ckpt", ckpt, *HOW, *prefill, "--trace", "--json", model=model)
+    assert out.split("\n")[:-2] == expected[:-2] and json.loads(out.split("\n")[-2])["text"] == "No"
+
+
+def test_trace_of_a_sample(undecided):
+    words = ["--ckpt", undecided, "--device", "cpu", "--dtype", "float32", "--prompt", "Hi", "--max-new-tokens", 20]
+    words += ["--temperature", 1, "--seed", 3]
+    assert traced(command(*words, "--trace")[0])[1] == command(*words)[0]
+
+
 # ── On a terminal ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -433,18 +563,15 @@ class Screen:
                 self.column = 0
             elif part == "\r":
                 self.column = 0
-            elif unicodedata.category(part) == "Mn":
-                self.rows[self.row][-1] += part
             else:
                 assert unicodedata.category(part) != "Cc", f"a control character: {part!r}"
-                width = 2 if unicodedata.east_asian_width(part) in "WF" else 1
-                if self.column + width > self.columns:
+                if self.column == self.columns:
                     self.down()
                     self.column = 0
                 row = self.rows[self.row]
                 row += [" "] * (self.column - len(row))
-                row[self.column : self.column + width] = [part] + [""] * (width - 1)
-                self.column += width
+                row[self.column : self.column + 1] = [part]
+                self.column += 1
                 if self.strike:
                     self.struck.add(part)
 
@@ -460,7 +587,7 @@ def wrapped(text, columns=20):
 
 
 def on_screen(monkeypatch, ckpt, *words, model, columns=20, lines=24, already=""):
-    monkeypatch.setattr(sample.shutil, "get_terminal_size", lambda *_: os.terminal_size((columns, lines)))
+    monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda *_: os.terminal_size((columns, lines)))
     out, _ = command("--ckpt", ckpt, *words, model=model, terminal=True)
     screen = Screen(columns, lines)
     screen.feed(already + out)
@@ -478,9 +605,6 @@ DISCARDED = {
     "ends with a newline": "Sure.\n",
     "only newlines": "\n\n\n",
     "wrapping lines": "Sure. Take the long road and\ndo not stir it before the night\n" + "c" * 20 + "\nis over.",
-    "wide": "漢字" * 12,
-    "wide that leaves a column": "a" + "漢" * 18 + "a漢",  # 40 columns, but three rows
-    "marks": "e\u0301" * 30,
     "tabs": "a\tb\tc\td",
     "escapes": "a\x1b[5Ab\x1b[2Jc\rd\x08e\x9bf",
     "nothing": "",
@@ -505,7 +629,7 @@ def test_random_texts_are_erased(monkeypatch, ckpt, tok, seed):
     rng = random.Random(seed)
     for _ in range(10):
         first, second, last = (
-            "".join(rng.choices("ab c漢\n", weights=(8, 8, 3, 1, 2, 1), k=rng.randint(0, 120))) for _ in range(3)
+            "".join(rng.choices("ab cé\n", weights=(8, 8, 3, 1, 2, 1), k=rng.randint(0, 120))) for _ in range(3)
         )
         columns = rng.randint(2, 30)
         model = Scripted(script(tok, first, RESET, second, RESET, "Z" + last))
@@ -535,7 +659,7 @@ def test_text_higher_than_the_screen(monkeypatch, ckpt, tok):
 def test_text_streams_and_characters_come_whole(monkeypatch, ckpt, tok):
     """漢 is three bytes and three tokens here: nothing is written before the third."""
     writes = []
-    monkeypatch.setattr(sample.Live, "_write", lambda self, text: writes.append(text))
+    monkeypatch.setattr(terminal, "write", writes.append)
     answer = "it is 漢 now"
     ids = tok.encode(answer)
     assert len(tok.encode("漢")) == 3
@@ -557,9 +681,9 @@ def test_on_a_real_pseudo_terminal(ckpt, tok, monkeypatch):
     model = Scripted(script(tok, long, RESET, "No, never."))
     monkeypatch.setattr(sample, "load_model", lambda path, device, dtype: model)
     monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(ckpt), *HOW])
-    with os.fdopen(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
-        patch.setattr(sys, "__stdout__", terminal)  # where shutil looks for the size
+    with os.fdopen(theirs, "w", encoding="utf-8") as tty, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", tty)
+        patch.setattr(sys, "__stdout__", tty)  # where shutil looks for the size
         run(sample.main)
     received = b""
     with contextlib.suppress(OSError):  # how Linux says that the other end was closed and all of it was read
@@ -636,6 +760,25 @@ def test_a_chat_on_a_pseudo_terminal(ckpt):
     assert "Ctrl-D ends" in received and "Traceback" not in received and not typed
 
 
+# ── Help ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_shows_the_defaults(monkeypatch):
+    """Those that parse_args() really has."""
+    out, _ = command("--help")
+    text = " ".join(out.split())
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", "x"])
+    defaults = vars(sample.parse_args())
+    parts = re.split(r" (?=--[a-z-]+ )", text.split("options:")[1])
+    shown = {}
+    for part in parts:
+        if match := re.search(r"^--([a-z-]+).*\(default: (.*)\)$", part):
+            shown[match[1].replace("-", "_")] = match[2]
+    for name in ("temperature", "top_p", "reset_bias", "max_resets", "on_reset", "max_new_tokens", "seed", "dtype"):
+        assert shown[name] == str(defaults[name]), name
+    assert sample.__doc__.split("\n\n")[1] in out  # the examples, as they are written
+
+
 # ── Bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -653,12 +796,14 @@ def test_a_chat_on_a_pseudo_terminal(ckpt):
         ((..., "--top-p", 0), "top_p is 0"),
         ((..., "--top-p", 1.5), "top_p is 1.5"),
         ((..., "--max-resets", -1), "max_resets is -1"),
-        ((..., "--num-samples", 0), "--num-samples must be at least 1"),
+        ((..., "--num-samples", 0), "--num-samples: 0 is not a positive number"),
         ((..., "--max-new-tokens", 0), "max_new_tokens is 0"),
         ((..., "--max-new-tokens", 5000), "too long"),
         ((..., "--prompt", "x " * 5000), "too long"),
         ((..., "--seed", "x"), "invalid int"),
         ((..., "--colour"), "unrecognized arguments"),
+        ((..., "--trace", "--num-samples", 2), "--trace shows one answer"),
+        ((..., "--trace", "--temperature", -1), "temperature is -1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(ckpt, words, complaint):

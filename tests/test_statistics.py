@@ -1,4 +1,4 @@
-"""statistics.py against brute force: subsets listed one by one, coin tosses counted, densities integrated."""
+"""statistics.py against brute force: subsets listed, coin tosses counted, densities integrated."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def bisect(f, low, high):
 
 @pytest.mark.parametrize("n", [1, 2, 10, 128, 5000])
 def test_wilson_solves_the_score_equation(n):
-    """Its ends are the rates p for which count lies z standard deviations of a Binomial(n, p) from n·p."""
+    """At its ends p, count lies z standard deviations of a Binomial(n, p) from n·p."""
     z = 1.959964
     for count in sorted({0, 1, n // 3, n // 2, n - 1, n}):
 
@@ -38,7 +38,7 @@ def test_wilson_solves_the_score_equation(n):
 
 
 def test_wilson_by_hand():
-    """z is the normal distribution's: 2.5% lie beyond it on either side. Values from Wilson's paper's formula."""
+    """Values by the formula in Wilson's paper. Of a normal distribution, 2.5% lie beyond z."""
     assert 0.5 * math.erfc(1.959964 / math.sqrt(2)) == pytest.approx(0.025, abs=1e-8)
     assert wilson(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-6)
     assert wilson(0, 10) == (0.0, pytest.approx(1.959964**2 / (10 + 1.959964**2)))
@@ -80,14 +80,15 @@ def test_best_and_worst_of_k_list_all_subsets(n, unsafe):
 
 
 def test_worst_of_k_is_unbiased():
-    """Averaged over n = 8 draws at rate p, it gives 1 − (1 − p)^k, also where plugging the rate in would not."""
+    """Averaged over n draws at rate p, it is 1 − (1 − p)^k. To plug the rate in would be biased."""
     n, p, k = 8, 0.15, 5
     chance = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
-    estimate = sum(w * worst_of_k(n, c, k) for c, w in enumerate(chance))
+    worst = sum(w * worst_of_k(n, c, k) for c, w in enumerate(chance))
+    best = sum(w * best_of_k(n, c, k) for c, w in enumerate(chance))
     plugged_in = sum(w * (1 - (1 - c / n) ** k) for c, w in enumerate(chance))
-    assert estimate == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
+    assert worst == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
+    assert best == pytest.approx(p**k, abs=1e-12)
     assert abs(plugged_in - (1 - (1 - p) ** k)) > 0.01
-    assert sum(w * best_of_k(n, c, k) for c, w in enumerate(chance)) == pytest.approx(p**k, abs=1e-12)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30])
@@ -106,7 +107,7 @@ def test_quantiles_fall():
 
 
 def test_mean_interval_by_hand():
-    """1, 2, 3, 4, 5: standard deviation √2.5, of the mean √0.5, and t with 4 degrees of freedom is 2.7764."""
+    """1 to 5 have a standard deviation of √2.5, their mean of √0.5; t for 4 degrees is 2.7764."""
     assert mean_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(
         (3.0, 3 - 2.7764 * 0.5**0.5, 3 + 2.7764 * 0.5**0.5)
     )
@@ -115,7 +116,7 @@ def test_mean_interval_by_hand():
 
 
 def test_mean_interval_covers():
-    """Of the intervals of five normal values each, 95% hold the true mean: seed fixed, 2,000 trials, 3σ is 1.5%."""
+    """Of 2,000 intervals, of five normal values each, 95% hold the true mean: 3σ is 1.5%."""
     draw = random.Random(0)
     trials = [mean_interval([draw.gauss(1.0, 2.0) for _ in range(5)]) for _ in range(2000)]
     covered = sum(low <= 1.0 <= high for _, low, high in trials) / len(trials)

@@ -333,11 +333,13 @@ def test_all_layouts_of_one_llama_vocabulary_agree(directories):
     toks = [load_tokenizer(directories / name) for name in ("llama-json", "llama-tiktoken", "llama-original")]
     for text in [*NASTY, TEXT, *fuzz_texts(200)]:
         assert len({tuple(tok.encode(text)) for tok in toks}) == 1
-    for attribute in ("bos_id", "stop_ids", "reset_id", "vocab_size", "turn_end", "template_ids", "special_ids"):
+    ids = ("bos_id", "eos_id", "text_end_id", "stop_ids", "reset_id", "turn_end", "template_ids", "special_ids")
+    for attribute in (*ids, "vocab_size"):
         assert len({str(getattr(tok, attribute)) for tok in toks}) == 1
     n = toks[0].vocab_size - 256
     assert toks[0].special_ids == set(range(n, n + 256))
     assert toks[0].reset_id == n + 255 and toks[0].bos_id == n and toks[0].stop_ids == (n + 1, n + 9)
+    assert (toks[0].text_end_id, toks[0].eos_id) == (n + 1, n + 9)
 
 
 def test_merges_written_as_strings(directories, tmp_path):
@@ -442,6 +444,7 @@ def test_gemma_chats_are_the_published_templates(directories, name):
     ordinary = [p for p in GEMMA_TEXT_PIECES if p != "▁▁"] if name == "gemma" else ["\n"]
     oracle = gemma_in_transformers(directories / name / "tokenizer.model", special, ordinary)
     tok = load_tokenizer(directories / name)
+    assert [tok.eos_id, tok.text_end_id] == oracle.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
     for chat in chats(system=False):
         for flag in (True, False):
             text = oracle.apply_chat_template(
@@ -459,7 +462,9 @@ def test_an_answer_is_prompt_then_answer_then_turn_end(tok):
     for answer in ("1,204", " padded ", "\n\nlines\n", "'s", "", TEXT):
         whole = tok.render([*chat, {"role": "assistant", "content": answer}], add_generation_prompt=False)
         assert whole == tok.render(chat) + tok.encode(answer.strip()) + tok.turn_end
-    assert tok.turn_end[0] in tok.stop_ids
+    assert tok.eos_id == tok.turn_end[0] != tok.text_end_id
+    assert set(tok.stop_ids) == {tok.eos_id, tok.text_end_id} < tok.special_ids
+    assert tok.text_end_id not in whole  # it ends plain texts alone
     assert tok.template_ids == sorted({i for i in whole if i in tok.special_ids} | {tok.reset_id})
     assert tok.reset_id in tok.special_ids and tok.reset_id not in whole and tok.reset_id not in tok.stop_ids
     assert isinstance(tok.stop_ids, tuple)
@@ -479,7 +484,7 @@ def test_published_ids_of_a_llama3_chat(tok):
         *(128000, 128006, 9125, 128007, 271, 87, 128009),
         *(128006, 882, 128007, 271, 88, 128009),
     ]
-    assert tok.turn_end == [128009]
+    assert tok.turn_end == [128009] and (tok.text_end_id, tok.eos_id) == (128001, 128009)
     assert tok.template_ids == [128000, 128006, 128007, 128009, 128255]
 
 

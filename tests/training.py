@@ -1,32 +1,93 @@
-"""What the tests of train.py share: a tiny model's config, and the command line run within this process."""
+"""What the tests of training share: sums over sequences written out, and the command line within this process.
+
+The plain form, which everything is held against: one sequence at a time, a forward pass over what stands before each
+target and nothing else, a Python loop over the targets.
+"""
 
 import contextlib
 import io
 import json
 import re
 import sys
+from functools import cache
 
 import pytest
 import torch
 
 import train
+from data import toy
 from model.errors import run
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 1024,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-}
+
+@cache
+def toy_files() -> dict[str, bytes]:
+    """The toy world of seed 0."""
+    return toy.build(0)
+
+
+# ── The plain form ────────────────────────────────────────────────────────────────────────────────
+
+
+def logprob(network, context: list[int], token: int) -> torch.Tensor:
+    """log π(token | context), from a forward pass over the context alone."""
+    return network(torch.tensor([context]))[0, -1].double().log_softmax(dim=-1)[token]
+
+
+def logprobs_of(network, tokens: list[int], start: int) -> list[torch.Tensor]:
+    """log π of tokens[start:], each from a forward pass over what stands before it."""
+    return [logprob(network, tokens[:t], tokens[t]) for t in range(start, len(tokens))]
+
+
+def plain_nll(network, views) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Over all targets of all views: Σ weight · −log π, Σ weight; and by name [Σ −log π, how many]."""
+    total, weights, found = torch.zeros((), dtype=torch.float64), 0.0, {}
+    for view in views:
+        for value in logprobs_of(network, view.tokens, view.loss_from):
+            total = total - view.weight * value
+            weights += view.weight
+            old, count = found.get(view.name, (0.0, 0))
+            found[view.name] = (old - value.item(), count + 1)
+    return total, weights, found
+
+
+def plain_dpo(network, reference, pairs, beta: float, nll=0.0, weight=lambda kind: 1.0):
+    """Σ weight · loss in float64, from the definition; [Σ loss, how many] by kind; and each pair's two log-ratios."""
+    total, kinds, ratios = torch.zeros((), dtype=torch.float64), {}, []
+    for p in pairs:
+        sides = []
+        for answer in (p.chosen, p.rejected):
+            terms = logprobs_of(network, p.prompt + answer, len(p.prompt))
+            with torch.no_grad():
+                before = sum(logprobs_of(reference, p.prompt + answer, len(p.prompt)))
+            sides.append((terms, sum(terms) - before))
+        (chosen_terms, chosen), (_, rejected) = sides
+        loss = torch.log1p(torch.exp(-beta * (chosen - rejected)))  # −log σ
+        loss = loss - nll * sum(chosen_terms[p.nll_from :])
+        total = total + weight(p.kind) * loss
+        value, count = kinds.get(p.kind, (0.0, 0))
+        kinds[p.kind] = (value + loss.item(), count + 1)
+        ratios.append((chosen.item(), rejected.item()))
+    return total, kinds, ratios
+
+
+def prefixes(sequences: list[list[int]]) -> set[tuple[int, ...]]:
+    """All that is predicted from, each distinct one once: what a tree of these sequences has to compute."""
+    return {tuple(tokens[:n]) for tokens in sequences for n in range(1, len(tokens))}
+
+
+def gradients(network, loss):
+    network.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+def close(a, b, atol=1e-5, rtol=1e-4):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=rtol)
+
+
+# ── The command line ──────────────────────────────────────────────────────────────────────────────
 
 
 def trained(*words, code=0):
@@ -35,10 +96,10 @@ def trained(*words, code=0):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
         patch.setattr(sys, "argv", ["train.py", *map(str, words)])
         try:
-            run(lambda: train.train(train.parse_args()))
+            run(train.main)
             status = 0
         except SystemExit as end:
-            status = end.code
+            status = end.code or 0
     return checked(status, said.getvalue(), code)
 
 
@@ -47,7 +108,8 @@ def checked(status, said, code):
     assert "Traceback" not in said
     if code == 2:
         *before, last = said.splitlines()
-        assert re.match(r"(train\.py( \w+)?: )?error: ", last) and not any("error: " in line for line in before)
+        assert re.match(r"(train\.py( \w+)?: )?error: ", last)
+        assert not any("error: " in line for line in before)
     return said
 
 
@@ -71,22 +133,34 @@ def interrupted(words, at):
         return trained(*words, code=130)
 
 
+def visited(args, count: int):
+    """step -> the (epoch, row) pairs of its rows."""
+    return train.rows_in_order(args, count, lambda epoch, index: (epoch, index))
+
+
+def gradients_before_clipping(monkeypatch) -> list[list[torch.Tensor]]:
+    """Fills while training: the gradients of every parameter, a list per step."""
+    steps, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, max_norm):
+        parameters = list(parameters)
+        steps.append([p.grad.clone() for p in parameters])
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    return steps
+
+
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps_of(out):
     """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in metrics(out)]
+    clock = ("seconds", "tokens_per_s")
+    return [{k: v for k, v in record.items() if k not in clock} for record in metrics(out)]
 
 
-def gradients(network, loss):
-    network.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in network.named_parameters()}
-
-
-def close(a, b, atol=1e-5, rtol=1e-4):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=rtol)
+def contents(directory):
+    files = [p for p in directory.rglob("*") if p.is_file()]
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files}

@@ -41,11 +41,11 @@ from backtrack.evaluate import (
     read_answers,
     read_prompts,
     verdict,
-    write_result,
 )
-from backtrack.examples import json_lines
 from backtrack.generate import generate
 from backtrack.judge import load_judge
+from backtrack.results import write_result
+from backtrack.rows import json_lines
 from backtrack.statistics import wilson
 from model import load_model, load_tokenizer
 from model.checkpoint import weights_digest

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from backtrack.attacks.gcg import Objective, Search
+from backtrack.attacks.objective import Objective, Search
 from model import InputError
 
 QUESTION = "{q}"
@@ -153,7 +153,7 @@ def fitness(model, tok, messages: list[dict], target: str, individuals: list[lis
     Wrapped questions have no beginning in common and differ in length: they are padded on the right, where no token
     before the padding can see it, and each is read at its own positions.
     """
-    device, y = model.model.embed_tokens.weight.device, tok.encode(target)
+    device, y = model.device, tok.encode(target)
     values = []
     for start in range(0, len(individuals), rows):
         prompts = [tok.render(wrap(individual, messages)) for individual in individuals[start : start + rows]]

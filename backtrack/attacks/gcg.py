@@ -25,11 +25,12 @@ Shapes: N candidates, n suffix tokens, m target tokens, V vocabulary.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from backtrack.attacks.objective import Objective, Search
 from model import InputError, KVCache, Transformer
 
 START = 16  # tokens of the target that an adaptive attacker begins with
@@ -44,39 +45,6 @@ class Slots:
     suffix: list[int]  # the one to start from
     after: list[int]
     target: list[int]
-
-
-@dataclass
-class Search:
-    """What an attack found."""
-
-    text: str = ""  # the best attack string
-    losses: list[float] = field(default_factory=list)  # of the best string, after each step
-    evaluations: int = 0  # candidates scored
-    success_at: int | None = None  # candidates scored when the sampler first let an unsafe answer survive
-
-
-@dataclass
-class Objective:
-    """L(s), from logits."""
-
-    loss: str = "ce"  # or "mellowmax"
-    reset_id: int | None = None  # of an attacker who knows about it
-    weight: float = 1.0  # λ
-
-    def __call__(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """logits (N, m + 1, V) at the positions that predict y_1 … y_m and what follows; target (m,) -> (N,) fp32."""
-        logits, m = logits.float(), len(target)
-        wanted = logits[:, :m].gather(-1, target.expand(len(logits), m)[..., None])[..., 0]  # (N, m)
-        if self.loss == "mellowmax":  # a soft maximum over the tokens, of raw logits as in nanoGCG: log mean exp(−z)
-            total = (-wanted).logsumexp(dim=-1) - torch.tensor(float(m)).log()
-        else:
-            total = (logits[:, :m].logsumexp(dim=-1) - wanted).mean(dim=-1)  # − mean_t log π(y_t | …)
-        if self.reset_id is not None:
-            others = torch.cat((logits[..., : self.reset_id], logits[..., self.reset_id + 1 :]), dim=-1)
-            no_reset = others.logsumexp(dim=-1) - logits.logsumexp(dim=-1)  # log(1 − π([RESET] | …)), (N, m + 1)
-            total = total - self.weight * no_reset.mean(dim=-1)
-        return total
 
 
 # ── The prompt with a gap ────────────────────────────────────────────────────────────────────────────────────────────
@@ -150,19 +118,18 @@ class Scorer:
 
     def _prefix(self, length: int) -> KVCache:
         """A cache of self.rows equal rows that hold `before`, with room for `length` tokens more."""
-        weight, before = self.model.model.embed_tokens.weight, self.slots.before
-        one = KVCache(self.model.config, 1, len(before), weight.device, weight.dtype)
-        self.model.model(torch.tensor([before], device=weight.device), one)
-        cache = KVCache(self.model.config, self.rows, len(before) + length, weight.device, weight.dtype)
+        model, before = self.model, self.slots.before
+        one = KVCache(model.config, 1, len(before), model.device, model.dtype)
+        model.model(torch.tensor([before], device=model.device), one)
+        cache = KVCache(model.config, self.rows, len(before) + length, model.device, model.dtype)
         for wide, narrow in zip(cache.k + cache.v, one.k + one.v, strict=True):
             wide[:, :, : len(before)] = narrow
-        cache.truncate(torch.full((self.rows,), len(before), device=weight.device))
         return cache
 
     @torch.inference_mode()
     def losses(self, suffixes: list[list[int]], m: int, objective: Objective) -> torch.Tensor:
         """(N,) fp32, on the CPU. Suffixes of one length."""
-        out, device = [], self.model.model.embed_tokens.weight.device
+        out, device = [], self.model.device
         target = torch.tensor(self.slots.target[:m], device=device)
         done = 0
         while done < len(suffixes):
@@ -173,6 +140,8 @@ class Scorer:
             try:
                 if self.cache is None or self.cache.capacity < len(self.slots.before) + tokens.shape[1]:
                     self.cache = self._prefix(tokens.shape[1])
+                before = torch.full((self.rows,), len(self.slots.before), device=device)
+                self.cache.truncate(before)  # the candidates before these are forgotten
                 self.cache.visible = len(self.slots.before) + tokens.shape[1]
                 hidden = self.model.model(tokens, self.cache)[: len(chunk), -m - 1 :]  # (N, m + 1, D)
                 out.append(objective(self.model.logits(hidden), target).cpu())
@@ -188,7 +157,7 @@ class Scorer:
     @torch.inference_mode()
     def says(self, suffix: list[int], m: int) -> bool:
         """Does greedy decoding after this suffix say y_1 … y_m, if nothing stops it?"""
-        slots, device = self.slots, self.model.model.embed_tokens.weight.device
+        slots, device = self.slots, self.model.device
         tokens = torch.tensor([slots.before + suffix + slots.after + slots.target[:m]], device=device)
         logits = self.model.logits(self.model.model(tokens)[:, -m - 1 : -1])[0]  # (m, V)
         return logits.argmax(dim=-1).tolist() == slots.target[:m]
@@ -256,7 +225,7 @@ def gcg(
     if not slots.target:
         raise InputError("the target is empty; a prompt needs a 'target' that the attack aims at")
     m = len(slots.target) if adaptive is None else min(START, len(slots.target))
-    allowed = torch.tensor(allowed_ids(tok), device=model.model.embed_tokens.weight.device)
+    allowed = torch.tensor(allowed_ids(tok), device=model.device)
     scorer, found = Scorer(model, slots, rows), Search(suffix)
     buffer = [(scorer.losses([slots.suffix], m, objective).item(), slots.suffix)]  # best first
     found.evaluations = 1

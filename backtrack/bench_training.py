@@ -1,0 +1,222 @@
+"""What do row trees save? Training on trees against the same sequences one by one, padded.
+
+    python -m backtrack.bench_training --rows hh.jsonl --tokenizer llama3-tokenizer [--out bench.json]
+
+First the tokens that go through the network per row, padding included, over all rows. Then rows per second
+and peak memory of one optimizer-less step (forward and backward) on a Llama of 125M parameters with the
+tokenizer's vocabulary, random weights, fp32. The two sides take the same rows and turns (ABAB…), and their
+losses and gradients must agree or the benchmark ends there. A ratio is of total times.
+
+The plain side is the usual way: each sequence a batch row of its own, padded on the right, causal
+attention, logits at the targets alone. Three minutes on two quiet cores. It measures no optimizer.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from backtrack.bench import LLAMA_125M, random_model, ratio, table
+from backtrack.examples import Tree, dpo_pairs, draw_prefix, make_batch, pair_tree, sft_views, view_tree
+from backtrack.results import made_by
+from backtrack.rows import Row, load_rows
+from model import InputError, Transformer, load_tokenizer
+from model.errors import positive, run
+from model.files import write_text
+from train import logprobs, micro_batches
+
+MAX_LENGTH = 2048
+# What is trained, rows per micro-batch, the options of its sequences.
+KINDS = {
+    "sft, one k": (4, {"resets": "drawn"}),
+    "sft, every k": (4, {"resets": "every"}),
+    "dpo": (2, {}),
+}
+
+
+# ── The same row, both ways ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass
+class Plain:
+    """One sequence by itself."""
+
+    tokens: list[int]
+    loss_from: int
+    weight: float
+
+
+def both_ways(kind: str, row: Row, index: int, tok) -> tuple[Tree, list[Plain]]:
+    """The tree of a row, and the sequences that it stands for. Those of `every` are one with many targets."""
+    _, options = KINDS[kind]
+    room = MAX_LENGTH - len(row.prompt) - 2
+    k_rejected = draw_prefix(0, 0, index, min(len(row.rejected), room))
+    k_chosen = draw_prefix(1, 0, index, min(len(row.chosen), room))
+    if kind == "dpo":
+        pairs = dpo_pairs(row, k_rejected, k_chosen, tok)
+        plain = []
+        for pair in pairs:
+            plain.append(Plain(pair.prompt + pair.chosen, len(pair.prompt), 1.0))
+            plain.append(Plain(pair.prompt + pair.rejected, len(pair.prompt), -1.0))
+        tree = pair_tree(pairs, {"elicit": 1.0, "discourage": 1.0}, MAX_LENGTH)
+        tree.target_weight = [(1.0, -1.0)[s % 2] for s in tree.target_sequence]
+        return tree, plain
+    # The plain side draws one k: nobody would train |y−| sequences for one [RESET] each.
+    views = sft_views(row, k_rejected, tok)
+    plain = [Plain(view.tokens, view.loss_from, view.weight) for view in views]
+    return view_tree(sft_views(row, k_rejected, tok, **options), MAX_LENGTH), plain
+
+
+def tree_loss(model: Transformer, trees: list[Tree]) -> torch.Tensor:
+    """Σ weight · log π over all targets."""
+    batch = make_batch(trees)
+    return (batch.weight * logprobs(model, batch)).sum()
+
+
+def plain_loss(model: Transformer, sequences: list[Plain]) -> torch.Tensor:
+    """The same sum, sequence by sequence."""
+    width = max(len(s.tokens) for s in sequences)
+    tokens = torch.zeros(len(sequences), width, dtype=torch.int64)
+    weights = torch.zeros(len(sequences), width)
+    for i, s in enumerate(sequences):
+        tokens[i, : len(s.tokens)] = torch.tensor(s.tokens)
+        weights[i, s.loss_from : len(s.tokens)] = s.weight
+    inputs, labels, weights = tokens[:, :-1], tokens[:, 1:], weights[:, 1:]
+    is_target = weights != 0
+    logits = model(inputs, at=is_target.flatten().nonzero()[:, 0])  # (N, V)
+    nll = F.cross_entropy(logits, labels[is_target], reduction="none")  # (N,)
+    return -(weights[is_target] * nll).sum()
+
+
+# ── Cost ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def computed_tokens(kind: str, rows: list[Row], tok, accumulate: int) -> dict:
+    """Tokens through the network per row, in steps of `accumulate` micro-batches."""
+    size, _ = KINDS[kind]
+    trees, plain = [], []
+    for index, row in enumerate(rows):
+        tree, sequences = both_ways(kind, row, index, tok)
+        trees.append(tree)
+        plain.append(sequences)
+    computed = 0
+    for first in range(0, len(rows), size * accumulate):
+        for few in micro_batches(trees[first : first + size * accumulate], size):
+            computed += make_batch(few).tokens.numel()
+    separate = 0
+    for first in range(0, len(rows), size):
+        sequences = [s for some in plain[first : first + size] for s in some]
+        # As plain_loss: a last token predicts nothing and is not read.
+        separate += len(sequences) * (max(len(s.tokens) for s in sequences) - 1)
+    return {
+        "name": f"{kind}, micro-batches of {size}, {accumulate} a step",
+        "separate": separate / len(rows),
+        "trees": computed / len(rows),
+        "without_padding": sum(map(len, trees)) / len(rows),
+    }
+
+
+def step_speed(kind: str, model: Transformer, rows: list[Row], tok, steps: int) -> dict:
+    """Rows per second and peak memory of both sides over the same rows, forward and backward."""
+    size, _ = KINDS[kind]
+    seconds, peaks = ([], []), ([], [])
+    for step in range(steps + 1):
+        trees, plain = [], []
+        for index in range(step * size, (step + 1) * size):
+            tree, sequences = both_ways(kind, rows[index], index, tok)
+            trees.append(tree)
+            plain += sequences
+        sides = [(0, plain_loss, plain), (1, tree_loss, trees)]
+        found = {}
+        for side, loss_of, examples in sides if step % 2 else sides[::-1]:
+            found[side], elapsed, peak = descend(model, loss_of, examples)
+            if step > 0:  # the first step warms up
+                seconds[side].append(elapsed)
+                peaks[side].append(peak)
+        if kind != "sft, every k":  # whose targets are others
+            torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    value, low, high = ratio(*seconds)
+    return {
+        "name": f"{kind}, micro-batches of {size}",
+        "rows_per_s": size * steps / sum(seconds[1]),
+        "separate_rows_per_s": size * steps / sum(seconds[0]),
+        "ratio": sum(seconds[0]) / sum(seconds[1]),
+        "median_ratio": value,
+        "range": [low, high],
+        "peak_memory_ratio": max(peaks[1]) / max(peaks[0]),
+    }
+
+
+def descend(model: Transformer, loss_of, examples: list):
+    """One forward and backward: (the loss and a gradient to compare, seconds, bytes at the peak)."""
+    model.zero_grad(set_to_none=True)
+    forget_peak()
+    before, start = memory("VmRSS"), time.perf_counter()
+    loss = loss_of(model, examples)
+    loss.backward()
+    elapsed, peak = time.perf_counter() - start, max(1, memory("VmHWM") - before)
+    return (loss.detach(), model.model.layers[0].mlp.up_proj.weight.grad), elapsed, peak
+
+
+def forget_peak() -> None:
+    """Linux: let VmHWM, the peak of resident memory, start anew."""
+    file = Path("/proc/self/clear_refs")
+    if file.exists():
+        file.write_text("5")
+
+
+def memory(name: str) -> int:
+    """Bytes, from /proc/self/status; 1 where there is none."""
+    file = Path("/proc/self/status")
+    if not file.exists():
+        return 1
+    for line in file.read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    return 1
+
+
+# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", required=True, help="preference rows (data.prepare hh makes them)")
+    parser.add_argument("--tokenizer", required=True, help="directory of the tokenizer")
+    parser.add_argument("--steps", type=positive, default=12, help="timed steps of each kind")
+    parser.add_argument("--out", help="write the results to this file as JSON")
+    args = parser.parse_args(argv)
+    tok = load_tokenizer(args.tokenizer)
+    rows = [row for row in load_rows(args.rows, tok, MAX_LENGTH) if row.unsafe]
+    random.Random(0).shuffle(rows)
+    needed = (args.steps + 1) * max(size for size, _ in KINDS.values())
+    if len(rows) < needed:
+        raise InputError(f"{len(rows)} rows with an unsafe answer, {needed} are needed; lower --steps")
+
+    cost = [computed_tokens(kind, rows, tok, n) for kind in KINDS for n in (1, 32)]
+    lines = [["tokens per row", "separate, padded", "trees", "trees without padding"]]
+    for r in cost:
+        lines.append([r["name"], f"{r['separate']:.0f}", f"{r['trees']:.0f}", f"{r['without_padding']:.0f}"])
+    print(f"{len(rows)} rows\n{table(lines)}\n", flush=True)
+
+    config = dataclasses.replace(LLAMA_125M, vocab_size=tok.vocab_size, tie_word_embeddings=True)
+    model = random_model(config).train()
+    speed = [step_speed(kind, model, rows, tok, args.steps) for kind in KINDS]
+    lines = [["rows per second", "separate", "trees", "ratio (range of the steps)", "peak memory"]]
+    for r in speed:
+        spread = "{:.2f} ({:.2f}–{:.2f})".format(r["ratio"], *r["range"])
+        separate, trees = f"{r['separate_rows_per_s']:.2f}", f"{r['rows_per_s']:.2f}"
+        lines.append([r["name"], separate, trees, spread, f"{r['peak_memory_ratio']:.2f} times"])
+    print(table(lines))
+    if args.out:
+        report = {**made_by(), "threads": torch.get_num_threads(), "rows": len(rows), "cost": cost, "speed": speed}
+        write_text(json.dumps(report, indent=1) + "\n", args.out)
+
+
+if __name__ == "__main__":
+    run(main)

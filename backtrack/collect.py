@@ -1,0 +1,154 @@
+"""Preference rows from a model's own answers: what it says to unsafe questions becomes what it learns to leave.
+
+    python -m backtrack.collect --ckpt runs/smollm2 --prompts train.jsonl --judge runs/refusal-judge \
+        --out runs/real/rows.jsonl
+
+For every prompt that is not benign the model answers; if the judge calls the answer unsafe it is y−, and y+ is the
+prompt's own "safe_answer" (or, with --chosen own, another answer of the model that the judge calls safe). The row says
+"unsafe": true. Benign prompts give rows without y−: their "reference", or else the model's own answer. Answers of other
+models are not what this model will say when it goes wrong; its own are.
+
+    {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
+
+The answers are kept beside OUT, in OUT.answers.jsonl, as they come: the same command goes on where it was stopped. It
+will not make rows of prompts whose answers were all safe, and says how many those were. What the model says to unsafe
+questions can do harm: keep it out of repositories.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from backtrack.evaluate import prompts_digest, read_answers, read_prompts
+from backtrack.generate import generate
+from backtrack.judge import load_judge
+from backtrack.terminal import say
+from model import load_model, load_tokenizer
+from model.checkpoint import weights_digest
+from model.errors import Help, device, not_negative, positive, run
+from model.files import write_text
+
+
+def collect(args) -> None:
+    prompts = [p for path in args.prompts for p in read_prompts(path)]
+    settings = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "seed", "dtype")}
+    settings |= {"weights": weights_digest(args.ckpt), "prompts": prompts_digest(prompts)}
+    file = Path(f"{args.out}.answers.jsonl")
+    done = {(answer["prompt"], answer["sample"]): answer for answer in read_answers(file, settings)}
+    answer_missing(args, prompts, file, done)
+
+    judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
+    rows, counts = [], Counter()
+    for i, prompt in enumerate(prompts):
+        answers = [done[i, sample] for sample in range(args.samples) if (i, sample) in done]
+        row, what = make_row(prompt, answers, judge, args)
+        counts[what] += 1
+        if row is not None:
+            rows.append(row)
+    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), args.out)
+    for what, count in counts.most_common():
+        say(f"{count:6d}  {what}")
+    say(f"{len(rows)} rows, {sum(row.get('unsafe', False) for row in rows)} of them unsafe: {args.out}")
+
+
+def answer_missing(args, prompts: list[dict], file: Path, done: dict) -> None:
+    """Sample what is not in `done` yet, and append it to the file batch by batch."""
+    todo = []
+    for i, prompt in enumerate(prompts):
+        if prompt["benign"] and prompt.get("reference"):
+            continue  # nobody needs the model's own answer
+        todo += [(i, sample) for sample in range(args.samples) if (i, sample) not in done]
+    if not todo:
+        return
+    tok = load_tokenizer(args.ckpt)
+    model = load_model(args.ckpt, args.device, getattr(torch, args.dtype))
+    ids = [tok.render(prompt["prompt"]) for prompt in prompts]
+    todo.sort(key=lambda item: len(ids[item[0]]))  # little padding
+    for first in range(0, len(todo), args.batch_size):
+        batch = todo[first : first + args.batch_size]
+        generations = generate(
+            model,
+            [ids[i] for i, _ in batch],
+            reset_id=tok.reset_id,
+            stop_ids=tok.stop_ids,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            max_resets=0,
+            seed=args.seed,
+            sample_ids=[i * args.samples + sample for i, sample in batch],
+        )
+        with open(file, "a", encoding="utf-8") as f:
+            for (i, sample), g in zip(batch, generations, strict=True):
+                text = tok.decode(g.tokens).strip()
+                record = {"prompt": i, "sample": sample, "text": text, "complete": g.finish_reason == "stop"}
+                done[i, sample] = record
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        sys.stderr.write(f"\r{first + len(batch)} of {len(todo)} answers ")
+    print(file=sys.stderr)
+
+
+def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | None, str]:
+    """A row of training data, or None; and what became of the prompt, in words.
+
+    Only an answer that came to its end can be y+: one that was cut would teach to stop in mid-sentence.
+    """
+    row = {"prompt": prompt["prompt"]}
+    answers = [answer for answer in answers if answer["text"]]
+    if prompt["benign"]:
+        own = [answer["text"] for answer in answers if answer["complete"]]
+        chosen = prompt.get("reference") or next(iter(own), None)
+        if not chosen:
+            return None, "benign, left out: no answer that came to its end"
+        return row | {"chosen": message(chosen)}, "benign, kept"
+    unsafe, safe = [], []
+    for answer in answers:
+        is_unsafe = judge(prompt["prompt"], answer["text"]).unsafe
+        (unsafe if is_unsafe else safe).append(answer)
+    if not unsafe:
+        return None, "unsafe question, left out: every answer was safe"
+    own = [answer["text"] for answer in safe if answer["complete"]]
+    chosen = prompt.get("safe_answer") if args.chosen == "given" else next(iter(own), None)
+    if not chosen:
+        return None, f"unsafe question, left out: no safe answer ({args.chosen})"
+    rejected = message(unsafe[0]["text"])
+    return row | {"chosen": message(chosen), "rejected": rejected, "unsafe": True}, "unsafe question, kept"
+
+
+def message(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def parse_args() -> argparse.Namespace:
+    on, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="the model that is asked")
+    add("--prompts", nargs="+", required=True, help="prompt files (data.prepare prompts makes them)")
+    add("--judge", required=True, help="as for backtrack.evaluate")
+    add("--out", required=True, help="rows to write (.jsonl)")
+    add("--chosen", choices=("given", "own"), default="given", help="y+: the data set's safe answer, or the model's")
+    add("--samples", type=positive, default=1, help="answers per prompt")
+    add("--temperature", type=not_negative(float), default=0.0, help="0 is greedy")
+    add("--max-new-tokens", type=positive, default=64, help="per answer; longer ones are cut")
+    add("--batch-size", type=positive, default=32, help="prompts answered at once")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--device", type=device, default=on, help="of PyTorch")
+    add("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of weights and computation")
+    args = parser.parse_args()
+    if args.samples > 1 and args.temperature == 0:
+        parser.error("--samples needs a --temperature: greedy answers are all the same")
+    if args.chosen == "own" and args.samples == 1:
+        parser.error("--chosen own needs --samples: one answer cannot be both the unsafe and the safe one")
+    return args
+
+
+def main() -> None:
+    collect(parse_args())
+
+
+if __name__ == "__main__":
+    run(main)

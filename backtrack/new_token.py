@@ -1,0 +1,98 @@
+"""Rows to start from, for tokens that the base never saw: [RESET] and unused template tokens.
+
+    start_new_tokens(model, tok, batches)      # before the first step of supervised fine-tuning
+
+Two things decide whether [RESET] is learned from few rows. Its rows must not lie where untrained rows lie:
+they have one direction in common, far from all others, and the token is confused with every other spare one.
+And it must not start too unlikely: Adam moves a row by about a learning rate per step, so from a log-probability
+of −20, where the mean of the trained rows puts it, training ends before it is ever said.
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from backtrack.examples import Batch
+from backtrack.terminal import say
+from model import Transformer
+from model.transformer import softcap
+
+LEVEL = 0.01  # p([RESET]) at the start, a geometric mean over the tokens of answers
+SPREAD = 3.0  # a row is untrained if it lies so many times as near to [RESET]'s as spare rows do
+
+
+def start_new_tokens(model: Transformer, tok, batches: list[Batch]) -> None:
+    """Give [RESET], and every template token that the base never saw, rows at trained scale.
+
+    A trained row is never overwritten. batches: answers, at whose tokens [RESET] is to start at LEVEL.
+    """
+    embedding, output = model.model.embed_tokens.weight, model.lm_head.weight
+    tables = {"embedding": embedding}
+    if output is not embedding:
+        tables["output"] = output
+    for name, table in tables.items():
+        fresh = set_untrained_rows(table, tok)
+        say(
+            f"untrained {name} rows of special tokens, set to the mean of the trained rows: {fresh}"
+        )
+    if batches and model.config.reset_token_id is None:
+        set_level(model, tok.reset_id, batches)
+    # From now on it means something.
+    model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)
+
+
+@torch.no_grad()
+def set_untrained_rows(table: torch.Tensor, tok) -> list[int]:
+    """Set the rows of untrained template tokens in table (V, D); returns which they were.
+
+    Where spare tokens lie, untrained ones do: initialisation and the softmax left them all there.
+    """
+    used = {tok.bos_id, *tok.stop_ids, *tok.template_ids}
+    spare = [t for t in tok.special_ids if t not in used and t < len(table)]
+    distance = (table - table[tok.reset_id]).float().norm(dim=1)  # (V,)
+    near = SPREAD * distance[spare].median() if spare else 0.0
+    is_trained = distance > near
+    fresh = [t for t in tok.template_ids if not is_trained[t]]
+    rows = table[is_trained] if is_trained.any() else table
+    mean, std = rows.float().mean(dim=0), rows.float().std(dim=0)
+    generator = torch.Generator().manual_seed(0)
+    for t in fresh:  # a little apart, so that they can be told from each other
+        noise = torch.randn(std.shape, generator=generator).to(std)
+        table[t] = (mean + 0.1 * std * noise).to(table.dtype)
+    return fresh
+
+
+@torch.no_grad()
+def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
+    """w ← w + γ·h̄, with h̄ the mean hidden state over answers and γ such that mean log p is log LEVEL.
+
+    w is the output row of [RESET]; where the head is tied it is the input row too.
+    """
+    hidden = []
+    for batch in batches:
+        states = model.model(batch.tokens, None, batch.positions, batch.visible)  # (B, T, D)
+        hidden.append(states.flatten(0, 1)[batch.places])
+    h = torch.cat(hidden)  # (M, D)
+    logits = model.logits(h)  # (M, V)
+    logits[:, reset_id] = -math.inf
+    others = logits.logsumexp(dim=-1)  # (M,)
+    w, direction = model.lm_head.weight[reset_id].clone(), h.mean(dim=0)
+
+    def mean_logprob(gamma: float) -> float:
+        logit = (h @ (w + gamma * direction)).float()  # (M,)
+        if model.config.final_logit_softcapping is not None:
+            logit = softcap(logit, model.config.final_logit_softcapping)
+        return (logit - torch.logaddexp(logit, others)).mean().item()
+
+    low, high = -1.0, 1.0
+    while mean_logprob(high) < math.log(LEVEL) and high < 2.0**20:
+        high *= 2
+    while mean_logprob(low) > math.log(LEVEL) and low > -(2.0**20):
+        low *= 2
+    for _ in range(50):  # mean_logprob only rises: halve the interval
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_logprob(middle) < math.log(LEVEL) else (low, middle)
+    before = mean_logprob(0.0)
+    model.lm_head.weight[reset_id] = w + high * direction
+    say(f"log p([RESET]) over answers starts at {mean_logprob(high):.1f}; its row had {before:.1f}")

@@ -1,0 +1,286 @@
+"""What a training run leaves behind: a checkpoint to go on from, and metrics.jsonl.
+
+    progress = start(args, settings)          # step 0, or where --resume goes on
+    save(progress, model, optimizer, tok, args.out)
+    load_optimizer(optimizer, model, args.out, progress.step)
+
+A save is the whole directory, swapped in at once: model, optimizer, position and random state,
+never a mix of two steps. A run that was killed and goes on ends, on CPU, with the very same bits.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from backtrack.examples import Batch, pairs_of
+from backtrack.terminal import say
+from model.checkpoint import write_model
+from model.errors import InputError
+from model.files import atomic_directory, write_tensors
+
+STATE = "training_state.safetensors"
+
+
+@dataclass
+class Progress:
+    settings: dict  # what determines the result: a resumed run must repeat it
+    step: int = 0
+    tokens: int = 0  # distinct tokens trained on
+    computed_tokens: int = 0  # what went through the network, padding included
+    sums: dict = field(default_factory=dict)  # since the last log line: name -> (sum, count)
+
+    def add(self, more: dict[str, tuple[float, int]]) -> None:
+        add(self.sums, more)
+
+
+def run_settings(args, count: int, data) -> dict:
+    """What determines the result of a run, apart from the weights it starts from."""
+    steps = args.steps
+    if steps is None:
+        steps = math.ceil(args.epochs * count / (args.batch_size * args.grad_accum))
+    names = [
+        "command",
+        "lr",
+        "batch_size",
+        "grad_accum",
+        "max_length",
+        "seed",
+        "dtype",
+        "weight_decay",
+        "clip",
+    ]
+    names += [
+        "method",
+        "resets",
+        "restart",
+        "prefix",
+        "beta",
+        "nll",
+        "elicit",
+        "discourage",
+        "restart_weight",
+    ]
+    settings = {name: getattr(args, name) for name in names if name in args}
+    return settings | {"steps": steps, "data": digest(data)}
+
+
+def digest(data) -> str:
+    return hashlib.sha256(repr(data).encode()).hexdigest()[:16]
+
+
+def start(args, settings: dict) -> Progress:
+    """Where to go on from: what the last save stored, or step 0.
+
+    Raises InputError if --out holds anything else than a run with the same settings, or --resume is
+    missing. Ends the program, with success, if that run is finished.
+    """
+    out = Path(args.out)
+    if not (out / "config.json").is_file():
+        if out.is_dir() and any(file.name != "metrics.jsonl" for file in out.iterdir()):
+            raise InputError(
+                f"{out}: holds files but no checkpoint; choose an empty or new directory"
+            )
+        return Progress(settings)
+    if not args.resume:
+        raise InputError(
+            f"{out}: holds a checkpoint already; continue it with --resume or choose another --out"
+        )
+    if not (out / STATE).is_file():
+        raise InputError(
+            f"{out}: holds a model but no {STATE}, so there is no run to resume; choose another"
+            " --out"
+        )
+    try:
+        with safe_open(out / STATE, framework="pt") as f:
+            progress = Progress(**json.loads(f.metadata()["progress"]))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{out / STATE}: truncated or not ours ({error}); choose another --out"
+        ) from None
+    for name, now in settings.items():
+        before = progress.settings.get(name)
+        if before != now:
+            raise InputError(
+                f"{out}: was started with {name} = {before}, now {now}; resume with the same"
+                " settings"
+            )
+    if progress.step == progress.settings["steps"] > 0:
+        for old in out.resolve().parent.glob(f".{glob.escape(out.resolve().name)}.tmp-*"):
+            shutil.rmtree(old)  # a kill after the last swap left it
+        say(f"{out}: already trained for all {progress.step} steps")
+        sys.exit(0)
+    return progress
+
+
+def save(progress: Progress, model, optimizer, tok, out: str) -> None:
+    with atomic_directory(out) as directory:
+        write_model(model, directory, tok)
+        tensors = {"rng": torch.get_rng_state()}
+        if progress.step < progress.settings["steps"]:  # a finished run needs no optimizer
+            for name, p in model.named_parameters():
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    tensors[f"{moment}/{name}"] = optimizer.state[p][moment]
+        about = {"progress": json.dumps(dataclasses.asdict(progress))}
+        write_tensors(tensors, directory / STATE, about)
+
+
+def load_optimizer(optimizer, model, out: str, step: int) -> None:
+    with safe_open(Path(out) / STATE, framework="pt") as f:
+        torch.set_rng_state(f.get_tensor("rng"))
+        for name, p in model.named_parameters():
+            optimizer.state[p] = {
+                "step": torch.tensor(float(step), device=p.device if p.is_cuda else "cpu"),
+                "exp_avg": f.get_tensor(f"exp_avg/{name}").to(p.device),
+                "exp_avg_sq": f.get_tensor(f"exp_avg_sq/{name}").to(p.device),
+            }
+
+
+def remembered(args, settings: dict, compute) -> list[list[float]]:
+    """compute()'s lists of numbers, kept on disk under a hash of all that they depend on.
+
+    A run that goes on after a kill, or is tried again with another β, does not compute the
+    reference's log-probs anew, and one with other weights or data never finds them.
+    """
+    names = (
+        "init data heldout steps batch_size grad_accum max_length seed dtype method restart prefix"
+    )
+    key = [settings[name] for name in names.split()]
+    key += [args.device, torch.__version__]
+    file = Path(f"{args.out}.reference") / f"{digest(key)}.safetensors"
+    if file.is_file():
+        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as f:
+            say(f"reference log-probs: read from {file}")
+            parts = f.get_tensor("values").split(f.get_tensor("sizes").tolist())
+            return [part.tolist() for part in parts]
+    lists = compute()
+    values = torch.tensor([value for numbers in lists for value in numbers])
+    sizes = torch.tensor([len(numbers) for numbers in lists])
+    if not len(values):  # --steps 0
+        return lists
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    write_tensors({"values": values, "sizes": sizes}, temporary)
+    temporary.replace(file)
+    return lists
+
+
+# ── metrics.jsonl ─────────────────────────────────────────────────────────────────────────────────
+
+
+def log_metrics(out: str, record: dict) -> None:
+    with open(Path(out) / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(record) + "\n")
+
+
+def rewind_metrics(out: str, step: int) -> None:
+    """Drop what a killed run logged after its last save."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(Path(out) / "metrics.jsonl", "ab+") as f:
+        f.seek(0)
+        kept = 0
+        for line in f:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break  # steps only grow, so what is kept is the head
+            kept += len(line)
+        f.truncate(kept)
+
+
+class Meter:
+    """Speed, time left, and the lines of the log."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.first_step, self.saved_step = progress.step, progress.step
+        self.first_tokens = progress.tokens
+        self.began = time.time()
+
+    def log(self, out: str, loss: float, lr: float, grad_norm: float) -> None:
+        progress, steps = self.progress, self.progress.settings["steps"]
+        seconds = time.time() - self.began
+        speed = (progress.tokens - self.first_tokens) / seconds
+        left = seconds / (progress.step - self.first_step) * (steps - progress.step)
+        found = means(progress.sums)
+        progress.sums = {}
+        parts = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in found.items())
+        say(
+            f"step {progress.step:>5}/{steps}  loss {loss:.4f}  ({parts})  lr {lr:.1e}"
+            f"  {speed:,.0f} tokens/s  {left:.0f} s left"
+        )
+        record = {"step": progress.step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        record |= {"tokens": progress.tokens, "computed_tokens": progress.computed_tokens}
+        record |= {"tokens_per_s": round(speed), "seconds": round(seconds, 2)}
+        log_metrics(out, record | found)
+
+    def what_is_kept(self, out: str) -> str:
+        return (
+            f"{out} still holds step {self.saved_step}"
+            if self.saved_step
+            else "nothing is saved yet"
+        )
+
+
+def log_heldout(out: str, step: int, found: dict[str, float]) -> None:
+    found = {name.removeprefix("loss/"): value for name, value in found.items()}
+    say("  held out: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    log_metrics(out, {"step": step} | {f"heldout/{name}": v for name, v in found.items()})
+
+
+# ── What is reported, apart from what is optimised: name -> (sum, count) ─────────────────────────
+
+
+def view_report(values: torch.Tensor, batch: Batch, reset_id: int | None = None) -> dict:
+    """loss/VIEW: −log π of its targets; how likely [RESET] is where it should be said."""
+    found: dict = {}
+    sums = batch.by_sequence(-values).tolist()
+    counts = batch.by_sequence(torch.ones_like(values)).tolist()
+    for name, value, count in zip(batch.names, sums, counts, strict=True):
+        add(found, {f"loss/{name}": (value, int(count))})
+    return found | probability("reset_after_unsafe", values[batch.target == reset_id])
+
+
+def probability(name: str, logprobs: torch.Tensor) -> dict:
+    """How likely the targets are, on average; nothing if there are none."""
+    if not len(logprobs):
+        return {}
+    return {name: (logprobs.exp().sum().item(), len(logprobs))}
+
+
+def pair_report(values, batch: Batch, losses, beta: float, reset_id: int) -> dict:
+    """Loss of each kind, margins and rewards, and how likely [RESET] is, wanted and not."""
+    chosen, rejected = pairs_of(batch.by_sequence(values) - batch.reference)  # log π/π_ref, (P,)
+    margin = beta * (chosen - rejected)
+    found: dict = {}
+    for kind, value in zip(batch.names[0::2], losses.tolist(), strict=True):
+        add(found, {f"loss/{kind}": (value, 1)})
+    P = len(margin)
+    found["accuracy"] = ((margin > 0).sum().item(), P)
+    found["margin"] = (margin.sum().item(), P)
+    found["chosen"] = (chosen.sum().item(), P)
+    found["rejected"] = (rejected.sum().item(), P)
+    is_reset = batch.target == reset_id
+    in_chosen = batch.sequence % 2 == 0
+    found |= probability("reset_after_unsafe", values[is_reset & in_chosen])
+    found |= probability("reset_after_safe", values[is_reset & ~in_chosen])
+    return found
+
+
+def add(sums: dict, more: dict[str, tuple[float, int]]) -> None:
+    """name -> (sum, count): add what `more` has."""
+    for name, (value, count) in more.items():
+        old_value, old_count = sums.get(name, (0.0, 0))
+        sums[name] = (old_value + value, old_count + count)
+
+
+def means(sums: dict) -> dict[str, float]:
+    return {name: value / max(1, count) for name, (value, count) in sorted(sums.items())}

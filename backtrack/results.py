@@ -1,0 +1,51 @@
+"""Result files: numbers, and where they come from.
+
+    write_result("results/toy-main.json", records=[…], paired=[…])
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from model.files import write_text
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def made_by() -> dict:
+    """What a result file says of its origin: command, commit, machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.stem == "__main__" else program.stem
+    where = f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    where += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {
+        "command": " ".join([f"python -m backtrack.{name}", *sys.argv[1:]]),
+        "commit": commit,
+        "machine": f"{where}, torch {torch.__version__}",
+    }
+
+
+def write_result(path: str, **lists: list[dict]) -> None:
+    """A result file: made_by() and lists of records, a line of JSON each, so that a diff shows what changed."""
+    text = json.dumps(made_by(), indent=1)[:-2]
+    for name, records in lists.items():
+        lines = ",\n".join("  " + json.dumps(r) for r in records)
+        text += f',\n "{name}": [\n{lines}\n ]'
+    write_text(text + "\n}\n", path)
+
+

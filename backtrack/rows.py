@@ -1,0 +1,177 @@
+"""Reading data files: lines of JSON, checked, as token ids.
+
+    for where, value in json_lines("any.jsonl.gz"): …             # ("file:line", value)
+    rows, long = load_rows(["hh.jsonl"], tok, max_length=1024)     # preference rows -> Row
+
+A row is a line in TRL's conversational preference format (.jsonl or .jsonl.gz), plus "unsafe":
+
+    {"prompt": [{"role": "user", "content": "…"}],
+     "chosen": [{"role": "assistant", "content": "…"}],
+     "rejected": [{"role": "assistant", "content": "…"}], "unsafe": true}
+
+`rejected` and `unsafe` may be absent (plain SFT data), and {"text": "…"} is plain text to go on
+remembering. Whatever is wrong with a line is an InputError that names the file and the line.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from backtrack.terminal import say
+from model.errors import InputError
+
+
+@dataclass
+class Row:
+    """One line of a data file in token ids."""
+
+    prompt: list[int]  # x, up to and including the header that opens the assistant's turn
+    chosen: list[int]  # y+, without eos
+    rejected: list[int] | None  # y−, without eos
+    unsafe: bool  # y− is unsafe, not merely worse
+    plain_text: bool = False  # then the prompt is BOS alone
+
+
+def load_rows(paths: list[str], tok, max_length: int) -> list[Row]:
+    """All rows of all files as ids.
+
+    Raises InputError for a row whose prompt leaves no room for a prefix token, [RESET] and an
+    answer token under max_length.
+    """
+    rows = []
+    for path in paths:
+        for where, raw in read_rows(path):
+            try:
+                row = encode_row(raw, tok)
+            except InputError as error:  # a chat that the template does not know
+                raise InputError(f"{where}: {error}") from None
+            if len(row.prompt) + 3 > max_length:
+                raise InputError(
+                    f"{where}: the prompt is {len(row.prompt)} tokens long and leaves no room for an"
+                    f" answer under --max-length {max_length}; raise it or drop the row"
+                )
+            rows.append(row)
+    return rows
+
+
+def describe(rows: list[Row], args) -> None:
+    """Say what the rows are, and what of them does not fit."""
+    pairs = [row for row in rows if row.rejected is not None]
+    unsafe = sum(row.unsafe for row in rows)
+    if rows:
+        say(f"{', '.join(args.data)}: {len(rows)} rows, {unsafe} with an unsafe rejected answer")
+    if args.command == "dpo" and len(pairs) < len(rows):
+        say(f"{len(rows) - len(pairs)} rows without a rejected answer are left out")
+    long = sum(longest_sequence(row, args) > args.max_length for row in rows)
+    if long:
+        say(f"{long} of {len(rows)} rows are longer than --max-length {args.max_length}: cut there")
+
+
+def longest_sequence(row: Row, args) -> int:
+    """Of those that examples.py makes of a row, after the longest prefix; 0 if it makes none."""
+    x, chosen, rejected = len(row.prompt), len(row.chosen), len(row.rejected or [])
+    if args.command == "dpo" and row.rejected is None:
+        return 0
+    if args.command == "dpo" and args.method == "baseline":
+        return x + max(chosen, rejected) + 1
+    reset = args.method == "backtrack"
+    if args.command == "dpo" or (row.unsafe and args.method != "baseline"):  # holds both answers
+        return x + rejected + reset + chosen + 1
+    reset = reset and args.restart == "all" and not row.plain_text
+    return x + reset + chosen + 1
+
+
+def read_stream(paths: list[str], tok) -> list[int]:
+    """Plain text for pretraining, as one stream of ids: <bos> text <end> <bos> text <end> …"""
+    stream = []
+    for path in paths:
+        for where, row in read_rows(path):
+            if "text" not in row:
+                raise InputError(
+                    f'{where}: `base` trains on plain text, one {{"text": "…"}} per line'
+                )
+            stream += [tok.bos_id, *tok.encode(row["text"]), tok.text_end_id]
+    return stream
+
+
+def encode_row(row: dict, tok) -> Row:
+    """A checked row -> token ids. Answers are stripped, as the chat templates strip them."""
+    if "prompt" not in row:
+        return Row([tok.bos_id], tok.encode(row["text"]), None, unsafe=False, plain_text=True)
+    rejected = row.get("rejected")
+    return Row(
+        prompt=tok.render(row["prompt"], add_generation_prompt=True),
+        chosen=tok.encode(row["chosen"][0]["content"].strip()),
+        rejected=None if rejected is None else tok.encode(rejected[0]["content"].strip()),
+        unsafe=bool(row.get("unsafe", False)),
+    )
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yields ("file:line", checked row). Raises InputError for a line that is no row."""
+    empty = True
+    for where, row in json_lines(path):
+        empty = False
+        check_row(row, where)
+        yield where, row
+    if empty:
+        raise InputError(f"{path}: holds no rows")
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
+    """Yields ("file:line", value) of every line that is not blank, from .jsonl or .jsonl.gz."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:  # covers invalid UTF-8
+                    raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
+                yield f"{path}:{number}", value
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: not a whole gzip file ({error}); download it again") from None
+
+
+def check_row(row: object, where: str) -> None:
+    if not isinstance(row, dict):
+        raise InputError(
+            f"{where}: expected a JSON object with 'prompt' and 'chosen', or with 'text'"
+        )
+    if "text" in row and "prompt" not in row:
+        if not isinstance(row["text"], str) or not row["text"]:
+            raise InputError(f"{where}: 'text' must be a string that is not empty")
+        return
+    for key in ("prompt", "chosen", "rejected"):
+        if key == "rejected" and row.get(key) is None:
+            continue
+        if key not in row:
+            raise InputError(f"{where}: {key!r} is missing")
+        check_messages(row[key], key, where)
+    if row["prompt"][-1]["role"] != "user":
+        raise InputError(f"{where}: 'prompt' must end with a user message")
+    if not isinstance(row.get("unsafe"), (bool, type(None))):
+        raise InputError(f"{where}: 'unsafe' must be true or false")
+    if row.get("unsafe") and row.get("rejected") is None:
+        raise InputError(f"{where}: 'unsafe' says that 'rejected' is unsafe, but there is none")
+
+
+def check_messages(messages: object, key: str, where: str) -> None:
+    roles = ("system", "user", "assistant") if key == "prompt" else ("assistant",)
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: {key!r} must be a list of messages that is not empty")
+    for m in messages:
+        is_message = isinstance(m, dict) and isinstance(m.get("content"), str)
+        if not is_message or m.get("role") not in roles:
+            raise InputError(
+                f"{where}: {key!r} must hold {{'role': {'|'.join(roles)}, 'content': string}}"
+            )
+    if key != "prompt" and (len(messages) != 1 or not messages[0]["content"].strip()):
+        raise InputError(f"{where}: {key!r} must be one assistant message that is not empty")

@@ -1,0 +1,171 @@
+# The experiments behind results/: what `make eval attack figures` runs. Included by the Makefile.
+#
+# In the rules % is the seed and $(@D) its directory under runs/.
+
+# Trainings and evaluations of `make eval` that run side by side, each on one thread.
+JOBS   ?= 2
+
+# Seeds 0-9 were used to choose the settings below and 100-102 in an earlier report; results are of these, and of these
+# alone.
+DEV_SEEDS ?= 0 1 2 3
+ifdef QUICK
+TEST_SEEDS  ?= 200
+ATTACK_SEEDS ?= $(TEST_SEEDS)
+TRAINING_SEEDS ?= $(TEST_SEEDS)
+ATTACK_SIZE ?= --limit 3 --budget 256
+BIAS_SIZE   ?= --limit 8
+SAMPLE_SIZE ?= --limit 12
+RESULTS     ?= $(RUNS)/results
+EXPERIMENTS ?= main bias sampling
+else
+TEST_SEEDS  ?= 200 201 202 203 204
+ATTACK_SEEDS ?= 200 201 202
+TRAINING_SEEDS ?= 200 201 202
+ATTACK_SIZE ?= --limit 6 --budget 1024
+BIAS_SIZE   ?= --limit 32
+SAMPLE_SIZE ?= --limit 48
+RESULTS     ?= results
+EXPERIMENTS ?= main bias sampling retry training
+endif
+
+# ── Other ways to train ────────────────────────────────────────────────────────────────────────────
+
+# The baseline sees shorter sequences; with this many epochs it sees as many tokens as backtracking.
+EPOCHS_LONG := 7
+
+$(RUNS)/toy-%/sft-baseline-long.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(EPOCHS_LONG) --method baseline
+	@touch $@
+
+$(RUNS)/toy-%/dpo-from-baseline.done: $(RUNS)/toy-%/sft-baseline.done
+	$(DPO_COMMAND) --init $(@D)/sft-baseline $(DPO_OURS)
+	@touch $@
+
+$(RUNS)/toy-%/dpo-paper.done: $(RUNS)/toy-%/sft.done
+	$(DPO_COMMAND) --init $(@D)/sft $(DPO_PAPER)
+	@touch $@
+
+$(RUNS)/toy-%/sft-restart-unsafe.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(EPOCHS) --restart unsafe
+	@touch $@
+
+$(RUNS)/toy-%/sft-restart-all.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(EPOCHS) --restart all
+	@touch $@
+
+$(RUNS)/toy-%/sft-prefix-early.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(EPOCHS) --prefix 0 0.5
+	@touch $@
+
+$(RUNS)/toy-%/sft-prefix-late.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(EPOCHS) --prefix 0.5 1
+	@touch $@
+
+$(RUNS)/toy-%/sft-every.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(EPOCHS) --resets every
+	@touch $@
+
+# ── What it buys and what it costs: the paper's experiments, and what it leaves open ───────────────────────────────
+
+EVAL = $(PY) -m backtrack.evaluate --prompts $(@D)/data/prompts.jsonl --judge $(@D)/data/world.json --out $@ \
+	--ckpt $(patsubst %.done,%,$(filter %.done,$^))
+FOUR := sft-baseline dpo-baseline sft dpo
+UNSAFE_SETS := unseen unseen-ingredients wrapper
+NEW_SETS    := $(UNSAFE_SETS) prefill-unseen benign-unseen benign-wrapper
+
+# The main table.
+$(RUNS)/toy-%/main.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft-baseline dpo-baseline sft-baseline-long sft dpo))
+	$(EVAL)
+
+# The dial: a bias on the logit of [RESET]. One prompt at a time, so that its times are a user's.
+$(RUNS)/toy-%/bias.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
+	$(EVAL) --sets $(UNSAFE_SETS) benign-unseen benign-wrapper $(BIAS_SIZE) --batch-size 1 --reset-bias -10 -5 -2 0 2 5 10
+
+# Best and worst of k.
+$(RUNS)/toy-%/sampling.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,$(FOUR)))
+	$(EVAL) --sets unseen unseen-ingredients $(SAMPLE_SIZE) --temperature 1 --samples 64 --batch-size 256
+
+# What the retry sees, and how many it gets.
+$(RUNS)/toy-%/retry.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
+	$(EVAL) --sets $(NEW_SETS) --on-reset truncate keep --max-resets 0 1 2 4
+
+# Other ways to train.
+$(RUNS)/toy-%/training.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft sft-restart-unsafe sft-restart-all \
+		sft-prefix-early sft-prefix-late dpo dpo-paper dpo-from-baseline sft-baseline))
+	$(EVAL) --sets $(NEW_SETS) --on-reset truncate keep
+
+# [RESET] after the one prefix drawn, or after every prefix: on development seeds.
+$(RUNS)/toy-%/resets.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/sft-every.done
+	$(EVAL)
+
+$(RESULTS)/toy-resets.json: $(foreach seed,$(DEV_SEEDS),$(RUNS)/toy-$(seed)/resets.json)
+	$(PY) -m backtrack.evaluate --merge $^ --out $@
+
+$(RESULTS)/toy-%.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/%.json)
+	$(PY) -m backtrack.evaluate --merge $^ --out $@
+
+$(RESULTS)/toy-training.json: $(foreach seed,$(TRAINING_SEEDS),$(RUNS)/toy-$(seed)/training.json)
+	$(PY) -m backtrack.evaluate --merge $^ --out $@
+
+eval: $(VENV)/.installed  ## every experiment on the test seeds, into results/; an hour. QUICK=1: minutes
+	$(if $(QUICK),$(MAKE) $(TEST_SEEDS:%=$(RUNS)/toy-%/base.done))
+	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(EXPERIMENTS:%=$(RESULTS)/toy-%.json)
+
+# ── Attacks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# $(call attack,NAME,MODEL,FILE,OPTIONS)
+define attack
+	$(PY) -m backtrack.attacks $1 --ckpt $(@D)/$2 --prompts $(@D)/data/prompts.jsonl --sets unseen unseen-ingredients \
+		--judge $(@D)/data/world.json --seed $* --out $(@D)/attacks/$3.jsonl $4 >/dev/null
+
+endef
+four = $(foreach model,$(FOUR),$(call attack,$1,$(model),$1-$(model),$2))
+
+$(RUNS)/toy-%/attacked-easily.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+	$(call four,prefill,--limit 16)
+	$(call four,instruct,--limit 16)
+	@touch $@
+
+# GCG and AutoDAN aim at an opening that says yes, as they do on AdvBench; the adaptive attacker at the whole answer.
+
+$(RUNS)/toy-%/attacked-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+	$(call four,gcg,$(ATTACK_SIZE) --target-tokens 8)
+	@touch $@
+
+$(RUNS)/toy-%/attacked-adaptive-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+	$(call four,adaptive-gcg,$(ATTACK_SIZE))
+	@touch $@
+
+$(RUNS)/toy-%/attacked-autodan.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+	$(call four,autodan,$(ATTACK_SIZE) --target-tokens 8)
+	@touch $@
+
+# What the defender can still change against the adaptive attack.
+$(RUNS)/toy-%/attacked-again.done: $(RUNS)/toy-%/dpo.done
+	$(call attack,adaptive-gcg,dpo,adaptive-gcg-dpo-keep,$(ATTACK_SIZE) --on-reset keep)
+	$(call attack,adaptive-gcg,dpo,adaptive-gcg-dpo-4-resets,$(ATTACK_SIZE) --max-resets 4)
+	$(call attack,adaptive-gcg,dpo,adaptive-gcg-dpo-bias-5,$(ATTACK_SIZE) --reset-bias 5)
+	@touch $@
+
+ATTACKS := easily gcg adaptive-gcg autodan again
+
+$(RESULTS)/toy-attacks.json: $(foreach seed,$(ATTACK_SEEDS),$(ATTACKS:%=$(RUNS)/toy-$(seed)/attacked-%.done))
+	$(PY) -m backtrack.attacks table $(ATTACK_SEEDS:%=$(RUNS)/toy-%/attacks/*.jsonl) --out $@
+
+attack: $(VENV)/.installed  ## the attacks on three test seeds; a quarter of an hour after make eval
+	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(RESULTS)/toy-attacks.json
+
+figures: $(VENV)/.installed-figures  ## the pictures of results/, from its JSON
+	$(PY) -m backtrack.figures --results $(RESULTS)
+
+# ── Speed ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+bench: $(VENV)/.installed-dev  ## tokens per second against transformers, and what a reset costs
+	$(PY) -m backtrack.bench
+
+# Preference rows and the tokenizer to cut them with; data/README.md says how to make them.
+ROWS      ?= runs/real/hh.jsonl
+TOKENIZER ?= llama3-tokenizer
+
+bench-training: $(VENV)/.installed  ## row trees against separate sequences: ROWS=… TOKENIZER=…
+	$(PY) -m backtrack.bench_training --rows $(ROWS) --tokenizer $(TOKENIZER)

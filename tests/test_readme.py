@@ -1,0 +1,66 @@
+"""What the README says of the code is true: its line counts, the files and flags it names."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def length(file: str, name: str) -> int:
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return node.end_lineno - node.lineno + 1
+    raise AssertionError(f"{file} has no {name}")
+
+
+def test_the_reading_list_counts_lines():
+    rows = re.findall(r"^\| .* \| (.*) in ([\w/]+\.py) \| (\d+) \|$", README, flags=re.MULTILINE)
+    assert len(rows) >= 8 and "`one_answer`" in rows[0][0]
+    for names, file, stated in rows:
+        assert int(stated) == sum(length(file, name) for name in re.findall(r"`(\w+)`", names)), names
+
+
+def test_the_files_are_as_long_as_it_says():
+    text = " ".join(README.split())
+    for what, file in (
+        (r"one training file \((\d+) lines", "train.py"),
+        (r"a sampler \((\d+)\)", "backtrack/generate.py"),
+        (r"Hugging Face weights \((\d+)\)", "model/transformer.py"),
+    ):
+        [stated] = re.findall(what, text)
+        assert int(stated) == len((ROOT / file).read_text(encoding="utf-8").splitlines()), file
+
+
+def test_what_it_links_to_is_there():
+    for file in ("README.md", "data/README.md", "results/README.md"):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#][^)]*)\)", text):
+            if "://" not in link:
+                assert ((ROOT / file).parent / link).exists(), f"{file}: {link}"
+
+
+def test_the_flags_it_uses_exist():
+    """Every `python … --flag` of the READMEs, asked of --help."""
+    text = "\n".join((ROOT / f).read_text(encoding="utf-8") for f in ("README.md", "data/README.md"))
+    text = text.replace("\\\n", " ")
+    helps: dict[str, str] = {}
+    for line in re.findall(r"^(?:\$ )?python (.*)$", text, flags=re.MULTILINE):
+        words = line.split("#")[0].split()
+        if words[:2] == ["-m", "pdb"]:
+            words = words[2:]
+        program = words[:2] if words[0] == "-m" else words[:1]
+        rest = words[len(program) :]
+        if program == ["-m", "pytest"]:
+            continue
+        sub = [rest[0]] if rest and rest[0] in ("base", "sft", "dpo", "hh", "oasst", "prompts", "gcg") else []
+        command = " ".join([*program, *sub])
+        if command not in helps:
+            asked = [sys.executable, *program, *sub, "--help"]
+            helps[command] = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout
+        for flag in re.findall(r"(?<!\S)--[a-z-]+", " ".join(rest)):
+            assert flag in helps[command], f"{command} has no {flag}"
+    assert len(helps) >= 6
