@@ -28,7 +28,7 @@ DPO_PAPER    := --lr 5e-5 --nll 0.2
 DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
 DPO_BASELINE := --lr 2e-4 --nll 1 --method baseline
 
-.PHONY: help setup test test-slow lint train-base train-sft train-sft-baseline train-dpo \
+.PHONY: help setup test test-slow test-real lint train-base train-sft train-sft-baseline train-dpo \
 	train-dpo-baseline sample eval attack figures bench bench-training
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -58,10 +58,16 @@ test: $(VENV)/.installed-dev  ## the test suite; installs transformers, the test
 test-slow: $(VENV)/.installed-dev  ## the checks that take minutes, such as training the toy world
 	$(PY) -m pytest -m slow
 
+test-real: $(VENV)/.installed-dev $(RUNS)/smollm2/model.safetensors  ## the real model against transformers; downloads 93 MB once
+	SMOLLM2=$(RUNS)/smollm2 $(PY) -m pytest -m real
+
+$(RUNS)/smollm2/model.safetensors: | $(VENV)/.installed
+	$(PY) -m data.smollm2 --out $(@D)
+
 # The files that teach have 100 columns, the others 120.
 TEACHING := train.py sample.py tests/method \
 	$(addprefix backtrack/,examples.py generate.py rows.py progress.py new_token.py terminal.py) \
-	$(addprefix model/,transformer.py cache.py linear.py)
+	$(addprefix model/,transformer.py cache.py linear.py tokenizer.py bpe.py)
 
 lint: $(VENV)/.installed-dev  ## ruff: style and common mistakes
 	$(PY) -m ruff check .

@@ -110,9 +110,9 @@ def chat(model, tok, args) -> None:
         if not text.strip():
             history = []
             continue
-        prompt = tok.render([{"role": "user", "content": text}])
-        if history and terminal:  # piped lines are separate prompts
-            prompt = history + prompt[1:]  # BOS only once
+        goes_on = bool(history) and terminal  # piped lines are separate prompts
+        turn = tok.render([{"role": "user", "content": text}], continues=goes_on)
+        prompt = history + turn if goes_on else turn
         try:
             tokens = answer(model, tok, prompt, text, args)
         except InputError as error:

@@ -315,7 +315,15 @@ def sft_tree(args, tok, row: Row, epoch: int, index: int) -> Tree:
         longest = min(len(row.rejected), args.max_length - len(row.prompt) - 2)
         row = dataclasses.replace(row, rejected=row.rejected[:longest])  # every k is one of these
         k = draw_prefix(args.seed, epoch, index, longest, args.prefix)
-    views = sft_views(row, k, tok, method=args.method, resets=args.resets, restart=args.restart)
+    views = sft_views(
+        row,
+        k,
+        tok,
+        method=args.method,
+        resets=args.resets,
+        reset_weight=args.reset_weight,
+        restart=args.restart,
+    )
     return view_tree(views, args.max_length)
 
 
@@ -474,6 +482,8 @@ def sft_arguments(p) -> None:
     about = "learn [RESET] after every length of prefix at once, or after the one drawn (the paper)"
     group = beyond_the_paper(p)
     group.add_argument("--resets", choices=("every", "drawn"), default="drawn", help=about)
+    about = "with --resets every: how many tokens the resets of a row count for together"
+    group.add_argument("--reset-weight", type=not_negative(float), default=1.0, help=about)
 
 
 def dpo_arguments(p) -> None:

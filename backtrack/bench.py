@@ -6,8 +6,8 @@ Four questions, each answered in one run on one machine, with random weights and
 
 - Tokens per second of `generate`, eager and with the decode step compiled (as `sample.py --compile` does it), against
   `transformers`' own, eager, on the same checkpoint, prompts, dtype and thread count, greedy, no stop token. The
-  outputs must be equal token by token or the benchmark ends there. All prompts are equally long: that spares
-  transformers its padding mask, so it is the case that suits it best.
+  outputs must be equal token by token or the benchmark ends there. All prompts are equally long, so
+  transformers needs no padding mask: the case that suits it best.
 - Decode steps as a share of what the memory allows. Each step has to read every weight and the keys and values of
   every row once; bytes / (bandwidth measured in this run) is the time that no implementation at this precision can
   beat. Toy weights fit into the processor's cache, so for the toy no share is given.

@@ -3,7 +3,7 @@
     python -m backtrack.collect --ckpt runs/smollm2 --prompts train.jsonl --judge runs/refusal-judge \
         --out runs/real/rows.jsonl
 
-For every prompt that is not benign the model answers; if the judge calls the answer unsafe it is y−, and y+ is the
+For every prompt that is not benign the model answers; if the judge calls the answer unsafe (or complied) it is y−, and y+ is the
 prompt's own "safe_answer" (or, with --chosen own, another answer of the model that the judge calls safe). The row says
 "unsafe": true. Benign prompts give rows without y−: their "reference", or else the model's own answer. Answers of other
 models are not what this model will say when it goes wrong; its own are.
@@ -106,7 +106,7 @@ def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | Non
         return row | {"chosen": message(chosen)}, "benign, kept"
     unsafe, safe = [], []
     for answer in answers:
-        is_unsafe = judge(prompt["prompt"], answer["text"]).unsafe
+        is_unsafe = judge(prompt["prompt"], answer["text"]).failed
         (unsafe if is_unsafe else safe).append(answer)
     if not unsafe:
         return None, "unsafe question, left out: every answer was safe"

@@ -6,16 +6,16 @@
     python -m backtrack.evaluate --ckpt runs/sft --prompts mt_bench.jsonl --mt-bench answers/   # for FastChat's judge
 
 A prompt file is JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}, optionally with "prefill", text forced
-at the start of the answer. --judge is the toy world's world.json or a Llama Guard 2 directory; it sees surviving text
-only. Without it nothing is judged; the same command with it judges those answers later, when the models' memory is
-free. --on-reset, --reset-bias and --max-resets take several values, and every combination of them is run; --samples
-draws several answers per prompt at a --temperature.
+at the start of the answer. --judge is the toy world's world.json, a refusal judge, a Llama Guard 2 directory or a
+module:function of your own (judge.py); it sees surviving text only. Without it nothing is judged; the same command with
+it judges those answers later, when the models' memory is free. --on-reset, --reset-bias and --max-resets take several
+values, and every combination of them is run; --samples draws several answers per prompt at a --temperature.
 
 Every answer goes to a file beside OUT, ending in .answers.jsonl, as soon as it is judged, with what was discarded,
 verdict, resets and timings; the same command again goes on from there. OUT has the counts per checkpoint, combination
 and set, with Wilson intervals, and McNemar's test of every checkpoint against the first. Timings mean most with
---batch-size 1: answers of one batch wait for each other. It will not call an answer of a real model helpful or a
-refusal: the guard only says unsafe.
+--batch-size 1: answers of one batch wait for each other. For answers of a real model no judge here says all: the guard
+says unsafe only, and the refusal judge complied or refused, which is what the tables then show in place of unsafe.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from backtrack.generate import Generation, generate
-from backtrack.judge import load_judge
+from backtrack.judge import load_judge, refuse_seen
 from backtrack.results import write_result
 from backtrack.rows import json_lines
 from backtrack.statistics import best_of_k, mcnemar, wilson, worst_of_k
@@ -40,7 +40,7 @@ from model.checkpoint import weights_digest
 from model.errors import device, positive, run
 from model.files import write_text
 
-RATES = ("unsafe", "helpful", "refused", "reset")
+RATES = ("unsafe", "complied", "helpful", "refused", "reset")
 # Sums over answers. first_step: tokens sampled up to the first one that survives, itself included.
 SUMS = ("resets", "steps", "surviving", "first_step", "first_token_s", "total_s")
 CONDITION = ("on_reset", "reset_bias", "max_resets")
@@ -157,8 +157,13 @@ def verdict(judge, prompt: dict, response: str, args) -> dict:
         said = vars(judge(prompt["prompt"], response))
     except InputError as error:
         print(f"\nno verdict, counted as unsafe: {error}", file=sys.stderr)
-        said = {"unsafe": True, "category": "no verdict"}
+        said = {"unsafe": True, "complied": True, "category": "no verdict"}
     return {"judge": args.judge} | {name: value for name, value in said.items() if value is not None}
+
+
+def failure(answers: list[dict]) -> str:
+    """What the judge calls an answer to a forbidden prompt that should not be: unsafe, or complied."""
+    return "unsafe" if all("unsafe" in a for a in answers) else "complied"
 
 
 def timings(g: Generation, prefilled: int) -> dict:
@@ -191,6 +196,7 @@ def answer_all(prompts: list[dict], args) -> list[dict]:
     if left < len(wanted):
         print(f"{path}: {len(wanted) - left} of {len(wanted)} answers are there already", file=sys.stderr)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype)) if args.judge else None
+    refuse_seen(judge, prompts)
     for r in done.values():
         if args.judge and r.get("judge", args.judge) != args.judge:
             raise InputError(f"{path}: was judged by {r['judge']}, not {args.judge}; choose another --out or delete it")
@@ -256,18 +262,21 @@ def count(answers: list[dict], prompts: list[dict]) -> tuple[list[dict], list[di
             record = head | {"benign": prompts[members[0]]["benign"], "n": len(found), "prompts": len(members)}
             for rate in ("unsafe", "helpful", "refused"):
                 record[rate] = sum(a[rate] for a in found) if all(rate in a for a in found) else None
+            if all("complied" in a for a in found):
+                record["complied"] = sum(a["complied"] for a in found)
             record["reset"] = sum(a["resets"] > 0 for a in found)
             record |= {s: round(sum(a[s] for a in found), 6) for s in SUMS}
             samples = len(found) // len(members)
-            if samples > 1 and record["unsafe"] is not None:
-                unsafe = [sum(a["unsafe"] for a in cell[i]) for i in members]
+            bad = failure(found)
+            if samples > 1 and record.get(bad) is not None:
+                unsafe = [sum(a[bad] for a in cell[i]) for i in members]
                 ks = [k for k in K if k <= samples]
                 for curve, of_k in CURVES.items():
                     record[curve] = {str(k): sum(of_k(samples, u, k) for u in unsafe) for k in ks}
             records.append(record)
             if ckpt != first and samples == 1:
                 other = [a for i in members for a in by_condition[first, *condition][i]]
-                for rate in ("unsafe", "helpful"):
+                for rate in ("unsafe", "complied", "helpful"):
                     if all(rate in a for a in found + other):
                         outcome = Counter((a[rate], b[rate]) for a, b in zip(other, found, strict=True))
                         only = {"only_first": outcome[True, False], "only_this": outcome[False, True]}
@@ -283,14 +292,15 @@ def pool(records: list[dict]) -> list[dict]:
         head = {k: Path(r[k]).name for k in (("checkpoint", "first") if pair else ("checkpoint",))}
         head |= {k: r[k] for k in (*CONDITION, "set", "rate" if pair else "benign")}
         total = pooled.setdefault(tuple(head.items()), head | ({} if pair else {"by_seed": []}))
-        for k in ("only_first", "only_this") if pair else ("n", "prompts", *RATES, *SUMS):
+        rates = [rate for rate in RATES if rate != "complied" or rate in r]  # results have it if the judge says so
+        for k in ("only_first", "only_this") if pair else ("n", "prompts", *rates, *SUMS):
             total[k] = None if None in (r[k], total.get(k, 0)) else round(total.get(k, 0) + r[k], 6)
         for curve in CURVES:
             if curve in r:
                 old = total.get(curve, {})
                 total[curve] = {k: old.get(k, 0.0) + v for k, v in r[curve].items()}
         if "by_seed" in total:
-            seed = {rate: None if r[rate] is None else round(r[rate] / r["n"], 4) for rate in RATES}
+            seed = {rate: None if r[rate] is None else round(r[rate] / r["n"], 4) for rate in rates}
             seed |= {s: round(r[s] / r["n"], 6) for s in SUMS}
             seed |= {c: {k: round(v / r["prompts"], 4) for k, v in r[c].items()} for c in CURVES if c in r}
             total["by_seed"].append(seed)
@@ -301,7 +311,7 @@ def with_intervals(records: list[dict], paired: list[dict]) -> tuple[list[dict],
     """Wilson's where every prompt was answered once, since answers to one prompt are not independent."""
     for r in records:
         for rate in RATES:
-            if r[rate] is not None and r["n"] == r["prompts"]:
+            if r.get(rate) is not None and r["n"] == r["prompts"]:
                 r[f"{rate}_interval"] = [round(x, 4) for x in wilson(r[rate], r["n"])]
     return records, [p | {"p": float(f"{mcnemar(p['only_first'], p['only_this']):.3g}")} for p in paired]
 
@@ -311,25 +321,29 @@ def with_intervals(records: list[dict], paired: list[dict]) -> tuple[list[dict],
 
 def print_table(records: list[dict], paired: list[dict]) -> None:
     """Rates in percent with 95% intervals, one line per set, checkpoint and condition. p: McNemar's, of `unsafe` (of
-    `helpful` on benign sets) against the first checkpoint. step: tokens sampled up to the first that survives."""
+    `helpful` on benign sets, of `complied` if the judge says that) against the first checkpoint. step: tokens sampled
+    up to the first that survives."""
+    rates = [rate for rate in RATES if any(r.get(rate) is not None for r in records)]
+    if "complied" not in rates:
+        rates = [rate for rate in RATES if rate != "complied"]
     width = max(len(name) for name in ("checkpoint", *(r["checkpoint"] for r in records)))
     p_of = {tuple(p[k] for k in ("checkpoint", *CONDITION, "set", "rate")): p["p"] for p in paired}
     print(
         f"{'set':<20}{'n':>6}  {'checkpoint':<{width}}  {'on_reset':<8} {'bias':>5} {'max':>3}"
-        + "".join(f"{r + ' %':>20}" for r in RATES)
+        + "".join(f"{r + ' %':>20}" for r in rates)
         + f"{'p':>9}{'step':>7}"
     )
     for name in dict.fromkeys(r["set"] for r in records):
         for r in (r for r in records if r["set"] == name):
             cells = ""
-            for rate in RATES:
-                if r[rate] is None:
+            for rate in rates:
+                if r.get(rate) is None:
                     cells += f"{'–':>20}"
                     continue
                 interval = r.get(f"{rate}_interval")
                 limits = f" [{100 * interval[0]:>4.1f},{100 * interval[1]:>5.1f}]" if interval else " " * 13
                 cells += f"{100 * r[rate] / r['n']:>7.1f}{limits}"
-            rate = "helpful" if r["benign"] else "unsafe"
+            rate = "complied" if rates[0] == "complied" else "helpful" if r["benign"] else "unsafe"
             p = p_of.get((r["checkpoint"], *(r[c] for c in CONDITION), name, rate))
             print(
                 f"{name:<20}{r['n']:>6}  {r['checkpoint']:<{width}}  {r['on_reset']:<8} {r['reset_bias']:>5g}"
@@ -337,7 +351,8 @@ def print_table(records: list[dict], paired: list[dict]) -> None:
             )
     curves = [r for r in records if "worst_of_k" in r]
     if curves:
-        print(f"\n{'unsafe % of k samples':<24}{'checkpoint':<{width}}  {'':<6}" + "".join(f"{f'k={k}':>7}" for k in K))
+        title = f"{rates[0]} % of k samples"
+        print(f"\n{title:<24}{'checkpoint':<{width}}  {'':<6}" + "".join(f"{f'k={k}':>7}" for k in K))
         for r in curves:
             for curve in CURVES:
                 cells = "".join(f"{100 * v / r['prompts']:>7.1f}" for v in r[curve].values())
@@ -353,7 +368,8 @@ def print_side_by_side(answers: list[dict], prompts: list[dict], count: int) -> 
             continue
 
         def agreement(i):
-            return len({(first[ckpt, i].get("unsafe"), first[ckpt, i].get("helpful")) for ckpt in ckpts}) == 1
+            judged = ("unsafe", "complied", "helpful")
+            return len({tuple(first[ckpt, i].get(rate) for rate in judged) for ckpt in ckpts}) == 1
 
         for i in sorted(members, key=agreement)[:count]:  # a stable sort: otherwise the order of the prompts
             print(f"\n[{name}] {prompts[i]['prompt'][-1]['content']}")
@@ -434,7 +450,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", help="prompt files (JSON lines)")
     parser.add_argument("--sets", nargs="+", help="of the prompts, these sets only")
     parser.add_argument("--limit", type=positive, help="of each set, so many prompts, evenly spread")
-    parser.add_argument("--judge", help="world.json of the toy world the prompts come from, or a Llama Guard directory")
+    parser.add_argument("--judge", help="world.json, refusal judge, Llama Guard directory or module:function")
     parser.add_argument("--on-reset", nargs="+", choices=("truncate", "keep"), default=["truncate"])
     parser.add_argument("--reset-bias", nargs="+", type=float, default=[0.0])
     parser.add_argument("--max-resets", nargs="+", type=int, default=[1])

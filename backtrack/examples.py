@@ -79,13 +79,20 @@ class Pair:
 
 
 def sft_views(
-    row: Row, k: int, tok, *, method="backtrack", resets="drawn", restart="none"
+    row: Row,
+    k: int,
+    tok,
+    *,
+    method: str = "backtrack",
+    resets: str = "drawn",
+    reset_weight: float = 1.0,
+    restart: str = "none",
 ) -> list[View]:
     """The views of one row; k is the length of the unsafe prefix.
 
     method   "backtrack", "baseline" (the answer alone) or "in-place".
     resets   "drawn": [RESET] is learned after the k tokens drawn. "every": after 1, 2, … all of y−,
-             the expectation over k written out: each counts 1/|y−|.
+             the expectation over k written out: each counts reset_weight/|y−|.
     restart  which rows have that view: "none", "unsafe" or "all".
     """
     if row.plain_text:
@@ -107,15 +114,17 @@ def sft_views(
         else:
             after = begun + reset
             views.append(View("backtrack", after + answer, len(after), WEIGHT["backtrack"]))
-            views += every_reset(x, row.rejected, reset)
+            views += every_reset(x, row.rejected, reset, reset_weight)
     if method == "backtrack" and (restart == "all" or (restart == "unsafe" and row.unsafe)):
         views.append(View("restart", x + reset + answer, len(x) + 1, WEIGHT["restart"]))
     return views
 
 
-def every_reset(x: list[int], rejected: list[int], reset: list[int]) -> list[View]:
+def every_reset(
+    x: list[int], rejected: list[int], reset: list[int], reset_weight: float
+) -> list[View]:
     """E_k[−log π([RESET] | x ⊕ prefix_k(y−))] in full. As branches of a tree they are for free."""
-    weight = WEIGHT["reset"] / len(rejected)
+    weight = reset_weight * WEIGHT["reset"] / len(rejected)
     views = []
     for j in range(1, len(rejected) + 1):
         begun = x + rejected[:j]
@@ -162,15 +171,11 @@ class Tree:
     """The sequences of one row. Nodes stand depth first: a node, then all that hangs on it."""
 
     names: list[str]  # of every sequence: its view, or the kind of its pair
-    weight: (
-        float  # what the loss of this row is divided by, with those of the other rows of its step
-    )
-    # Nodes.
+    weight: float  # of the row: a step's loss is divided by the sum over its rows
+    # Nodes. Node i is seen by the nodes i … last[i], and by no others.
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    last: list[int] = field(
-        default_factory=list
-    )  # node i is seen by the nodes i … last[i], no others
+    last: list[int] = field(default_factory=list)
     # Targets: node predicts token.
     target_node: list[int] = field(default_factory=list)
     target_token: list[int] = field(default_factory=list)
@@ -310,8 +315,7 @@ def make_batch(trees: list[Tree], device="cpu") -> Batch:
     lanes = share_lanes([len(tree) for tree in trees])
     shape = (len(lanes), max(sum(len(trees[i]) for i in lane) for lane in lanes))
     tokens = torch.zeros(shape, dtype=torch.int64)
-    # Padding is seen by itself alone; where is_causal leaves that to positions, it stands behind
-    # all else.
+    # Padding is seen by itself alone. Where is_causal leaves that to positions, it comes last.
     last = torch.arange(shape[1]).repeat(shape[0], 1)
     positions = last.clone()
     offset = [0] * len(trees)  # where each tree begins in the flattened B·T

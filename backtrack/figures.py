@@ -9,8 +9,7 @@
     tables.md      all of it in numbers; the README's tables are copied from here
 
 Needs matplotlib (requirements-figures.txt), which nothing else here does. Lines are means over seeds with Student's 95%
-interval, bars are pooled over seeds with Wilson's; every picture names its seeds' count and can be read in grey. It
-computes nothing that is not in the files.
+interval, bars are pooled over seeds with Wilson's. Every picture says how many seeds, and can be read in grey.
 """
 
 import argparse

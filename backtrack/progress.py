@@ -63,6 +63,7 @@ def run_settings(args, count: int, data) -> dict:
     names += [
         "method",
         "resets",
+        "reset_weight",
         "restart",
         "prefix",
         "beta",

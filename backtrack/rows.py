@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from backtrack.shapes import as_conversation, refuse_other_formats
 from backtrack.terminal import say
 from model.errors import InputError
 
@@ -32,7 +33,7 @@ class Row:
     chosen: list[int]  # y+, without eos
     rejected: list[int] | None  # y−, without eos
     unsafe: bool  # y− is unsafe, not merely worse
-    plain_text: bool = False  # then the prompt is BOS alone
+    plain_text: bool = False  # then the prompt is what begins a text, alone
 
 
 def load_rows(paths: list[str], tok, max_length: int) -> list[Row]:
@@ -93,14 +94,16 @@ def read_stream(paths: list[str], tok) -> list[int]:
                 raise InputError(
                     f'{where}: `base` trains on plain text, one {{"text": "…"}} per line'
                 )
-            stream += [tok.bos_id, *tok.encode(row["text"]), tok.text_end_id]
+            stream += [tok.text_start_id, *tok.encode(row["text"]), tok.text_end_id]
     return stream
 
 
 def encode_row(row: dict, tok) -> Row:
     """A checked row -> token ids. Answers are stripped, as the chat templates strip them."""
     if "prompt" not in row:
-        return Row([tok.bos_id], tok.encode(row["text"]), None, unsafe=False, plain_text=True)
+        return Row(
+            [tok.text_start_id], tok.encode(row["text"]), None, unsafe=False, plain_text=True
+        )
     rejected = row.get("rejected")
     return Row(
         prompt=tok.render(row["prompt"], add_generation_prompt=True),
@@ -115,6 +118,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     empty = True
     for where, row in json_lines(path):
         empty = False
+        row = as_conversation(row, where)
         check_row(row, where)
         yield where, row
     if empty:
@@ -126,6 +130,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    refuse_other_formats(path)
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):

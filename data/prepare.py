@@ -5,10 +5,15 @@
     python -m data.prepare hh --in helpful-base/train.jsonl.gz --out helpful.jsonl --helpful
     python -m data.prepare oasst --in oasst_ready.trees.jsonl.gz --out oasst.jsonl
     python -m data.prepare prompts --in harmful_behaviors.csv xstest_prompts.csv --out prompts.jsonl
+    python -m data.prepare prompts --in safety_only_data_Instructions.json --exclude prompts.jsonl \
+        --out train.jsonl --valid dev.jsonl --valid-percent 20
 
 `--in` takes files that you have downloaded, plain or .gz, as many as you like. What does not fit is
 skipped whole, never repaired, and counted by reason on stderr. The same input gives the same bytes.
-`--valid` holds out all rows of about 5% of the first questions.
+`--valid` holds out all rows of about 5% of the first questions. Which ones depends on the question
+alone: what is held out at 5% is held out at 20%, so a third part comes from splitting the held-out
+file again, with a smaller percentage. `--exclude` skips rows whose first question is in other files
+too (any that `prompts` reads, or its output), whatever its case and punctuation.
 
 hh       https://huggingface.co/datasets/Anthropic/hh-rlhf
          -> {"prompt": […], "chosen": […], "rejected": […], "unsafe": true}, which is TRL's
@@ -26,10 +31,11 @@ oasst    https://huggingface.co/datasets/OpenAssistant/oasst1, *_ready.trees.jso
          path through the best-ranked replies: chosen is the best reply, rejected the worst ranked
          one. Of replies that nobody ranked, the first is chosen and none rejected.
 
-prompts  six sets on GitHub, told apart by their columns
+prompts  sets of prompts, told apart by their columns and keys
          -> {"prompt": […], "set": "advbench", "benign": false, "target": "Sure, here is …"}, with
          the source's "id" and "category" where it has them. A row of MT-Bench, which the paper uses
-         for helpfulness, holds the first turn in "prompt" and both in "turns".
+         for helpfulness, holds the first turn in "prompt" and both in "turns". Where the source has
+         an answer it is kept: as "safe_answer" to what should not be done, else as "reference".
 
          AdvBench               llm-attacks/llm-attacks      harmful_behaviors.csv
          MaliciousInstructions  vinid/safety-tuned-llamas    I-MaliciousInstructions.json
@@ -37,6 +43,15 @@ prompts  six sets on GitHub, told apart by their columns
          StrongREJECT           alexandrasouly/strongreject  strongreject_dataset.csv
          XSTest                 paul-rottger/xstest          xstest_prompts.csv
          MT-Bench               lm-sys/FastChat              question.jsonl
+         safe answers           vinid/safety-tuned-llamas    safety_only_data_Instructions.json
+         I-Alpaca, I-CoNa, …    vinid/safety-tuned-llamas    {"instructions": [texts]}
+         AlpacaEval             tatsu-lab/alpaca_eval        text_davinci_003.json
+         OpenAssistant          as above: the first message of each tree, its best reply
+         any other list         [{"instruction", "input", "output"}, …]
+
+         Most lists do not say whether they ask for harm. The files of safety-tuned-llamas are known
+         by name; others need --benign or --unsafe. Both are rough: Q-Harm and the instructions with
+         safe answers hold many questions that hurt nobody.
 
 It will not download, shuffle, deduplicate, or cut to a length (see train.py --max-length). The data
 have licences of their own; see the sources.
@@ -61,6 +76,7 @@ from pathlib import Path
 import torch
 
 from backtrack.judge import load_judge
+from backtrack.refusals import plain_text
 from backtrack.rows import json_lines
 from backtrack.terminal import say
 from model.errors import InputError, device, positive, run
@@ -95,7 +111,7 @@ def read(args, left_out: Counter) -> Iterator[Outcome]:
         if args.command == "oasst":
             yield from oasst_rows(path, args.lang, left_out)
         elif args.command == "prompts":
-            yield from prompt_rows(path)
+            yield from prompt_rows(path, args.lang, args.benign)
         else:
             if "helpful-" in path and not args.helpful:
                 say(f"note: {path}: without --helpful its rejected answers are marked unsafe")
@@ -291,7 +307,7 @@ def oasst_reason(node: dict, lang: str) -> str | None:
     return None
 
 
-# ── prompts: four sets in CSV, one in JSON, one in JSON lines ─────────────────────────────────────
+# ── prompts: sets in CSV, in JSON and in JSON lines ───────────────────────────────────────────────
 
 CSV_SETS = {  # set -> the column of its prompts, and our name -> column of what else is wanted
     "advbench": ("goal", {"target": "target"}),
@@ -301,25 +317,54 @@ CSV_SETS = {  # set -> the column of its prompts, and our name -> column of what
 }
 
 
-def prompt_rows(path: str) -> Iterator[Outcome]:
-    """The outcome of every prompt."""
-    for prompt, rest in prompts_of(path):
+LISTS = {  # files of safety-tuned-llamas -> our name, and whether they are benign
+    "safety_only_data_Instructions": ("safety_tuned", False),
+    "I-Alpaca": ("i_alpaca", True),
+    "I-CoNa": ("i_cona", False),
+    "I-Controversial": ("i_controversial", False),
+    "I-PhysicalSafetySafe": ("i_physical_safety_safe", True),
+    "I-PhysicalSafetyUnsafe": ("i_physical_safety_unsafe", False),
+    "Q-Harm": ("q_harm", False),
+}
+
+
+def prompt_rows(path: str, lang: str = "all", benign: bool | None = None) -> Iterator[Outcome]:
+    """The outcome of every prompt. benign: of lists that do not say whether they are."""
+    text = read_text(path)
+    first = first_object(path, text) if text.lstrip().startswith("{") else {}
+    if isinstance(first.get("prompt"), dict):
+        yield from tree_prompts(path, lang)
+        return
+    if isinstance(first.get("prompt"), list):
+        yield from our_prompts(path)
+        return
+    for prompt, rest in prompts_of(path, text, first, benign):
         if prompt.strip():
             yield {"prompt": [message("user", prompt)], **rest}
         else:
             yield "empty prompt"
 
 
-def prompts_of(path: str) -> Iterator[tuple[str, dict]]:
-    """(prompt, the rest of its row) for any of the six sets."""
-    text = read_text(path)
-    if not text.lstrip().startswith("{"):
+def prompts_of(path: str, text: str, first: dict, benign: bool | None) -> Iterator[tuple[str, dict]]:
+    """(prompt, the rest of its row) for sets whose prompts are single texts."""
+    if text.lstrip().startswith("["):
+        return list_prompts(path, text, benign)
+    if not first:
         return csv_prompts(path, text)
+    if "instructions" in first and "tags" in first:
+        return malicious_prompts(path, first)
+    if "instructions" in first:
+        return instruction_prompts(path, first, benign)
+    return mt_bench_prompts(path)
+
+
+def first_object(path: str, text: str) -> dict:
+    """The object that the file is, or that its first line is."""
     try:
         item = json.loads(text)
     except (ValueError, RecursionError):
-        item = {}  # several lines of JSON
-    return malicious_prompts(path, item) if "instructions" in item else mt_bench_prompts(path)
+        _, item = next(json_lines(path))  # several lines of JSON
+    return item if isinstance(item, dict) else {}
 
 
 def csv_prompts(path: str, text: str) -> Iterator[tuple[str, dict]]:
@@ -351,7 +396,57 @@ def csv_set(path: str, found: list[str]) -> str:
     for name, (prompt_column, columns) in CSV_SETS.items():
         if {prompt_column, *columns.values()} <= set(found):
             return name
-    raise InputError(f"{path}: columns {', '.join(found)} of no known set: see --help for the six")
+    raise InputError(f"{path}: columns {', '.join(found)} of no known set: see --help for those it knows")
+
+
+def instruction_prompts(path: str, item: dict, benign: bool | None) -> Iterator[tuple[str, dict]]:
+    """One object with nothing but the texts."""
+    texts = item["instructions"]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f'{path}: "instructions" is no list of texts; get the file again')
+    name, benign = what_list(path, benign)
+    for text in texts:
+        yield text, {"set": name, "benign": benign}
+
+
+def what_list(path: str, benign: bool | None) -> tuple[str, bool]:
+    """What the set is called, and whether it is benign: by the name of its file, or as --benign or --unsafe say."""
+    stem = Path(path).name.split(".")[0]
+    if stem in LISTS:
+        return LISTS[stem]
+    if benign is None:
+        raise InputError(f"{path}: does not say whether its instructions are harmless; add --benign or --unsafe")
+    return stem, benign
+
+
+def list_prompts(path: str, text: str, benign: bool | None) -> Iterator[tuple[str, dict]]:
+    """A list of instructions with answers. AlpacaEval's say which data set they come from and who has answered."""
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); get the file again") from None
+    known = None
+    for number, item in enumerate(items, start=1):
+        if not is_instruction(item):
+            raise InputError(f'{path}: item {number} has no text "instruction", or an "input" or "output" that is none')
+        if {"dataset", "generator"} <= set(item):
+            rest = {"set": "alpaca_eval", "benign": True, "category": item["dataset"]}
+        else:
+            known = known or what_list(path, benign)
+            rest = {"set": known[0], "benign": known[1]}
+        if answer := (item.get("output") or "").strip():
+            rest["reference" if rest["benign"] else "safe_answer"] = answer
+        instruction, more = item["instruction"].strip(), (item.get("input") or "").strip()
+        yield f"{instruction}\n\n{more}" if more else instruction, rest
+
+
+def is_instruction(item: object) -> bool:
+    return (
+        isinstance(item, dict)
+        and isinstance(item.get("instruction"), str)
+        and isinstance(item.get("input"), str | None)
+        and isinstance(item.get("output"), str | None)
+    )
 
 
 def malicious_prompts(path: str, item: dict) -> Iterator[tuple[str, dict]]:
@@ -375,6 +470,35 @@ def mt_bench_prompts(path: str) -> Iterator[tuple[str, dict]]:
         rest["category"] = item.get("category")
         rest["turns"] = [turn.strip() for turn in turns]
         yield turns[0], rest
+
+
+def tree_prompts(path: str, lang: str) -> Iterator[Outcome]:
+    """The first message of every OpenAssistant tree, with its best reply."""
+    for where, tree in json_objects(path):
+        count_prompters(where, tree.get("prompt"))  # checks its form
+        root = tree["prompt"]
+        if tree.get("tree_state", "ready_for_export") != "ready_for_export":
+            yield "tree is not ready for export"
+        elif reason := oasst_reason(root, lang):
+            yield reason
+        else:
+            row = {"prompt": [message("user", root["text"])], "set": "oasst", "benign": True}
+            if replies := usable_replies(root, lang, Counter()):
+                row["reference"] = replies[0]["text"].strip()
+            yield row
+
+
+def our_prompts(path: str) -> Iterator[Outcome]:
+    """What this program has written before, as it is."""
+    for where, row in json_objects(path):
+        messages = row.get("prompt")
+        if not isinstance(messages, list) or not messages or not all(is_turn(turn) for turn in messages):
+            raise InputError(f'{where}: "prompt" is no list of messages, each with a role and a text "content"')
+        yield row
+
+
+def is_turn(turn: object) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn
 
 
 # ── Reading and writing ───────────────────────────────────────────────────────────────────────────
@@ -402,7 +526,10 @@ def sort_out(outcomes: Iterable[Outcome], args) -> tuple[list[bytes], list[bytes
     """(lines to write, lines to hold out, how many were skipped for each reason)"""
     rows, valid_rows, skipped = [], [], Counter()
     percent = args.valid_percent if args.valid else 0
+    elsewhere = questions_of(args.exclude)
     for outcome in outcomes:
+        if isinstance(outcome, dict) and (path := elsewhere.get(question(outcome))):
+            outcome = f"also in {path}"
         if isinstance(outcome, str):
             skipped[outcome] += 1
             continue
@@ -417,9 +544,26 @@ def sort_out(outcomes: Iterable[Outcome], args) -> tuple[list[bytes], list[bytes
     return rows, valid_rows, skipped
 
 
+def question(row: dict) -> str:
+    """The first user message without case and punctuation."""
+    return plain_text(next((turn["content"] for turn in row["prompt"] if turn["role"] == "user"), ""))
+
+
+def questions_of(paths: list[str]) -> dict[str, str]:
+    """Question -> the file that it is in."""
+    found = {}
+    for path in paths:
+        for row in prompt_rows(path, benign=False):  # benign or not makes no difference here
+            if isinstance(row, dict):
+                found.setdefault(question(row), path)
+    return found
+
+
 def is_held_out(row: dict, percent: float) -> bool:
     """By hash of the first user message: all rows of one question go to the same side."""
-    digest = hashlib.sha256(row["prompt"][0]["content"].encode()).hexdigest()
+    # Prompts are often there twice with another full stop. The rows of hh and oasst are split as they always were.
+    text = question(row) if "set" in row else row["prompt"][0]["content"]
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return int(digest[:8], 16) / 2**32 * 100 < percent
 
 
@@ -465,21 +609,25 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(valid=None, guard=None)  # for the commands without these
+    parser.set_defaults(guard=None)  # for the commands without it
     commands = parser.add_subparsers(dest="command", required=True)
     hh = commands.add_parser("hh", help="Anthropic HH-RLHF pairs")
     oasst = commands.add_parser("oasst", help="OpenAssistant trees")
-    prompts = commands.add_parser("prompts", help="safety sets, XSTest and MT-Bench")
+    prompts = commands.add_parser("prompts", help="prompts of safety sets and of harmless ones")
     for command in (hh, oasst, prompts):
         add = command.add_argument
         add("--in", dest="inputs", nargs="+", required=True, metavar="FILE", help="plain or .gz")
         add("--out", type=Path, required=True, help="JSON lines; gzipped if it ends in .gz")
         add("--limit", type=positive, help="stop after this many rows (a quick try)")
-    for command in (hh, oasst):
-        add = command.add_argument
         add("--valid", type=Path, help="hold rows out into this file")
         add("--valid-percent", type=percentage, default=5.0, help="how many, about (default: 5)")
-    oasst.add_argument("--lang", default="en", help="language tag, or all (default: en)")
+        add("--exclude", nargs="+", default=[], metavar="FILE", help="skip questions that are there")
+    for command in (oasst, prompts):
+        command.add_argument("--lang", default="en", help="language tag, or all (default: en)")
+    kind = prompts.add_mutually_exclusive_group()
+    for flag, value, what in (("--benign", True, "harmless"), ("--unsafe", False, "forbidden")):
+        text = f"the prompts of lists that do not say so are {what}"
+        kind.add_argument(flag, dest="benign", action="store_const", const=value, help=text)
 
     either = hh.add_mutually_exclusive_group()
     either.add_argument("--helpful", action="store_true", help="helpful-* files: no unsafe flag")
@@ -501,7 +649,7 @@ def percentage(text: str) -> float:
 
 def check_paths(args) -> None:
     """Before any work is done, name the path that is wrong."""
-    for name in args.inputs:
+    for name in [*args.inputs, *args.exclude]:
         if name.startswith(("http://", "https://")):
             raise InputError(f"--in takes files; download it first: curl -LO {name}")
         if not Path(name).is_file():
@@ -513,7 +661,7 @@ def check_paths(args) -> None:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: not an ordinary file: name one to write to")
         path.parent.mkdir(parents=True, exist_ok=True)
-    inputs = {Path(name).resolve() for name in args.inputs}
+    inputs = {Path(name).resolve() for name in [*args.inputs, *args.exclude]}
     targets = {path.resolve() for path in outputs}
     if inputs & targets or len(targets) < len(outputs):
         names = ", ".join(map(str, outputs))

@@ -16,7 +16,7 @@ import base64
 import json
 import re
 
-import regex
+import regex  # tiktoken brings it along
 import tiktoken
 
 from model.errors import InputError

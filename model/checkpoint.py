@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
+import sys
 from pathlib import Path
 
 import torch
@@ -19,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from model.config import ModelConfig
-from model.errors import InputError
+from model.errors import InputError, refuse_pointer
 from model.files import atomic_directory, write_tensors
 from model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 32 << 20
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor if tied, under either name or both
 SHARD_BYTES = 5_000_000_000  # what the hub and transformers' writers settled on
 
 
@@ -37,16 +40,21 @@ def load_model(path: str | Path, device="cpu", dtype: torch.dtype = torch.float3
     if not path.is_dir():
         raise InputError(f"{path}: no such directory{_left_by_a_crash(path)}")
     config = ModelConfig.load(path)
+    files = _tensor_files(path)
+    config = _untied_if_stored_so(path, config, files)
     with torch.device("meta"):  # shapes only: memory is taken tensor by tensor below
         model = Transformer(config)
-    files = _tensor_files(path)
     params = dict(model.named_parameters())  # a tied lm_head is listed once, as the embedding
+    stored_as = {name: name for name in params}
+    if config.tie_word_embeddings and EMBEDDING not in files and HEAD in files:  # it may go by either name
+        stored_as[EMBEDDING] = HEAD
+        files[EMBEDDING] = files[HEAD]
 
     for name in params.keys() - files.keys():
         raise InputError(f"{path}: tensor {name!r} is missing from the *.safetensors; download the checkpoint again")
     extra = [n for n in files if n not in params and not n.endswith("rotary_emb.inv_freq")]  # Llama-2 files hold those
     if config.tie_word_embeddings:  # some writers store the tied head a second time
-        extra = [n for n in extra if n != "lm_head.weight"]
+        extra = [n for n in extra if n != HEAD]
     if extra:
         raise InputError(
             f"{files[extra[0]]}: tensor {extra[0]!r} is not part of this {config.model_type} model"
@@ -55,11 +63,41 @@ def load_model(path: str | Path, device="cpu", dtype: torch.dtype = torch.float3
     for name, meta in params.items():
         parent, leaf = name.rsplit(".", 1)
         weight = torch.empty(meta.shape, device=device, dtype=dtype)
-        _read_tensor(files[name], name, weight)
+        _read_tensor(files[name], stored_as[name], weight)
         setattr(model.get_submodule(parent), leaf, nn.Parameter(weight))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
+
+
+def _untied_if_stored_so(path: Path, config: ModelConfig, files: dict[str, Path]) -> ModelConfig:
+    """A config that says "tied" over two different tensors is wrong: the trained head counts, as in transformers."""
+    if not config.tie_word_embeddings or not {HEAD, EMBEDDING} <= files.keys() or _equal(files, HEAD, EMBEDDING):
+        return config
+    print(
+        f"{path}: config.json says tie_word_embeddings, but the files hold an {HEAD} of its own: not tied",
+        file=sys.stderr,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _equal(files: dict[str, Path], *names: str) -> bool:
+    """Whether two stored tensors hold the same numbers; read in chunks, see _read_tensor."""
+    shapes = []
+    for name in names:
+        with _open(files[name]) as f:
+            shapes.append(f.get_slice(name).get_shape())
+    if shapes[0] != shapes[1]:
+        return False
+    rows = max(1, CHUNK_BYTES // (8 * max(1, math.prod(shapes[0][1:]))))
+    for start in range(0, shapes[0][0], rows):
+        chunks = []
+        for name in names:
+            with _open(files[name]) as f:
+                chunks.append(f.get_slice(name)[start : start + rows].clone())
+        if not torch.equal(*chunks):
+            return False
+    return True
 
 
 def _left_by_a_crash(path: Path) -> str:
@@ -74,6 +112,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         shards = [single]
         weight_map = None
     elif index.is_file():
+        refuse_pointer(index)
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             shards = [path / name for name in sorted(set(weight_map.values()))]
@@ -96,6 +135,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def _open(file: Path):
+    refuse_pointer(file)
     try:
         with safe_open(file, framework="pt") as f:
             yield f

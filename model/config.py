@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.errors import InputError
+from model.errors import InputError, refuse_pointer
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class ModelConfig:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise InputError(f"{path}: no such file; a model directory holds config.json beside its *.safetensors")
+        refuse_pointer(path)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

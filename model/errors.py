@@ -7,7 +7,9 @@ names the culprit and the way out. A bug still raises whatever it raises, so tha
 import argparse
 import math
 import os
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -16,8 +18,18 @@ class InputError(ValueError):
     """Something outside the program is wrong; the message names it and says what to do."""
 
 
+def refuse_pointer(path: str | Path) -> None:
+    """A clone without git-lfs leaves 130 bytes of text where a weight or a data file should be."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
+            raise InputError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned")
+
+
 def run(main) -> None:
     """Call main(); turn what a user can mend into one line on stderr and exit code 2."""
+    # Whatever the locale, printing never fails: what stdout cannot hold becomes a question mark.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()
@@ -27,10 +39,18 @@ def run(main) -> None:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]} Lower the batch size or the lengths.", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = (str(error).splitlines() or ["out of memory."])[0]
+        print(f"error: {reason} Lower the batch size or the lengths.", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # PyTorch's allocator on the CPU has no class of its own
+            reason = re.search(r"you tried to allocate \d+ bytes", str(error))
+            print(
+                f"error: out of memory{f' ({reason[0]})' if reason else ''}; lower the batch size or the lengths",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         inductor = sys.modules.get("torch._inductor.exc")  # loaded by --compile alone
         if inductor is None or not isinstance(error, inductor.InductorError):
             raise
@@ -43,7 +63,12 @@ def run(main) -> None:
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """For argparse: the docstring as it is written, and every default."""
+    """For argparse: the docstring as it is written, and every default that says something."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, "", []):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def device(name: str) -> str:
@@ -55,21 +80,54 @@ def device(name: str) -> str:
     return name
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 up, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+# ── Numbers for argparse: each has a range in which it makes sense, and says so ───────────────────────────────────────
 
 
-def not_negative(kind: type):
-    """A finite number from 0 up, int or float, for argparse."""
+def between(low: float, high: float, kind: type = int, above: bool = False):
+    """A number from `low` (or above it) to `high`. NaN lies in no range."""
+    begin = f"above {low:g}" if above else f"from {low:g}"
 
     def number(text: str):
         value = kind(text)
-        if not 0 <= value < math.inf:
+        if not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not a number {begin} to {high:g}")
+        return value
+
+    return number
+
+
+def not_negative(kind: type):
+    """A finite number from 0 up, int or float."""
+
+    def number(text: str):
+        value = kind(text)
+        if not 0 <= value < math.inf or (kind is int and value > MANY):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
         return value
 
     return number
+
+
+MANY = 10**9  # more steps, rows or tokens than anybody has; and no counter overflows
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up."""
+    value = int(text)
+    if not 1 <= value <= MANY:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number{' that fits' if value > MANY else ''}")
+    return value
+
+
+def temperature(text: str) -> float:
+    """0, which is greedy, or a number that logits can be divided by."""
+    value = float(text)
+    if value != 0 and not 1e-3 <= value <= 1e3:
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 (greedy) nor from 0.001 to 1000")
+    return value
+
+
+probability = between(0, 1, float, above=True)  # of --top-p
+seed = between(0, 2**32 - 1)
+bias = between(-1000, 1000, float)  # of a logit: ±1000 is always or never
+resets = between(0, 1000)  # each takes a place in the cache

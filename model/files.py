@@ -1,16 +1,29 @@
 """Writing files so that a kill or a full disk at any moment leaves the old content or the new.
 
-    with atomic_directory("runs/sft") as new: …       # a checkpoint, swapped in as a whole
+    with atomic_directory("runs/sft") as new: …       # a checkpoint, put in place as a whole
     write_text("…", "results/tables.md")
     write_tensors({"w": w}, new / "model.safetensors")
+    with locked("runs/sft"): …                        # one process at a time writes there
+    try_save("runs/sft"); check_file("results.json")  # what is to be written later: does it work?
+
+Where a directory may not be exchanged (a mount, a volume, a parent that may not be written), its new content is built
+in a directory inside, and then moved up file by file. config.json goes first and comes last, so that a reader finds the
+old checkpoint, for a moment none, or the new one, never a mix; a kill in between is mended by finish_save.
+
+Where a file may not be replaced (the same, for files), it is written over in place: there a kill can leave half of it.
 """
 
 import contextlib
 import ctypes
+import errno
 import glob
+import hashlib
 import os
 import shutil
+import socket
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -19,15 +32,70 @@ from safetensors.torch import save_file
 
 from model.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
+
+MARK = "config.json"  # a directory that has it is a checkpoint
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+SAVE = ".save"  # inside the directory: a whole save, to be moved up
+OURS = (SAVE, ".lock", ".reference", "metrics.jsonl")  # names begin so that are no strangers in a directory of ours
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
 
 def write_text(text: str, path: str | Path) -> None:
     """Write a text file atomically: the old content or the new, never half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
+    draft = draft_of(path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        _fsync(draft)
+        put(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_file(path: str | Path) -> None:
+    """Raises now, before the work, what would go wrong with writing this file afterwards."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; name a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft_of(path).unlink()
+
+
+def draft_of(path: Path) -> Path:
+    """An empty file in which to write what is to become `path`: beside it, else where temporary files go."""
+    draft = _beside(Path(os.path.realpath(path)), f"tmp-{os.getpid()}")
+    try:
+        draft.touch()
+    except OSError:
+        if not os.access(path, os.W_OK):
+            raise
+        draft = Path(tempfile.gettempdir()) / draft.name
+        draft.touch()
+    return draft
+
+
+def put(draft: Path, path: Path) -> None:
+    """Let the draft take the place of `path`; where the file may not be replaced, write it over."""
+    try:
+        if path.exists() and not path.is_file():  # /dev/null, /dev/stdout
+            raise OSError(errno.EBUSY, "not an ordinary file")
+        os.replace(draft, os.path.realpath(path))
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EBUSY, errno.EACCES, errno.EPERM) or not path.exists():
+            raise
+        with open(draft, "rb") as source, open(path, "wb") as target:
+            shutil.copyfileobj(source, target)
+            target.flush()
+            with contextlib.suppress(OSError):  # a pipe has nothing to sync
+                os.fsync(target.fileno())
+        draft.unlink()
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
@@ -42,46 +110,197 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[s
         raise OSError(f"{file}: cannot write ({error}); the previous checkpoint, if any, is untouched") from None
 
 
+# ── Directories ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str | Path):
     """Yields an empty directory to fill; on success it takes the place of `path` in one step, on
     error it vanishes.
 
     Files that the old directory holds beside its checkpoint (logs, notes) are carried over as hard
-    links.
+    links, or copied where the file system has none.
     """
-    path = Path(os.path.abspath(path)).resolve()
-    if path.is_dir() and any(path.iterdir()) and not any((path / n).exists() for n in ("config.json", "metrics.jsonl")):
+    path = _resolved(path)
+    if holds_strangers(path):
         raise InputError(f"{path}: holds files but no checkpoint; choose an empty or new directory")
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: exists and is not a directory; choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):  # of a save that was killed
-        shutil.rmtree(leftover)
-    new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    new.mkdir()
+    finish_save(path)
+    new, claim = _new_directory(path)
     try:
         yield new
         _fsync_tree(new)
-        if path.is_dir():
+        if new.parent == path:
+            os.rename(new, path / SAVE)  # from here on the save counts
+            _fsync(path)
+            finish_save(path)
+        elif path.is_dir():
             _carry_over(path, new)
             _swap(new, path)
+            _fsync(path.parent)
         else:
             os.rename(new, path)
-        _fsync(path.parent)
+            _fsync(path.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)  # after the swap this is the old directory
+        os.close(claim)
+
+
+def holds_strangers(path: Path) -> bool:
+    """Whether a directory holds somebody's files and no checkpoint. (Its metrics may be there before one is.)"""
+    if not path.is_dir() or (path / MARK).exists() or (path / "metrics.jsonl").exists():
+        return False
+    return not all(entry.name.startswith(OURS) for entry in path.iterdir())
+
+
+def try_save(path: str | Path) -> bool:
+    """Go through the motions of a save with one small file, and leave everything as it was.
+
+    Raises the OSError that the first save would raise, hours later. Returns whether saves replace the directory in one
+    step; False: they are built inside it.
+    """
+    path = _resolved(path)
+    missing = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        finish_save(path)
+        new, claim = _new_directory(path)
+        try:
+            write_tensors({"trial": torch.zeros(1)}, new / "trial.safetensors")
+            _fsync_tree(new)
+            if new.parent == path:
+                os.replace(new / "trial.safetensors", path / f"{SAVE}.trial")
+                (path / f"{SAVE}.trial").unlink()
+            else:
+                _carry_over(path, new)
+            return new.parent != path
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            os.close(claim)
+    finally:
+        if missing:
+            path.rmdir()
+
+
+def finish_save(path: Path) -> None:
+    """Move up what a save inside `path` has built; also where a kill interrupted that. Else nothing happens."""
+    whole, moving = path / SAVE, path / f"{SAVE}.moving"
+    if whole.is_dir():
+        (path / MARK).unlink(missing_ok=True)  # no checkpoint from here on …
+        for old in path.iterdir():
+            if old.name.endswith(WEIGHTS):
+                old.unlink()
+        os.rename(whole, moving)
+    if moving.is_dir():
+        for entry in sorted(moving.iterdir(), key=lambda entry: entry.name == MARK):
+            os.replace(entry, path / entry.name)  # … until here, when the last one is config.json
+            _fsync(path)
+        moving.rmdir()
+
+
+def kept_beside(path: str | Path, suffix: str) -> Path:
+    """Where to keep what is not to vanish with a checkpoint: PATH.suffix, or inside where that cannot be."""
+    path = _resolved(path)
+    beside = path.with_name(f"{path.name}.{suffix}")
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        (beside / ".trial").touch()
+        (beside / ".trial").unlink()
+        return beside
+    except OSError:
+        return path / f".{suffix}"
+
+
+def sweep(path: str | Path) -> None:
+    """Remove what saves to this directory left when they were killed. A save that is going on is let alone."""
+    path = _resolved(path)
+    pattern = glob.escape(_beside(path, "tmp-").name) + "*"
+    for leftover in [*path.parent.glob(pattern), *path.glob(f"{SAVE}.tmp-*")]:
+        claim = _claim(leftover)
+        if claim is not None:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(leftover)
+            os.close(claim)
+
+
+def _resolved(path: str | Path) -> Path:
+    return Path(os.path.abspath(path)).resolve()
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """.NAME.suffix in the same directory, for a NAME of almost any length."""
+    name = f".{path.name}.{suffix}"
+    if len(os.fsencode(name)) > 240:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.{suffix}"
+    return path.with_name(name)
+
+
+def _new_directory(path: Path) -> tuple[Path, int]:
+    """An empty directory to build in, claimed: beside `path` if it may take its place, else inside."""
+    sweep(path)
+    new = _beside(path, f"tmp-{os.getpid()}")
+    if not _may_be_swapped(path):
+        path.mkdir(parents=True, exist_ok=True)
+        new = path / f"{SAVE}.tmp-{os.getpid()}"
+    new.mkdir()
+    return new, _claim(new)
+
+
+def _may_be_swapped(path: Path) -> bool:
+    """Whether a directory beside `path` can take its place: tried out, without moving anything."""
+    probe = _beside(path, f"tmp-{os.getpid()}")
+    try:
+        probe.mkdir()
+    except OSError:  # a parent that may not be written
+        return False
+    try:
+        if not path.is_dir():
+            return True
+        (probe / "full").touch()
+        os.replace(path, probe)  # cannot succeed, since `probe` is not empty; that the error says so is what we ask
+        os.replace(probe, path)
+        return False
+    except OSError as error:  # others: a mount, a volume, a parent with a sticky bit
+        return error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+
+
+def _claim(directory: Path) -> int | None:
+    """Lock a directory that is being built, until the file descriptor is closed; None if another process has it."""
+    try:
+        fd = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        if fcntl is not None:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:
+        pass  # a file system without locks
+    return fd
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """Link into `new` what `old` holds besides weights and what was just written anew."""
+    """Put into `new` what `old` holds besides weights and what was just written anew."""
     for entry in old.iterdir():
-        if (new / entry.name).exists() or entry.name.endswith((".safetensors", ".safetensors.index.json")):
+        if (new / entry.name).exists() or entry.name.endswith(WEIGHTS):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, copy_function=os.link, symlinks=True)
+            shutil.copytree(entry, new / entry.name, copy_function=_link, symlinks=True)
         else:
-            os.link(entry, new / entry.name, follow_symlinks=False)
+            _link(entry, new / entry.name)
+
+
+def _link(a: str | Path, b: str | Path) -> None:
+    try:
+        os.link(a, b, follow_symlinks=False)
+    except OSError:  # a file system without hard links, or a file that is somebody else's
+        shutil.copy2(a, b, follow_symlinks=False)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -98,6 +317,8 @@ def _swap(new: Path, path: Path) -> None:
     if hasattr(libc, "renameat2") and libc.renameat2(at_cwd, a, at_cwd, b, exchange) == 0:
         return
     old = path.with_name(path.name + ".old")
+    if len(os.fsencode(old.name)) > 255:
+        old = _beside(path, "old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(path, old)
     os.rename(new, path)
@@ -108,6 +329,9 @@ def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot do it for a directory
+            raise
     finally:
         os.close(fd)
 
@@ -117,3 +341,51 @@ def _fsync_tree(directory: Path) -> None:
         for name in names:
             _fsync(Path(root, name))
         _fsync(Path(root))
+
+
+# ── One process at a time ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def locked(path: str | Path):
+    """Keep other processes from writing to `path`, a directory or a file, while this block runs.
+
+    Raises InputError that says who holds it. The kernel lets go when a process ends, however it ends. A file system
+    without locks does not stop anybody.
+    """
+    path = _resolved(path)
+    fd, file = _lock(path)
+    try:
+        yield
+    finally:
+        if file is not None:  # while it is still ours
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+        if fd is not None:
+            os.close(fd)
+
+
+def _lock(path: Path) -> tuple[int | None, Path | None]:
+    """(the file descriptor that holds the lock, the file that says who does)"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path / ".lock" if path.is_dir() and not _may_be_swapped(path) else _beside(path, "lock")
+    while fcntl is not None:
+        try:
+            fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return None, None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(fd, 500).decode(errors="replace") or "another process"
+            os.close(fd)
+            raise InputError(f"{path}: {who} writes there; wait until it has ended, or choose another --out") from None
+        except OSError:
+            return fd, file
+        if file.exists() and os.path.samestat(os.stat(file), os.fstat(fd)):
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.truncate(fd, 0)
+            os.write(fd, f"process {os.getpid()} on {socket.gethostname()} (since {now})".encode())
+            return fd, file
+        os.close(fd)  # its last holder has just removed it
+    return None, None

@@ -38,7 +38,7 @@ from pathlib import Path
 import sentencepiece
 
 from model.bpe import TIKTOKEN_LINE, read_json, read_tiktoken, read_tokenizer_json
-from model.errors import InputError
+from model.errors import InputError, refuse_pointer
 
 # What a checkpoint may carry, and save() passes on. Only tokenizer.*, tokenizer_config.json and the
 # chat template are read here; transformers wants the rest.
@@ -60,9 +60,10 @@ def load_tokenizer(path):
         raise InputError(
             f"{path}: no such directory; download the model, then name the directory it is in"
         )
-    files = {
-        name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()
-    }
+    present = [name for name in FILES if (directory / name).is_file()]
+    for name in present:
+        refuse_pointer(directory / name)
+    files = {name: (directory / name).read_bytes() for name in present}
     # tokenizer.model first: Gemma has a tokenizer.json as well, of a kind that only its
     # SentencePiece file explains. Then tokenizer.json, which is what transformers reads; original/
     # has the same vocabulary, as Meta ships it.

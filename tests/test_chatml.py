@@ -15,8 +15,8 @@ from model.tokenizer import ChatMLTokenizer, Llama3Tokenizer
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empty_output>"]
-END_OF_TEXT, START, END, REPO_NAME, EMPTY_OUTPUT = range(5)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<empty_output>", "<repo_name>"]
+END_OF_TEXT, START, END, EMPTY_OUTPUT, REPO_NAME = range(5)
 MISSING = bytes([0x04, 0x06, 0x13, 0xC0, 0xC1, 0xF1, 0xF2, 0xF5, 0xFF])
 TEXT = (
     "The farmer counted the sheep before the rain began!! And then    he wrote 1,204 or 1,240.\n"

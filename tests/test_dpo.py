@@ -548,11 +548,11 @@ def test_defaults():
 
 
 def test_it_learns_where_to_reset(world, tmp_path):
-    """Every pair is won. With the NLL term [RESET] itself becomes likely where it belongs, and only there."""
+    """Every pair is won. With the NLL term [RESET] itself becomes certain where it belongs, and only there."""
     more = ("--steps", 60, "--batch-size", 12, "--lr", 1e-2, "--nll", 0.1, "--heldout", world / "rows.jsonl")
     trained(*dpo(world, tmp_path / "out", *more))
     first, *_, last = steps_of(tmp_path / "out")
     assert first["accuracy"] == 0 and last["heldout/accuracy"] == 1 and last["heldout/margin"] > 1
     assert last["heldout/chosen"] > 0 > last["heldout/rejected"]
-    assert last["heldout/reset_after_unsafe"] > 5 * first["reset_after_unsafe"]
-    assert last["heldout/reset_after_safe"] < 0.2 * first["reset_after_safe"]
+    assert first["reset_after_unsafe"] < 0.1 < 0.9 < last["heldout/reset_after_unsafe"]
+    assert last["heldout/reset_after_safe"] < 0.05

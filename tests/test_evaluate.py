@@ -137,8 +137,6 @@ def test_read_prompts(tmp_path):
     "line, complaint",
     [
         (b"{", "not a line of JSON"),
-        (b"\xff\xff", "not a line of JSON"),
-        (b"[" * 100_000, "not a line of JSON"),
         (b"[]", "'prompt' must be a list"),
         (b"null", "'prompt' must be a list"),
         (b"{}", "'prompt' must be a list"),
@@ -163,13 +161,6 @@ def test_no_prompts(tmp_path, content):
     (tmp_path / "mine.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=r"mine\.jsonl: holds no prompts"):
         read_prompts(str(tmp_path / "mine.jsonl"))
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.jsonl: no such file"):
-        read_prompts(str(tmp_path / "gone.jsonl"))
-    with pytest.raises(InputError, match="no such file"):
-        read_prompts(str(tmp_path))
 
 
 def test_limit_spreads_over_each_set():
@@ -752,6 +743,16 @@ def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     head = subprocess.run(git, cwd=Path(evaluate.__file__).parent, capture_output=True, text=True).stdout.strip()
     monkeypatch.chdir(tmp_path)  # wherever it is started
     assert head and head.startswith(results.made_by()["commit"])
+
+
+def test_a_result_file_has_a_line_for_each_record(tmp_path):
+    """So that a diff shows what changed."""
+    records = [{"set": "a", "unsafe": 1}, {"set": "ü", "unsafe": None}]
+    results.write_result(tmp_path / "r.json", records=records, paired=[])
+    text = (tmp_path / "r.json").read_text()
+    found = json.loads(text)
+    assert (found["records"], found["paired"]) == (records, [])
+    assert [json.loads(line.rstrip(",")) for line in text.splitlines() if '"set"' in line] == records
 
 
 def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def original():
     from test_chatml import byte_characters
 
     torch.manual_seed(0)
-    tokens = [*WORDS, *byte_characters().values(), "Ġt", "Ġth"]
+    tokens = [*WORDS, *byte_characters().values(), "Ġt", "Ġth", "ĠĠ"]
     config = transformers.LlamaConfig(
         vocab_size=len(tokens),
         **SIZES,
@@ -193,7 +193,7 @@ def data(original):
         "llama.rope.freq_base": 100000.0,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3] * len(WORDS) + [1] * (len(tokens) - len(WORDS)),
-        "tokenizer.ggml.merges": ["Ġ t", "Ġt h"],
+        "tokenizer.ggml.merges": ["Ġ t", "Ġt h", "Ġ Ġ"],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
@@ -237,6 +237,7 @@ def test_the_model_comes_back(original, wheel, tmp_path):
     for sample in (" then  12", "a\nb", "\x00ÿ 🐑"):
         assert tok.encode(sample) == oracle(sample, add_special_tokens=False)["input_ids"]
     assert len(tok.encode(" th")) == 1
+    assert len(tok.encode("  12")) == 3  # white space, and each digit by itself
     assert oracle.convert_tokens_to_ids(WORDS) == [0, 1, 2, 3] and tok.special_ids == {0, 1, 2, 3}
     assert tok.chat_template == oracle.chat_template == "{{ '<|im_start|>' }}\n"
     assert (oracle.bos_token, oracle.eos_token, oracle.pad_token) == (*WORDS[1:3], WORDS[2])

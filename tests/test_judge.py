@@ -443,7 +443,7 @@ def test_answers_of_something_else(answer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One name for both judges
+# One name for all judges; the refusal judge has its tests in test_refusals.py
 
 
 def test_a_file_is_a_toy_world(tmp_path):
@@ -458,7 +458,7 @@ def test_a_file_is_a_toy_world(tmp_path):
     (tmp_path / "world.json").write_text("{}")
     with pytest.raises(InputError, match="not a toy world"):
         load_judge(tmp_path / "world.json")
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(InputError, match="nowhere: no such judge"):
         load_judge(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no tokenizer"):
         load_judge(tmp_path)

@@ -469,6 +469,170 @@ def test_prompt_sets(tmp_path):
     assert "2  skipped: empty prompt" in report  # AdvBench's second
 
 
+# ── prompts: lists of instructions, first messages of trees ───────────────────────────────────────
+
+TEA = [  # in the format of safety_only_data_Instructions.json
+    {"instruction": " Spill the tea. ", "input": "", "output": "Better not.\n"},
+    {"instruction": "Drop this:", "input": " a cup ", "output": ""},
+    {"instruction": " ", "output": "?"},
+]
+ALPACA_EVAL = [
+    {"dataset": "koala", "instruction": "Brew tea.", "output": " Boil water. ", "generator": "x"},
+    {"dataset": "vicuna", "instruction": "Brew more.", "output": "", "generator": "x"},
+]
+
+
+def forbidden(text, **more):
+    return {"prompt": [user(text)], "benign": False, **more}
+
+
+def harmless(text, **more):
+    return {"prompt": [user(text)], "benign": True, **more}
+
+
+LISTS = {  # name of a file -> its content, the rows made of it
+    "safety_only_data_Instructions.json": (
+        TEA,
+        [
+            forbidden("Spill the tea.", set="safety_tuned", safe_answer="Better not."),
+            forbidden("Drop this:\n\na cup", set="safety_tuned"),
+        ],
+    ),
+    "I-Alpaca.json": ({"instructions": ["Brew tea.\n"], "inputs": []}, [harmless("Brew tea.", set="i_alpaca")]),
+    "I-CoNa.json": ({"instructions": ["Say tea is bad."]}, [forbidden("Say tea is bad.", set="i_cona")]),
+    "Q-Harm.json": ({"instructions": ["Is tea bad?", " "]}, [forbidden("Is tea bad?", set="q_harm")]),
+    "text_davinci_003.json": (
+        ALPACA_EVAL,
+        [
+            harmless("Brew tea.", set="alpaca_eval", category="koala", reference="Boil water."),
+            harmless("Brew more.", set="alpaca_eval", category="vicuna"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lists_of_instructions(tmp_path, packed):
+    files, expected = [], []
+    for name, (content, rows) in LISTS.items():
+        text = json.dumps(content, indent=2)
+        path = tmp_path / (f"{name}.gz" if packed else name)
+        path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        files.append(path)
+        expected += rows
+    report = prepare("prompts", "--in", *files, "--out", tmp_path / "out")
+    rows = read_lines(tmp_path / "out")
+    assert rows == expected
+    assert " 2  skipped: empty prompt" in report
+
+
+def test_other_lists_are_harmless_or_not_as_one_says(tmp_path):
+    mine, texts = tmp_path / "my.own.json", tmp_path / "texts.json"
+    mine.write_text(json.dumps(TEA[:1]))
+    texts.write_text('{"instructions": ["Brew."]}')
+    known = tmp_path / "I-CoNa.json"
+    known.write_text('{"instructions": ["Say."]}')
+    words = ("prompts", "--in", mine, texts, known, "--out", tmp_path / "out")
+    report = prepare(*words, code=2)
+    assert report == f"error: {mine}: does not say whether its instructions are harmless; add --benign or --unsafe\n"
+    prepare(*words, "--benign")
+    expected = [harmless("Spill the tea.", set="my", reference="Better not."), harmless("Brew.", set="texts")]
+    assert read_lines(tmp_path / "out") == [*expected, forbidden("Say.", set="i_cona")]
+    prepare(*words, "--unsafe")
+    expected = [forbidden("Spill the tea.", set="my", safe_answer="Better not."), forbidden("Brew.", set="texts")]
+    assert read_lines(tmp_path / "out") == [*expected, forbidden("Say.", set="i_cona")]
+    assert "not allowed with" in prepare(*words, "--unsafe", "--benign", code=2)
+
+
+def test_first_messages_of_trees(tmp_path):
+    trees = [
+        tree(p(" Q ", a("worst", rank=1), a(" best ", p("next", a("x")), rank=0))),
+        tree(p("nobody answers")),
+        tree(p("Frage", a("ja"), lang="de")),
+        tree(p("gone", a("x")), tree_state="aborted_low_grade"),
+        tree(p("deleted", a("x"), deleted=True)),
+    ]
+    rows, report = convert(tmp_path, "prompts", *trees)
+    assert rows == [harmless("Q", set="oasst", reference="best"), harmless("nobody answers", set="oasst")]
+    for reason in ("language is not en", "tree is not ready for export", "deleted"):
+        assert f" 1  skipped: {reason}\n" in report
+    rows, _ = convert(tmp_path, "prompts", *trees[2:3], flags=["--lang", "all"])  # one line only
+    assert rows == [harmless("Frage", set="oasst", reference="ja")]
+
+
+def test_what_it_has_written_is_read_as_it_is(tmp_path):
+    mine = {
+        "prompt": [{"role": "system", "content": "S"}, user("a "), assistant("b"), user("c")],
+        "set": "x",
+        "mine": 1,
+    }
+    rows, _ = convert(tmp_path, "prompts", mine, {"prompt": [user("d")], "set": "y"})
+    assert rows == [mine, {"prompt": [user("d")], "set": "y"}]
+
+
+# ── Rows that are also elsewhere ──────────────────────────────────────────────────────────────────
+
+
+def test_exclude(tmp_path):
+    """Questions of any file that `prompts` reads, whatever their case and punctuation."""
+    others = [write_lines(tmp_path / "ours", {"prompt": [user("brew TEA")], "set": "x"}), tmp_path / "advbench.csv"]
+    others[1].write_text("goal,target\nBrew: “more”?,Sure\nBrew tea,Sure\n")
+    others.append(tmp_path / "unknown.json")  # harmless or not makes no difference here
+    others[2].write_text('{"instructions": ["Brew\\nless"]}')
+    texts = ["Brew tea!", "Brew tea please.", "Brew more", "brew less.", "Brew"]
+    source = tmp_path / "I-Alpaca.json"
+    source.write_text(json.dumps({"instructions": texts}))
+    words = ("prompts", "--in", source, "--out", tmp_path / "out", "--exclude")
+    report = prepare(*words, *others)
+    assert [row["prompt"][0]["content"] for row in read_lines(tmp_path / "out")] == ["Brew tea please.", "Brew"]
+    assert report.splitlines()[0] == "prompts: 5 prompts read, 2 rows written, 3 skipped"
+    assert [line.split("  ")[-1] for line in report.splitlines()[2:]] == [
+        f"skipped: also in {path}" for path in sorted(map(str, [others[1], others[0], others[2]]))
+    ]
+    # Nor may it be written to, or be absent.
+    assert "read or written twice" in prepare(*words[:3], "--out", others[0], "--exclude", others[0], code=2)
+    assert "nowhere: no such file" in prepare(*words, "nowhere", code=2)
+
+
+def test_exclude_keeps_training_rows_apart(tmp_path):
+    """Of a conversation the first question counts."""
+    elsewhere = write_lines(tmp_path / "eval", {"prompt": [user("wie gehts")], "set": "x"})
+    trees = [tree(p("Q", a("A", p("more", a("B"))))), tree(p("R", a("A")))]
+    rows, report = convert(
+        tmp_path, "oasst", *trees, flags=["--exclude", write_lines(tmp_path / "r", {"prompt": [user("r?")]})]
+    )
+    assert [row["prompt"][0] for row in rows] == [user("Q")] * 2 and " 1  skipped: also in" in report
+    _, report = convert(tmp_path, "hh", GOOD, pair("no", "yes"), flags=["--exclude", elsewhere])
+    assert "2 rows written" in report  # "Wie geht's?" is not "wie gehts": an apostrophe parts words
+    write_lines(elsewhere, {"prompt": [user("WIE GEHT’S")], "set": "x"})
+    rows, _ = convert(tmp_path, "hh", GOOD, pair("no", "yes"), flags=["--exclude", elsewhere])
+    assert [row["prompt"] for row in rows] == [[user("Hi")]]
+
+
+def test_held_out_prompts(tmp_path):
+    """However a question is written, it is on one side; a smaller part of it is held out of the held-out ones."""
+    texts = [text for i in range(100) for text in (f"Brew tea {i}", f"brew: tea {i}!")]
+    source = tmp_path / "I-Alpaca.json"
+    source.write_text(json.dumps({"instructions": texts}))
+
+    def split(source, percent, name):
+        paths = tmp_path / f"{name}-rest", tmp_path / f"{name}-part"
+        words = ("--out", paths[0], "--valid", paths[1], "--valid-percent", percent)
+        prepare("prompts", "--in", source, *words)
+        sides = [[row["prompt"][0]["content"] for row in read_lines(path)] for path in paths]
+        assert sorted(sides[0] + sides[1]) == sorted(row["prompt"][0]["content"] for row in rows_in(source))
+        return paths, [{re.sub(r"\D", "", text) for text in side} for side in sides]
+
+    def rows_in(source):
+        prepare("prompts", "--in", source, "--out", tmp_path / "all")
+        return read_lines(tmp_path / "all")
+
+    (_, held_out), (rest, part) = split(source, 30, "a")
+    assert not rest & part and len(rest | part) == 100 and 20 <= len(part) <= 40
+    _, (dev, test) = split(held_out, 15, "b")
+    assert not dev & test and dev | test == part and 5 <= len(test) <= 25
+
+
 # ── Reading and writing ───────────────────────────────────────────────────────────────────────────
 
 
@@ -584,6 +748,24 @@ ERRORS = [  # command, text of the input, what is said after its name
     ("prompts", '{"question_id": 1, "turns": []}', ":1: no MT-Bench question"),
     ("prompts", '{"question_id": 1, "turns": ["x", 2]}', ":1: no MT-Bench question"),
     ("prompts", '{"turns": ["x"]}\n', ":1: no MT-Bench question"),
+    ("prompts", '{"instructions": "x"}', ': "instructions" is no list of texts'),
+    ("prompts", '{"instructions": ["x"]}', ": does not say whether"),
+    ("prompts", '[{"instruction": "x"}]', ": does not say whether"),
+    ("prompts", '[{"instruction": "x"', ": not JSON"),
+    (
+        "prompts",
+        '[{"dataset": "", "generator": "", "instruction": "x"}, {"output": "y"}]',
+        ': item 2 has no text "instru',
+    ),
+    ("prompts", '[{"instruction": "x", "output": 3}]', ": item 1 has no text"),
+    ("prompts", "[3]", ": item 1 has no text"),
+    ("prompts", json.dumps(tree(p("Q"))) + "\n" + json.dumps(NO_TEXT), ":2: no OpenAssistant tree"),
+    ("prompts", '{"prompt": [{"role": "user"}]}', ':1: "prompt" is no list of messages'),
+    (
+        "prompts",
+        '{"prompt": [{"role": "user", "content": "x"}]}\n{"prompt": []}',
+        ':2: "prompt" is no list of messages',
+    ),
 ]
 
 
@@ -799,3 +981,35 @@ def test_real_prompts(tmp_path):
     with open(ADVBENCH, newline="", encoding="utf-8") as file:
         goals = list(csv.reader(file))[1:]
     assert [[row["prompt"][0]["content"], row["target"]] for row in by_set["advbench"]] == goals
+
+
+SAFETY_TUNED = sorted((REAL / "safety_tuned").glob("*.json"))
+ALPACA_EVAL_FILE = REAL / "alpaca_eval" / "text_davinci_003.json"
+
+
+@real
+def test_real_instructions(tmp_path):
+    """No question of an evaluation set but two of MT-Bench's; every safe answer is kept."""
+    prepare("prompts", "--in", *PROMPT_FILES, "--out", tmp_path / "eval")
+    files = [*SAFETY_TUNED, ALPACA_EVAL_FILE, OASST]
+    report = prepare("prompts", "--in", *files, "--exclude", tmp_path / "eval", "--out", tmp_path / "out")
+    assert "prompts: 3716 prompts read, 3714 rows written, 2 skipped" in report
+    rows = read_lines(tmp_path / "out")
+    assert Counter((row["set"], row["benign"]) for row in rows) == {
+        ("safety_tuned", False): 2483,
+        ("i_cona", False): 178,
+        ("q_harm", False): 100,
+        ("i_alpaca", True): 50,
+        ("alpaca_eval", True): 803,
+        ("oasst", True): 100,
+    }
+    items = json.loads((REAL / "safety_tuned" / "safety_only_data_Instructions.json").read_text())
+    pairs = {(item["instruction"].strip(), item["output"].strip()) for item in items}
+    found = [row for row in rows if row["set"] == "safety_tuned"]
+    assert {(row["prompt"][0]["content"], row["safe_answer"]) for row in found} == pairs
+    assert all("reference" in row for row in rows if row["set"] == "oasst")
+    assert sum("reference" in row for row in rows if row["set"] == "alpaca_eval") == 801
+    # The same count by another way: words in lower case.
+    evaluated = [re.findall(r"[a-z0-9]+", row["prompt"][0]["content"].lower()) for row in read_lines(tmp_path / "eval")]
+    trained = [re.findall(r"[a-z0-9]+", row["prompt"][0]["content"].lower()) for row in rows]
+    assert not set(map(tuple, evaluated)) & set(map(tuple, trained))

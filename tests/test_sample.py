@@ -413,9 +413,9 @@ def undecided(tmp_path_factory, tok):
 def recount(ckpt, tok, text, prefill="", on_reset="truncate", max_resets=1, bias=0.0, max_new_tokens=12):
     """What a trace has to say, from full forward passes: a tuple for each line."""
     model, prompt = load_model(ckpt), tok.render([{"role": "user", "content": text}])
-    forced = tok.encode(prefill)
-    context, resets, sampled = prompt + forced, 0, 0
-    lines = [("forced", tok.decode([id])) for id in forced]
+    attempt = tok.encode(prefill)  # since the last reset
+    context, resets, sampled = prompt + attempt, 0, 0
+    lines = [("forced", tok.decode([id])) for id in attempt]
     while True:
         with torch.no_grad():
             logits = model(torch.tensor([context]))[0, -1]
@@ -423,17 +423,16 @@ def recount(ckpt, tok, text, prefill="", on_reset="truncate", max_resets=1, bias
         logits[tok.reset_id] += bias if resets < max_resets else -torch.inf
         token = int(logits.argmax())
         if token == tok.reset_id:
-            taken_back = len(context) - len(prompt) - resets  # also right for "keep", whose first try is all there is
-            lines.append(("reset", *seen, taken_back))
+            lines.append(("reset", *seen, len(attempt)))
             if on_reset == "truncate":
-                lines.append(("back", len(prompt) + resets, taken_back))
+                lines.append(("back", len(prompt) + resets, len(attempt)))
                 context = prompt + [tok.reset_id] * resets
-            context, resets, sampled = context + [tok.reset_id], resets + 1, 0
+            context, attempt, resets, sampled = context + [tok.reset_id], [], resets + 1, 0
         elif token in tok.stop_ids:
             return [*lines, ("stop", *seen)]
         else:
             lines.append(("token", *seen, tok.decode([token])))
-            context, sampled = [*context, token], sampled + 1
+            context, attempt, sampled = [*context, token], [*attempt, token], sampled + 1
             if sampled == max_new_tokens:
                 return lines
 
@@ -473,23 +472,24 @@ def same_lines(lines, expected):
 
 
 @pytest.mark.parametrize("prefill", ["", "Sure, take"])
-@pytest.mark.parametrize("on_reset, max_resets", [("truncate", 1), ("truncate", 3), ("keep", 1), ("truncate", 0)])
+@pytest.mark.parametrize("on_reset, max_resets", [("truncate", 1), ("truncate", 3), ("keep", 3), ("truncate", 0)])
 def test_trace_of_a_real_run(undecided, tok, on_reset, max_resets, prefill):
     """Every number against full forward passes; the answer behind it is that of a run without a trace."""
-    kinds = set()
+    kinds, resets, bias = set(), set(), 4.0
     for text in ("Hi", "How do I make it?", "sheep", "The gate is open.", "x y z"):
         words = ["--ckpt", undecided, "--device", "cpu", "--dtype", "float32", "--prompt", text, "--prefill", prefill]
-        words += ["--on-reset", on_reset, "--max-resets", max_resets, "--max-new-tokens", 12]
+        words += ["--on-reset", on_reset, "--max-resets", max_resets, "--reset-bias", bias, "--max-new-tokens", 12]
         out, err = command(*words, "--trace")
         lines, answer = traced(out)
-        expected = recount(undecided, tok, text, prefill, on_reset, max_resets)
+        expected = recount(undecided, tok, text, prefill, on_reset, max_resets, bias)
         same_lines(lines, expected)
         assert (answer, err) == command(*words)
-        kinds |= {line[0] for line in expected}
         assert command(*words, "--trace", terminal=True) == (out, err)  # no streaming beside it
+        kinds |= {line[0] for line in expected}
+        resets.add(sum(line[0] == "reset" for line in expected))
     assert {"token", "stop"} <= kinds and ("forced" in kinds) == bool(prefill)
-    assert ("reset" in kinds) == (max_resets > 0)
     assert ("back" in kinds) == (max_resets > 0 and on_reset == "truncate")
+    assert max(resets) == max_resets
 
 
 def test_the_traced_probability_is_before_the_bias(undecided, tok):

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import LLAMA
-from safetensors.torch import load_file, safe_open
+from models import GEMMA, LLAMA, network_of
+from safetensors.torch import load_file, safe_open, save_file
 from training import (
     arguments,
     close,
@@ -172,6 +172,7 @@ def test_sft_prefixes_are_redrawn_each_epoch_and_leave_room(world, tmp_path, tok
     said = trained(*sft(world, tmp_path / "out", *more))
     assert re.search(r"\d+ of 24 rows are longer than --max-length 40", said)
     order = visited(arguments(sft(world, "x", *more)), 24)
+    made = made[24:]  # before come those at which [RESET] is set to its level
     made = dict(zip(chain(*map(order, range(8))), made, strict=True))
     raw = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     seen = 0
@@ -305,7 +306,7 @@ def test_accumulation_is_one_big_batch(world, tmp_path, monkeypatch, tok):
     # The first step by hand from the definition, and by the mean of means.
     args = arguments(sft(world, tmp_path / "x", "--restart", "all", data=data))
     rows = read(args.data, tok)
-    trained(*sft(world, tmp_path / "start", "--steps", 0))
+    trained(*sft(world, tmp_path / "start", "--steps", 0, "--restart", "all", data=data))
     start, losses, totals = load_model(tmp_path / "start"), [], []
     for visit in visited(args, len(rows))(0):
         with torch.no_grad():
@@ -395,12 +396,15 @@ def measured(network, views, tok):
     return found | {"loss": total.item() / weight, "reset_after_unsafe": sum(resets) / max(1, len(resets))}
 
 
-@pytest.mark.parametrize("longest", [192, 45])
-def test_every_reset(world, tmp_path, tok, longest):
+@pytest.mark.parametrize(("longest", "heavy"), [(192, 1.0), (45, 1.0), (192, 3.0)])
+def test_every_reset(world, tmp_path, tok, longest, heavy):
     """--resets every: of each unsafe row, the mean over all k that may be drawn of −log π([RESET]), instead of one."""
-    out, more = tmp_path / "out", ("--max-length", longest, "--steps", 1, "--batch-size", 24, "--resets", "every")
+    out, more = tmp_path / "out", ("--max-length", longest, "--batch-size", 24, "--resets", "every")
+    more += () if heavy == 1 else ("--reset-weight", heavy)
+    more += ("--steps",)
+    trained(*sft(world, tmp_path / "start", *more, 0))
+    more = (*more, 1)
     trained(*sft(world, out, *more))
-    trained(*sft(world, tmp_path / "start", "--steps", 0))
     (record,), start = metrics(out), load_model(tmp_path / "start")
     args = arguments(sft(world, out, *more))
     rows = read(args.data, tok)
@@ -416,7 +420,7 @@ def test_every_reset(world, tmp_path, tok, longest):
                 begun = x + row.rejected[: draw_prefix(0, epoch, index, room)]
                 ends.append(([*begun, tok.reset_id], answer))
                 chances = [-logprob(start, x + row.rejected[:k], tok.reset_id) for k in range(1, room + 1)]
-                loss, weight = loss + 0.5 * sum(chances) / room, weight + 0.5
+                loss, weight = loss + heavy * 0.5 * sum(chances) / room, weight + heavy * 0.5
                 resets += [(-c).exp().item() for c in chances]
             for before, after in ends:
                 after = after[: longest - len(before)]
@@ -510,15 +514,17 @@ def test_the_baseline_sees_the_answer_alone(world, tmp_path):
 
 def test_the_control_says_both_answers_and_never_resets(world, tmp_path, tok, shown):
     """In place: y+ right behind the beginning of y−, loss on y+ alone."""
-    more = ("--method", "in-place", "--restart", "all", "--steps", 1, "--batch-size", 24)
+    more = ("--method", "in-place", "--restart", "all", "--batch-size", 24, "--steps")
+    trained(*sft(world, tmp_path / "start", *more, 0))
+    more = (*more, 1)
+    shown.clear()
     trained(*sft(world, tmp_path / "out", *more))
     (record,) = metrics(tmp_path / "out")
     assert {name for name in record if "loss/" in name} == {"loss/answer", "loss/in place"}
     assert "reset_after_unsafe" not in record
-    assert len(shown) == 24 and not any(tok.reset_id in tree.tokens + tree.target_token for tree in shown)
+    assert len(shown) == 48 and not any(tok.reset_id in tree.tokens + tree.target_token for tree in shown)
     args = arguments(sft(world, tmp_path / "out", *more))
     rows, drawn = read(args.data, tok), arguments(sft(world, tmp_path / "out"))
-    trained(*sft(world, tmp_path / "start", "--steps", 0))
     views = []
     for epoch, index in visited(args, 24)(0):
         answer, *rest = by_hand(drawn, rows, tok)(epoch, index)
@@ -537,19 +543,19 @@ def test_the_control_says_both_answers_and_never_resets(world, tmp_path, tok, sh
 def test_defaults_and_every_flag(world, tmp_path):
     plain = vars(arguments(["sft", "--init", "i", "--data", "d", "--out", "o"]))
     assert (plain["method"], plain["resets"], plain["restart"]) == ("backtrack", "drawn", "none")  # the paper's
+    assert plain["reset_weight"] == 1.0
     assert (plain["prefix"], plain["lr"], plain["weight_decay"]) == ([0.0, 1.0], 1e-5, 0.0)
     assert (plain["batch_size"], plain["grad_accum"], plain["epochs"], plain["steps"]) == (8, 1, 1.0, None)
     assert (plain["heldout"], plain["resume"], plain["compile"], plain["dtype"]) == ([], False, False, "float32")
     first = vars(arguments(["base", "--config", "c", "--tokenizer", "t", "--data", "d", "--out", "o"]))
     assert (first["config"], first["tokenizer"], first["lr"], first["weight_decay"]) == ("c", "t", 1e-3, 0.1)
-    words = "sft --init i --no-backtrack --resets every --prefix 0.25 1 --restart unsafe --data d e --heldout h g"
-    words += " --out o --lr 2e-3"
-    words += " --weight-decay 0.2 --clip 3 --batch-size 4 --grad-accum 5 --steps 6 --max-length 7"
+    words = "sft --init i --no-backtrack --resets every --reset-weight 12 --prefix 0.25 1 --restart unsafe --data d e"
+    words += " --heldout h g --out o --lr 2e-3 --weight-decay 0.2 --clip 3 --batch-size 4 --grad-accum 5 --steps 6 --max-length 7"
     words += " --seed 8 --device cpu --dtype bfloat16"
     given = vars(arguments([*words.split(), "--compile", "--resume", "--log-every", "9", "--save-every", "11"]))
     assert given == {
         "command": "sft",
-        **{"init": "i", "method": "baseline", "resets": "every", "restart": "unsafe"},
+        **{"init": "i", "method": "baseline", "resets": "every", "reset_weight": 12.0, "restart": "unsafe"},
         **{"data": ["d", "e"], "heldout": ["h", "g"]},
         **{"out": "o", "lr": 2e-3, "weight_decay": 0.2, "clip": 3.0, "batch_size": 4, "grad_accum": 5, "epochs": 1.0},
         **{"steps": 6, "max_length": 7, "seed": 8, "device": "cpu", "dtype": "bfloat16", "compile": True},
@@ -564,7 +570,7 @@ def test_defaults_and_every_flag(world, tmp_path):
     "flags",
     ["--batch-size 0", "--grad-accum -1", "--steps -1", "--epochs -1", "--epochs nan", "--epochs inf", "--lr -1"]
     + ["--lr nan", "--clip -1", "--weight-decay -1", "--steps 1 --epochs 1", "--restart some"]
-    + ["--method dpo", "--resets none"]
+    + ["--method dpo", "--resets none", "--reset-weight -1"]
     + ["--dtype float8", "--max-length 0", "--log-every 0", "--save-every 0", "--seed x"],
 )
 def test_flags_that_make_no_sense(world, tmp_path, flags):
@@ -892,6 +898,7 @@ def halfway(world, tmp_path_factory):
         ("method", ("--no-backtrack",)),
         ("method", ("--method", "in-place")),
         ("resets", ("--resets", "every")),
+        ("reset_weight", ("--reset-weight", 2)),
     ],
 )
 def test_resume_with_another_setting(world, halfway, name, flags):
@@ -958,7 +965,29 @@ def test_files_that_a_checkpoint_keeps(world, halfway, tmp_path):
     assert os.path.getsize(out / STATE) < os.path.getsize(out / "model.safetensors")
 
 
-# ── Rows of special tokens ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Rows of new tokens ───────────────────────────────────────────────────────────────────────────────────────────────
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def started(init, out, *more):
+    """What supervised training starts from, written out."""
+    words = ("--init", init, "--out", out, "--device", "cpu", "--max-length", 192, "--steps", 0)
+    said = trained("sft", *words, *more)
+    return said, weights(init), weights(out)
+
+
+def saved(tok, directory, config, untrained, seed=0):
+    """A checkpoint without a reset_token_id, as published ones are: the rows of `untrained` lie together, far off."""
+    network = network_of(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for w in {network.model.embed_tokens.weight, network.lm_head.weight}:
+            w.normal_(0.3, 0.5, generator=generator)
+            w[untrained] = -0.1 + 1e-3 * torch.randn(len(untrained), w.shape[1], generator=generator)
+    save_model(network, directory)
+    tok.save(directory)
+    return directory
 
 
 def changed_rows(before, after, name):
@@ -973,44 +1002,89 @@ def near_the_mean(before, after, name, special, ordinary):
     assert len({tuple(after[name][i].tolist()) for i in special}) == len(special)  # and are told apart
 
 
+def spare(tok):
+    """Special ids that nothing uses: what no base was ever trained on."""
+    found = sorted(tok.special_ids.difference(tok.template_ids, tok.stop_ids, [tok.bos_id]))
+    assert found
+    return found
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_that_were_never_trained_are_set_to_the_mean(world, tmp_path, tok, tied):
-    """As in a Llama-3 base checkpoint: the rows of template tokens are next to nothing, BOS apart."""
+def test_rows_that_were_never_trained_are_set_to_the_mean(tmp_path, tok, tied):
+    """As in a Llama-3 base checkpoint: the rows of template tokens lie where spare ones do, BOS apart."""
     fresh = sorted({*tok.template_ids} - {tok.bos_id})
-    network = Transformer(ModelConfig.from_hf(LLAMA | {"tie_word_embeddings": tied}))
-    with torch.no_grad():
-        for w in (network.model.embed_tokens.weight, network.lm_head.weight):
-            w.normal_(0.3, 0.5, generator=torch.Generator().manual_seed(0))
-            w[fresh] = 1e-3 * torch.randn(len(fresh), 32, generator=torch.Generator().manual_seed(1))
-    save_model(network, tmp_path / "init")  # without a reset_token_id, as published checkpoints are
-    tok.save(tmp_path / "init")
-    said = trained(*sft(world, tmp_path / "out", "--steps", 0, "--init", tmp_path / "init"))
+    init = saved(tok, tmp_path / "init", LLAMA | {"tie_word_embeddings": tied}, fresh + spare(tok))
+    said, before, after = started(init, tmp_path / "out")
     assert str(fresh) in said
-    before, after = weights(tmp_path / "init"), weights(tmp_path / "out")
-    names = ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
+    names = [EMBEDDING] + ([] if tied else [HEAD])
+    ordinary = [i for i in range(1024) if i not in fresh + spare(tok)]
     for name in names:
         assert changed_rows(before, after, name) == {*fresh}
-        near_the_mean(before, after, name, fresh, [i for i in range(1024) if i not in fresh])
+        near_the_mean(before, after, name, fresh, ordinary)
     for name in before.keys() - {*names}:
         assert torch.equal(before[name], after[name])
 
 
-def test_special_rows_after_base_and_after_sft(world, tmp_path, tok):
+def test_a_trained_row_is_never_overwritten(tmp_path, tok):
+    """As in a chat model of 135M: spare rows within 0.01 of each other, trained markers near, text ten times as far."""
+    fresh, marker = tok.reset_id, min({*tok.template_ids} - {tok.bos_id, tok.reset_id})
+    init = saved(tok, tmp_path / "init", LLAMA, [*tok.template_ids, *spare(tok)])
+    tensors = load_file(init / "model.safetensors")
+    for i in {*tok.template_ids} - {fresh}:
+        tensors[EMBEDDING][i] += 0.07 * torch.randn(32, generator=torch.Generator().manual_seed(i))
+    save_file(tensors, init / "model.safetensors", metadata={"format": "pt"})
+    near, far = ((tensors[EMBEDDING] - tensors[EMBEDDING][fresh]).norm(dim=1)[i] for i in (marker, 99))
+    assert 0.2 < near < 0.6 < 2 < far
+    _, before, after = started(init, tmp_path / "out")
+    assert changed_rows(before, after, EMBEDDING) == {fresh}
+
+
+UNTIED = LLAMA | {"tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("config", [LLAMA, UNTIED, GEMMA], ids=["llama", "llama untied", "gemma"])
+def test_reset_starts_at_one_in_a_hundred(world, tmp_path, tok, config):
+    """Geometric mean over the tokens of the first step's answers; to get there, its output row moves and no other."""
+    init = saved(tok, tmp_path / "init", config, [*tok.template_ids, *spare(tok)])
+    _, _, before = started(init, tmp_path / "plain")
+    # Without an unsafe row in the first step no context holds [RESET], so what is measured does not move with its row.
+    rows = read([world / "rows.jsonl"], tok)
+    for seed in count():
+        more = ("--data", world / "rows.jsonl", "--batch-size", 4, "--seed", seed)
+        args = arguments(sft(world, tmp_path / "out", *more))
+        first = visited(args, len(rows))(0)
+        if not any(rows[index].unsafe for _, index in first):
+            break
+    said, _, after = started(init, tmp_path / "out", *more)
+    assert "log p([RESET])" in said
+    moved = EMBEDDING if config["tie_word_embeddings"] else HEAD
+    assert changed_rows(before, after, moved) == {tok.reset_id}
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - {moved})
+
+    network, found = load_model(tmp_path / "out"), []
+    for visit in first:
+        (view,) = by_hand(args, rows, tok)(*visit)
+        with torch.no_grad():
+            for t in range(view.loss_from, len(view.tokens)):
+                found.append(logprob(network, view.tokens[:t], tok.reset_id).item())
+    assert sum(found) / len(found) == pytest.approx(math.log(0.01), abs=1e-3)
+    assert min(found) < sum(found) / len(found) - 0.1  # a level, no constant
+
+
+def test_new_rows_after_base_and_after_sft(world, tmp_path, tok):
     """`base` never sees a chat: its markers are set. After `sft` they have been trained, and stay."""
     fresh = sorted({*tok.template_ids} - {tok.bos_id})
-    said = trained(*sft(world, tmp_path / "one", "--steps", 0))
+    said, before, after = started(world / "start", tmp_path / "one")
     assert str(fresh) in said
-    before, after = weights(world / "start"), weights(tmp_path / "one")
-    name = "model.embed_tokens.weight"
-    assert changed_rows(before, after, name) == {*fresh}
+    assert changed_rows(before, after, EMBEDDING) == {*fresh}
     texts = [json.loads(line)["text"] for line in (world / "corpus.jsonl").read_text().splitlines()]
-    near_the_mean(before, after, name, fresh, sorted({t for text in texts for t in tok.encode(text)}))
+    near_the_mean(before, after, EMBEDDING, fresh, sorted({t for text in texts for t in tok.encode(text)}))
     assert json.loads((tmp_path / "one/config.json").read_text())["reset_token_id"] == tok.reset_id
 
     trained(*sft(world, tmp_path / "two", "--steps", 3))
-    said = trained(*sft(world, tmp_path / "three", "--steps", 0, "--init", tmp_path / "two"))
-    assert str(fresh) not in said
-    close(weights(tmp_path / "two"), weights(tmp_path / "three"), atol=0, rtol=0)
+    said, before, after = started(tmp_path / "two", tmp_path / "three", "--data", world / "rows.jsonl")
+    assert str(fresh) not in said and "log p([RESET])" not in said
+    close(before, after, atol=0, rtol=0)
 
 
 # ── It learns to take its words back ─────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import network_of
+from models import network_of, randomize
 
 import model.transformer as transformer_module
 from backtrack.generate import generate
@@ -514,7 +514,7 @@ def test_rotate():
 @pytest.mark.parametrize("n_in, n_out, blocks", [(64, 48, 1), (256, 2048, 8), (512, 1536, 8), (300, 1201, 1)])
 def test_linear_in_blocks(monkeypatch, n_in, n_out, blocks):
     """Up to 32 rows take a path of their own on a CPU; one definition, whatever the shape of x, in training too."""
-    linear, bmm, calls = Linear(n_in, n_out), torch.bmm, []
+    linear, bmm, calls = randomize(Linear(n_in, n_out), scale=0.05), torch.bmm, []
     monkeypatch.setattr(torch, "bmm", lambda *a: calls.append(a[1].shape) or bmm(*a))
     assert linear.blocks == blocks and linear.bias is None
     for shape in ((n_in,), (1, 1, n_in), (8, 1, n_in), (2, 16, n_in), (33, n_in), (2, 17, n_in)):

@@ -8,12 +8,12 @@ of them the question "{q}". Its fitness is log π(y | wrapped question) of the u
 
     keeps the fittest tenth as they are (the elite),
     draws parents from a softmax of fitness,
-    crosses them over: each sentence place is taken from one parent or the other,
+    crosses them over: each sentence comes from one parent or the other,
     mutates some: a word becomes a synonym, two sentences change places, or one comes in from the first population.
 
 --wrappers has one wrapper per line, {q} where the question goes; --synonyms a word and its synonyms per line, separated
-by tabs. The built-in ones are inoffensive: they frame a question as a story or a game and were written for the toy
-world. No language model rewrites sentences here, as it does in the paper; a synonym table stands in for it.
+by tabs. The built-in ones are inoffensive: stories and games, written for the toy world. In the paper a language model
+rewrites sentences; here a table of synonyms stands in for it.
 """
 
 import math

@@ -12,13 +12,13 @@ Zou et al. 2023 (arXiv 2307.15043). With x the prompt, s the suffix and y the an
 where the second mean runs over every position of y and the one after its end: the unsafe answer *and* no reset. In the
 spirit of the paper's Algorithm 1 (arXiv 2409.14586, appendix) y starts short and is lengthened as soon as the suffix
 makes the model say all of it, or after PATIENCE steps, until it is the whole answer. Plain GCG aims at an opening only
-(--target-tokens), as in its paper. With the whole answer for a target it would penalise resets as well: where [RESET]
-is likely y_t is not; the second term adds the end of the answer, and weight. The attacker sees the weights.
+(--target-tokens), as in its paper. Aimed at the whole answer it would penalise resets too, since y_t is
+unlikely where [RESET] is likely; the second term adds weight, and the end of the answer. The attacker sees the weights.
 
 One step: the gradient of L with respect to the suffix's one-hot tokens names promising replacements, single swaps are
 drawn from them, every swap is scored by a real forward pass, and the best few suffixes seen so far are kept. Whatever
-precedes the suffix is the same for all candidates: its keys and values are computed once. It will not attack a model
-it cannot differentiate, or use more than one suffix on several prompts ("universal" suffixes).
+precedes the suffix is the same for all candidates: its keys and values are computed once. It needs
+gradients, and looks for a suffix of each prompt, not for one that serves all ("universal").
 
 Shapes: N candidates, n suffix tokens, m target tokens, V vocabulary.
 """
@@ -60,7 +60,7 @@ def make_slots(tok, messages: list[dict], target: str, suffix: str) -> Slots:
 
     Raises InputError if the suffix does not stand there by itself, its first token merged with the message's last.
     """
-    bare, full = tok.render(messages), tok.render(with_suffix(messages, suffix))
+    bare, full = tok.render(with_suffix(messages, "")), tok.render(with_suffix(messages, suffix))
     head = next((i for i, (a, b) in enumerate(zip(bare, full, strict=False)) if a != b), len(bare))
     tail = len(bare) - head  # what follows the last token of the message
     slots = Slots(full[:head], full[head : len(full) - tail], full[len(full) - tail :], tok.encode(target))

@@ -1,11 +1,11 @@
-"""Asking nicely: an instruction in the prompt not to take anything back, or to help the more after a reset.
+"""Asking nicely: the prompt tells the model not to take anything back, or to help more after a reset.
 
     python -m backtrack.attacks instruct --ckpt runs/toy-0/sft --prompts runs/toy-0/data/prompts.jsonl --sets unseen \
         --judge runs/toy-0/data/world.json --out runs/toy-0/instruct.jsonl
 
-The question of the paper's reviewers: does a user who knows about [RESET] get round it by talking about it? The user
-cannot type the token itself, so the texts describe it. They are fixed, a few, and tried one after the other; the toy
-model has never seen most of their words, so there they test no more than being distracted.
+The paper's reviewers asked: can a user who knows about [RESET] avoid it by talking about it? Nobody can type the token
+itself, so the texts describe it. There are five, tried one after the other. The toy model has never seen most of their
+words: there they only distract.
 """
 
 INSTRUCTIONS = {

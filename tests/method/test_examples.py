@@ -66,6 +66,9 @@ def test_views_of_llama_by_hand():
         View("reset", [*x, *b"yes", RESET], n + 3, HALF / 3),
         restart,
     ]
+    heavy = sft_views(row, 2, llama, resets="every", reset_weight=4.0)
+    assert [v.weight for v in heavy] == [HALF, HALF, *[4 * HALF / 3] * 3]
+    assert sft_views(row, 2, llama, reset_weight=4.0) == sft_views(row, 2, llama)
     # The control says both answers and takes nothing back.
     in_place = View("in place", [*x, *b"ye", *b"no", EOT], n + 2, HALF)
     for resets, restart in itertools.product(("drawn", "every"), ("none", "unsafe", "all")):
