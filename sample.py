@@ -7,26 +7,40 @@
     echo "How do I make …?" | python sample.py --ckpt DIR                 # a line, an answer
 
 On a terminal the answer streams; on [RESET] the retracted text is erased (struck through with
---show-discarded) and the retry takes its place. In a pipe only surviving text is printed. Prompts
-become chat turns of the checkpoint's family (Llama-3 headers, Gemma turns); no system prompt.
+--show-discarded) and the retry takes its place. In a pipe only surviving text is printed, and so on
+a terminal that cannot erase (TERM=dumb) or must not be sent escapes (NO_COLOR). In the chat Ctrl-C
+ends the answer, Ctrl-D the chat. Prompts become chat turns of the checkpoint's family (Llama-3
+headers, Gemma turns); no system prompt.
 """
 
 import argparse
-import json
 import os
 import sys
 
 import torch
 
 from backtrack.generate import Done, Generation, Reset, Token, stream
-from backtrack.terminal import Live, say, trace
+from backtrack.results import json_line
+from backtrack.terminal import Live, can_erase, edit_lines, say, trace
 from model import InputError, load_model, load_tokenizer
-from model.errors import Help, device, positive, run
+from model.errors import (
+    BIAS,
+    PROBABILITY,
+    RESETS,
+    SEED,
+    TEMPERATURE,
+    Help,
+    between,
+    device,
+    positive,
+    run,
+)
+
+CANONICAL = 4095  # bytes of a line that a terminal keeps where no program edits lines
 
 
 def main() -> None:
     args = parse_args()
-    sys.stdout.reconfigure(errors="replace")  # what the output cannot hold becomes a question mark
     tok = load_tokenizer(args.ckpt)
     model = load_model(args.ckpt, args.device, getattr(torch, args.dtype))
     if args.compile:
@@ -43,6 +57,7 @@ def answer(model, tok, prompt: list[int], text: str, args) -> list[int]:
     options = {
         "reset_id": tok.reset_id,
         "stop_ids": tok.stop_ids,
+        "vocab_size": tok.vocab_size,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "top_p": args.top_p,
@@ -54,7 +69,7 @@ def answer(model, tok, prompt: list[int], text: str, args) -> list[int]:
     if args.trace:
         generations = [trace(model, tok, prompt, prefill=prefill, **options)]
         print()
-    elif sys.stdout.isatty() and args.num_samples == 1 and not args.json:
+    elif can_erase() and args.num_samples == 1 and not args.json:
         return watch_live(model, tok, prompt, prefill, args.show_discarded, options).tokens
     else:
         n = args.num_samples
@@ -92,7 +107,7 @@ def as_json(tok, text: str, number: int, g: Generation, args) -> str:
     record |= {"first_token_s": round(g.first_token_s, 4), "total_s": round(g.total_s, 4)}
     if args.show_discarded:
         record["discarded"] = [tok.decode(ids) for ids in g.discarded]
-    return json.dumps(record, ensure_ascii=False)
+    return json_line(record, sys.stdout.encoding)
 
 
 def chat(model, tok, args) -> None:
@@ -100,6 +115,7 @@ def chat(model, tok, args) -> None:
     history: list[int] = []
     terminal = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 become U+FFFD
+    cuts_lines = terminal and not edit_lines()
     if terminal:
         say(f"{args.ckpt}: type a message; an empty line starts over, Ctrl-D ends")
     while True:
@@ -107,14 +123,27 @@ def chat(model, tok, args) -> None:
             text = input("> " if terminal and sys.stdout.isatty() else "")
         except EOFError:
             return
+        except KeyboardInterrupt:  # it may have come a moment after the answer
+            if not terminal:
+                raise
+            say("\nCtrl-D ends the chat")
+            continue
         if not text.strip():
             history = []
+            continue
+        if cuts_lines and CANONICAL <= len(text.encode()) <= CANONICAL + 2:  # U+FFFD: 3 bytes for 1
+            say(f"error: the terminal cuts lines at {CANONICAL} bytes; use --prompt or a pipe")
             continue
         goes_on = bool(history) and terminal  # piped lines are separate prompts
         turn = tok.render([{"role": "user", "content": text}], continues=goes_on)
         prompt = history + turn if goes_on else turn
         try:
             tokens = answer(model, tok, prompt, text, args)
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            say("\nstopped; this question and its answer are forgotten")
+            continue
         except InputError as error:
             if not terminal:
                 raise
@@ -131,15 +160,15 @@ def parse_args() -> argparse.Namespace:
     add("--ckpt", required=True, help="Hugging Face model directory, e.g. the --out of train.py")
     add("--prompt", help="user message; without it, an interactive chat")
     add("--prefill", default="", help="text forced at the start of the answer (an attack)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-p", type=float, default=1.0, help="sample from so much of the probability")
-    add("--reset-bias", type=float, default=0.0, help="added to the logit of [RESET]")
-    add("--max-resets", type=int, default=1, help="after so many, [RESET] is masked")
+    add("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy")
+    add("--top-p", type=PROBABILITY, default=1.0, help="sample from so much of the probability")
+    add("--reset-bias", type=BIAS, default=0.0, help="added to the logit of [RESET]")
+    add("--max-resets", type=RESETS, default=1, help="after so many, [RESET] is masked")
     what = ("truncate", "keep")
     add("--on-reset", choices=what, default="truncate", help="forget what was retracted or keep it")
-    add("--num-samples", type=positive, default=1, help="answers to each prompt")
-    add("--max-new-tokens", type=int, default=256, help="per attempt")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add("--num-samples", type=between(1, 1000), default=1, help="answers to each prompt, at once")
+    add("--max-new-tokens", type=positive, default=256, help="per attempt")
+    add("--seed", type=SEED, default=0, help="of the sampling")
     add("--device", type=device, default=on, help="of PyTorch")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default=dtype, help="of weights and computation")

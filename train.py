@@ -21,8 +21,9 @@ import contextlib
 import dataclasses
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ from backtrack.rows import Row, describe, load_rows, read_stream
 from backtrack.terminal import say
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer
 from model.checkpoint import weights_digest
-from model.errors import Help, device, not_negative, positive, run
+from model.errors import SEED, Help, device, not_negative, positive, run
 
 # ── Losses ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -90,10 +91,9 @@ def dpo_loss(
     return -F.logsigmoid(beta * margin)
 
 
-def reference_logprobs(model: Transformer, args, groups) -> list[list[float]]:
+def reference_logprobs(model: Transformer, args, groups) -> Iterator[list[float]]:
     """log π_ref of every sequence of each group of trees, by the model as it is."""
-    found = []
-    for trees in groups:
+    for count, trees in enumerate(groups, start=1):
         for few in micro_batches(trees, args.batch_size):
             batch = make_batch(few, args.device)
             with torch.no_grad(), autocast(args):
@@ -101,10 +101,9 @@ def reference_logprobs(model: Transformer, args, groups) -> list[list[float]]:
             parts = sums.split([len(tree.names) for tree in few])
             for tree, part in zip(few, parts, strict=True):
                 tree.reference = part.tolist()
-        found.append([value for tree in trees for value in tree.reference])
-        if len(found) % 50 == 0:
-            say(f"reference log-probs: {len(found)} steps")
-    return found
+        yield [value for tree in trees for value in tree.reference]
+        if count % 50 == 0:
+            say(f"reference log-probs: {count} steps")
 
 
 # ── The loop ──────────────────────────────────────────────────────────────────────────────────────
@@ -148,11 +147,12 @@ def fit(
             group["lr"] = lr
 
         total_loss = accumulate(args, progress, model, trees_of(step), loss, report)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+        longest = args.clip or math.inf  # 0 is off
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item()
         if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
             raise InputError(
                 f"step {step + 1}: loss is {total_loss}, gradient norm {grad_norm};"
-                f" {meter.what_is_kept(args.out)}. Try a lower --lr"
+                f" {log.what_is_kept(args.out)}. Try a lower --lr"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -165,7 +165,6 @@ def fit(
             if heldout:
                 log.log_heldout(args.out, progress.step, evaluate(model, heldout, report, args))
             log.save(progress, model, optimizer, tok, args.out)
-            meter.saved_step = progress.step
     say(f"saved {args.out}")
 
 
@@ -245,14 +244,15 @@ def base(args) -> None:
     tok = load_tokenizer(args.tokenizer)
     length = args.max_length
     stream = read_stream(args.data, tok)
-    count = count_windows(stream, args.data, length)
+    trains = args.steps != 0  # else nothing has to fit into --max-length
+    count = count_windows(stream, args.data, length) if trains else 0
 
     def tree(epoch: int, index: int) -> Tree:
         offset = random.Random(f"{args.seed}/{epoch}").randrange(length)
         return window_tree(stream, offset + index * length, length)
 
     heldout = []
-    if args.heldout:
+    if args.heldout and trains:
         text = read_stream(args.heldout, tok)
         for index in range(count_windows(text, args.heldout, length)):
             heldout.append(window_tree(text, index * length, length))
@@ -277,7 +277,7 @@ def base(args) -> None:
 
 def sft(args) -> None:
     tok = load_tokenizer(args.init)
-    rows = load_rows(args.data, tok, args.max_length)
+    rows = load_rows(args.data, tok, args.max_length, args.on_long)
     describe(rows, args)
     if args.data and args.method != "baseline" and not any(row.unsafe for row in rows):
         raise InputError(
@@ -288,14 +288,14 @@ def sft(args) -> None:
     def tree(epoch: int, index: int) -> Tree:
         return sft_tree(args, tok, rows[index], epoch, index)
 
-    heldout_rows = load_rows(args.heldout, tok, args.max_length)
+    heldout_rows = load_rows(args.heldout, tok, args.max_length, args.on_long)
     heldout = [sft_tree(args, tok, row, 0, i) for i, row in enumerate(heldout_rows)]
     progress = log.start(args, log.run_settings(args, len(rows), rows))
     model = load_model(args.out if progress.step else args.init, args.device)
     check_model(model, tok, args)
     trees_of = rows_in_order(args, len(rows), tree)
     if model.config.reset_token_id is None:
-        sample = trees_of(0) if args.data else []
+        sample = trees_of(0) if args.data and args.method == "backtrack" else []
         start_new_tokens(
             model,
             tok,
@@ -332,10 +332,11 @@ def sft_tree(args, tok, row: Row, epoch: int, index: int) -> Tree:
 
 def dpo(args) -> None:
     tok = load_tokenizer(args.init)
-    rows = load_rows(args.data, tok, args.max_length)
+    rows = load_rows(args.data, tok, args.max_length, args.on_long)
     describe(rows, args)
     rows = with_rejected(rows, args.data)
-    heldout_rows = with_rejected(load_rows(args.heldout, tok, args.max_length), args.heldout)
+    heldout_rows = load_rows(args.heldout, tok, args.max_length, args.on_long)
+    heldout_rows = with_rejected(heldout_rows, args.heldout)
     weight = {
         "elicit": args.elicit,
         "discourage": args.discourage,
@@ -361,7 +362,10 @@ def dpo(args) -> None:
         yield from map(plain_trees, range(settings["steps"]))
         yield heldout
 
-    reference = log.remembered(args, settings, lambda: reference_logprobs(model, args, groups()))
+    def compute(first: int) -> Iterator[list[float]]:
+        return reference_logprobs(model, args, islice(groups(), first, None))
+
+    reference = log.remembered(args, settings, compute)
     heldout = with_reference(heldout, reference.pop())
     if progress.step:
         model = load_model(args.out, args.device)
@@ -440,7 +444,7 @@ def check_model(model: Transformer, tok, args) -> None:
         raise InputError(
             f"the tokenizer has {tok.vocab_size} ids but the model only {config.vocab_size} rows"
         )
-    if config.max_position_embeddings < args.max_length:
+    if args.steps != 0 and config.max_position_embeddings < args.max_length:
         raise InputError(
             f"--max-length {args.max_length} exceeds the model's {config.max_position_embeddings}"
         )
@@ -477,7 +481,7 @@ def base_arguments(p) -> None:
 
 def sft_arguments(p) -> None:
     p.add_argument("--init", required=True, help="Hugging Face model directory to start from")
-    add_method(p, "backtrack", "baseline", "in-place")
+    row_arguments(p, "backtrack", "baseline", "in-place")
     p.set_defaults(lr=1e-5, weight_decay=0.0)
     about = "learn [RESET] after every length of prefix at once, or after the one drawn (the paper)"
     group = beyond_the_paper(p)
@@ -489,7 +493,7 @@ def sft_arguments(p) -> None:
 def dpo_arguments(p) -> None:
     number = not_negative(float)
     p.add_argument("--init", required=True, help="the SFT checkpoint: start and reference")
-    add_method(p, "backtrack", "baseline")
+    row_arguments(p, "backtrack", "baseline")
     p.add_argument("--beta", type=number, default=0.1, help="how dear it is to leave the reference")
     p.set_defaults(lr=5e-7, weight_decay=0.0)
     group = beyond_the_paper(p)
@@ -501,11 +505,13 @@ def dpo_arguments(p) -> None:
     group.add_argument("--restart-weight", type=number, default=1.0, help="of restart pairs")
 
 
-def add_method(p, *methods: str) -> None:
+def row_arguments(p, *methods: str) -> None:
     about = "baseline: without backtracking; in-place: the answer goes on, nothing is taken back"
     p.add_argument("--method", choices=methods, default="backtrack", help=about)
     alias = {"action": "store_const", "dest": "method", "const": "baseline"}
     p.add_argument("--no-backtrack", **alias, default=argparse.SUPPRESS, help="--method baseline")
+    about = "what to do about rows whose prompt leaves no room for an answer"
+    p.add_argument("--on-long", choices=("skip", "error"), default="skip", help=about)
 
 
 def beyond_the_paper(p):
@@ -528,14 +534,14 @@ def common_arguments(p) -> None:
     p.add_argument("--out", required=True, help="model directory to write")
     p.add_argument("--lr", type=number, default=default("lr"), help="peak learning rate")
     p.add_argument("--weight-decay", type=number, default=default("weight_decay"), help="AdamW's")
-    p.add_argument("--clip", type=number, default=1.0, help="largest gradient norm")
+    p.add_argument("--clip", type=number, default=1.0, help="largest gradient norm; 0: off")
     p.add_argument("--batch-size", type=positive, default=8, help="rows per micro-batch")
     p.add_argument("--grad-accum", type=positive, default=1, help="micro-batches per step")
     length = p.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=number, default=1.0, help="times through the data")
     length.add_argument("--steps", type=steps, help="instead of --epochs; 0 saves the start")
     p.add_argument("--max-length", type=positive, default=1024, help="longest sequence in tokens")
-    p.add_argument("--seed", type=int, default=0, help="of data order, prefixes, fresh weights")
+    p.add_argument("--seed", type=SEED, default=0, help="of data order, prefixes, fresh weights")
     p.add_argument("--device", type=device, default=on, help="of PyTorch")
     dtypes = ("float32", "bfloat16")
     p.add_argument("--dtype", choices=dtypes, default="float32", help="of the computation")
@@ -547,7 +553,8 @@ def common_arguments(p) -> None:
 
 def main() -> None:
     args = parse_args()
-    {"base": base, "sft": sft, "dpo": dpo}[args.command](args)
+    with log.alone(args.out):
+        {"base": base, "sft": sft, "dpo": dpo}[args.command](args)
 
 
 if __name__ == "__main__":

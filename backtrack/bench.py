@@ -57,7 +57,7 @@ from backtrack.generate import (
 from backtrack.results import cpu_name
 from model import InputError, KVCache, ModelConfig, Transformer, load_model, save_model
 from model.errors import run
-from model.files import write_text
+from model.files import check_file, write_text
 
 SEED = 0
 LLAMA_125M = ModelConfig(
@@ -471,8 +471,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="the toy only, eager only, fewer repeats")
     parser.add_argument("--out", help="write the results to this file as JSON")
     args = parser.parse_args(argv)
-    if args.out and Path(args.out).is_dir():
-        raise InputError(f"--out {args.out} is a directory; name a file")
+    if args.out:
+        check_file(args.out)
     transformers = load_transformers()
     report = {"machine": machine(transformers), "speed": [], "resets": [], "scoring": [], "cuda": []}
     print(", ".join(f"{k} {v}" for k, v in report["machine"].items() if v is not None), flush=True)

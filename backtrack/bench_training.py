@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", required=True, help="preference rows (data.prepare hh makes them)")
     parser.add_argument("--tokenizer", required=True, help="directory of the tokenizer")
-    parser.add_argument("--steps", type=positive, default=12, help="timed steps of each kind")
+    parser.add_argument("--steps", type=positive, default=6, help="timed steps of each kind")
     parser.add_argument("--out", help="write the results to this file as JSON")
     args = parser.parse_args(argv)
     tok = load_tokenizer(args.tokenizer)

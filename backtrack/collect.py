@@ -3,10 +3,10 @@
     python -m backtrack.collect --ckpt runs/smollm2 --prompts train.jsonl --judge runs/refusal-judge \
         --out runs/real/rows.jsonl
 
-For every prompt that is not benign the model answers; if the judge calls the answer unsafe (or complied) it is y−, and y+ is the
-prompt's own "safe_answer" (or, with --chosen own, another answer of the model that the judge calls safe). The row says
-"unsafe": true. Benign prompts give rows without y−: their "reference", or else the model's own answer. Answers of other
-models are not what this model will say when it goes wrong; its own are.
+The model answers every prompt. On a prompt that is not benign an answer that the judge calls unsafe (or complied) is
+y−; y+ is the prompt's "safe_answer" or, with --chosen own, another answer of the model that the judge calls safe. The
+row says "unsafe": true. Benign prompts give rows without y−: their "reference", or else the model's own answer. Answers of
+other models are not what this model will say when it goes wrong; its own are.
 
     {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
 
@@ -16,21 +16,21 @@ questions can do harm: keep it out of repositories.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 
-from backtrack.evaluate import prompts_digest, read_answers, read_prompts
+from backtrack.evaluate import Prompt, adding_to, prompts_digest, read_answers, read_prompts, render
 from backtrack.generate import generate
 from backtrack.judge import load_judge
+from backtrack.results import json_line
 from backtrack.terminal import say
-from model import load_model, load_tokenizer
+from model import ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
-from model.errors import Help, device, not_negative, positive, run
-from model.files import write_text
+from model.errors import SEED, TEMPERATURE, Help, device, positive, run
+from model.files import check_file, write_text
 
 
 def collect(args) -> None:
@@ -38,35 +38,45 @@ def collect(args) -> None:
     settings = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "seed", "dtype")}
     settings |= {"weights": weights_digest(args.ckpt), "prompts": prompts_digest(prompts)}
     file = Path(f"{args.out}.answers.jsonl")
-    done = {(answer["prompt"], answer["sample"]): answer for answer in read_answers(file, settings)}
-    answer_missing(args, prompts, file, done)
+    check_file(args.out)
+    with adding_to(file):
+        done = {(answer["prompt"], answer["sample"]): answer for answer in read_answers(file, settings)}
+        too_long = answer_missing(args, prompts, file, done)
 
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     rows, counts = [], Counter()
     for i, prompt in enumerate(prompts):
         answers = [done[i, sample] for sample in range(args.samples) if (i, sample) in done]
-        row, what = make_row(prompt, answers, judge, args)
+        row, what = None, "left out: too long for the model"
+        if i not in too_long:
+            row, what = make_row(prompt, answers, judge, args)
         counts[what] += 1
         if row is not None:
             rows.append(row)
-    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), args.out)
+    write_text("".join(json_line(row) + "\n" for row in rows), args.out)
     for what, count in counts.most_common():
         say(f"{count:6d}  {what}")
     say(f"{len(rows)} rows, {sum(row.get('unsafe', False) for row in rows)} of them unsafe: {args.out}")
 
 
-def answer_missing(args, prompts: list[dict], file: Path, done: dict) -> None:
-    """Sample what is not in `done` yet, and append it to the file batch by batch."""
+def answer_missing(args, prompts: list[Prompt], file: Path, done: dict) -> set[int]:
+    """Sample what is not in `done` yet, and append it to the file batch by batch. Returns the prompts that cannot be
+    answered: they and an answer are longer than the model."""
+    tok = load_tokenizer(args.ckpt)
+    room = ModelConfig.load(args.ckpt).max_position_embeddings - args.max_new_tokens
+    ids = [render(tok, prompt) for prompt in prompts]
+    too_long = {i for i, prompt in enumerate(ids) if len(prompt) > room}
     todo = []
     for i, prompt in enumerate(prompts):
         if prompt["benign"] and prompt.get("reference"):
+            too_long.discard(i)
             continue  # nobody needs the model's own answer
+        if i in too_long:
+            continue
         todo += [(i, sample) for sample in range(args.samples) if (i, sample) not in done]
     if not todo:
-        return
-    tok = load_tokenizer(args.ckpt)
+        return too_long
     model = load_model(args.ckpt, args.device, getattr(torch, args.dtype))
-    ids = [tok.render(prompt["prompt"]) for prompt in prompts]
     todo.sort(key=lambda item: len(ids[item[0]]))  # little padding
     for first in range(0, len(todo), args.batch_size):
         batch = todo[first : first + args.batch_size]
@@ -75,6 +85,7 @@ def answer_missing(args, prompts: list[dict], file: Path, done: dict) -> None:
             [ids[i] for i, _ in batch],
             reset_id=tok.reset_id,
             stop_ids=tok.stop_ids,
+            vocab_size=tok.vocab_size,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             max_resets=0,
@@ -86,9 +97,10 @@ def answer_missing(args, prompts: list[dict], file: Path, done: dict) -> None:
                 text = tok.decode(g.tokens).strip()
                 record = {"prompt": i, "sample": sample, "text": text, "complete": g.finish_reason == "stop"}
                 done[i, sample] = record
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+                f.write(json_line(record) + "\n")
         sys.stderr.write(f"\r{first + len(batch)} of {len(todo)} answers ")
     print(file=sys.stderr)
+    return too_long
 
 
 def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | None, str]:
@@ -132,10 +144,10 @@ def parse_args() -> argparse.Namespace:
     add("--out", required=True, help="rows to write (.jsonl)")
     add("--chosen", choices=("given", "own"), default="given", help="y+: the data set's safe answer, or the model's")
     add("--samples", type=positive, default=1, help="answers per prompt")
-    add("--temperature", type=not_negative(float), default=0.0, help="0 is greedy")
+    add("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy")
     add("--max-new-tokens", type=positive, default=64, help="per answer; longer ones are cut")
     add("--batch-size", type=positive, default=32, help="prompts answered at once")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add("--seed", type=SEED, default=0, help="of the sampling")
     add("--device", type=device, default=on, help="of PyTorch")
     add("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of weights and computation")
     args = parser.parse_args()

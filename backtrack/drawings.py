@@ -135,6 +135,7 @@ def recording(ckpt: str, prompt: str) -> str:
     tok, model = load_tokenizer(ckpt), load_model(ckpt)
     ids = tok.render([{"role": "user", "content": prompt}])
     options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "max_new_tokens": 60}
+    options["vocab_size"] = tok.vocab_size
     events = list(stream(model, [ids], **options))
     if not any(isinstance(event, Reset) for event in events):
         raise InputError(f"{prompt!r}: nothing is taken back in this answer; choose another --prompt")

@@ -19,6 +19,7 @@ says unsafe only, and the refusal judge complied or refused, which is what the t
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -30,15 +31,16 @@ from pathlib import Path
 
 import torch
 
-from backtrack.generate import Generation, generate
+from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import load_judge, refuse_seen
-from backtrack.results import write_result
-from backtrack.rows import json_lines
+from backtrack.results import json_line, write_result
+from backtrack.rows import check_messages, json_lines, several
 from backtrack.statistics import best_of_k, mcnemar, wilson, worst_of_k
-from model import InputError, load_model, load_tokenizer
+from backtrack.terminal import say
+from model import InputError, ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
-from model.errors import device, positive, run
-from model.files import write_text
+from model.errors import BIAS, PROBABILITY, RESETS, SEED, TEMPERATURE, device, positive, run
+from model.files import check_file, locked, write_text
 
 RATES = ("unsafe", "complied", "helpful", "refused", "reset")
 # Sums over answers. first_step: tokens sampled up to the first one that survives, itself included.
@@ -50,19 +52,23 @@ K = (1, 2, 4, 8, 16, 32, 64)
 MT_BENCH_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 
 
-def read_prompts(path: str) -> list[dict]:
+class Prompt(dict):
+    """A line of a prompt file, and where it stands."""
+
+    where = "a prompt"
+
+
+def read_prompts(path: str) -> list[Prompt]:
     """Read and check a prompt file. Raises InputError with the file and the line."""
     prompts = []
     for where, row in json_lines(path):
-        messages = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(messages, list) or not messages:
-            raise InputError(f"{where}: 'prompt' must be a list of messages that is not empty")
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-            raise InputError(f"{where}: every message of 'prompt' needs a 'content' that is a string")
+        check_messages(row.get("prompt") if isinstance(row, dict) else None, "prompt", where)
         for key, kind in (("set", str), ("benign", bool), ("prefill", str)):
             if not isinstance(row.get(key, kind()), kind):
                 raise InputError(f"{where}: {key!r} must be a {kind.__name__}")
-        prompts.append({"set": Path(path).stem, "benign": False, "prefill": "", **row})
+        prompt = Prompt({"set": Path(path).stem, "benign": False, "prefill": "", **row})
+        prompt.where = where
+        prompts.append(prompt)
     if not prompts:
         raise InputError(f"{path}: holds no prompts")
     return prompts
@@ -82,6 +88,38 @@ def choose_prompts(prompts: list[dict], sets: list[str] | None, limit: int | Non
     return chosen
 
 
+def render(tok, prompt: dict) -> list[int]:
+    """Its ids. A chat that the template does not know is an InputError with the file and the line."""
+    try:
+        return tok.render(prompt["prompt"])
+    except InputError as error:
+        raise InputError(f"{prompt.where}: {error}") from None
+
+
+def too_long(prompts: list[Prompt], conditions: list[tuple], args) -> list[dict]:
+    """The prompts that a checkpoint has no room for in some condition. All leave them out, or pairs would not pair."""
+    found: dict[int, dict] = {}
+    for ckpt in args.ckpt:
+        tok, positions = load_tokenizer(ckpt), ModelConfig.load(ckpt).max_position_embeddings
+        room = 0
+        for on_reset, _, max_resets in conditions:
+            limits = {"max_new_tokens": args.max_new_tokens, "max_resets": max_resets, "on_reset": on_reset}
+            room = max(room, room_for_answer(Options(tok.reset_id, [], **limits)))
+        for i, p in enumerate(prompts):
+            length = len(render(tok, p)) + len(tok.encode(p["prefill"]))
+            if length + room > positions:
+                reason = f"{length} tokens and {room} for the answer, but {ckpt} has {positions} positions"
+                found.setdefault(i, {"prompt": i, "set": p["set"], "where": p.where, "reason": reason})
+    skipped = [found[i] for i in sorted(found)]
+    if skipped:
+        places = several([s["where"] for s in skipped])
+        told = f"{len(skipped)} of {len(prompts)} prompts are too long ({skipped[0]['reason']}): {places}"
+        if args.on_long == "error" or len(skipped) == len(prompts):
+            raise InputError(f"{told}; shorten them, lower --max-new-tokens, or --on-long skip")
+        say(f"{told}; skipped")
+    return skipped
+
+
 def prompts_digest(prompts: list[dict]) -> str:
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
@@ -90,7 +128,30 @@ def prompts_digest(prompts: list[dict]) -> str:
 
 
 def key(record: dict) -> tuple:
-    return tuple(record[name] for name in ("checkpoint", *CONDITION, "prompt", "sample"))
+    return (resolved(record["checkpoint"]), *(record[name] for name in (*CONDITION, "prompt", "sample")))
+
+
+def resolved(path: str) -> str:
+    """sft, sft/ and ./sft are one."""
+    return str(Path(path).resolve())
+
+
+def answers_file(out: str) -> Path:
+    """Beside OUT, and its own for every OUT: eval.json has eval.answers.jsonl, eval.v2 has eval.v2-answers.jsonl."""
+    name = str(out)
+    return Path(f"{name[:-5]}.answers.jsonl" if name.endswith(".json") else f"{name}-answers.jsonl")
+
+
+@contextlib.contextmanager
+def adding_to(path: str | Path):
+    """No other process adds to this file meanwhile. On Ctrl-C, say what is kept."""
+    check_file(path)
+    with locked(path):
+        try:
+            yield
+        except KeyboardInterrupt:
+            say(f"\nstopped: the answers so far are in {path}; the same command goes on from there")
+            raise
 
 
 def read_answers(path: Path, settings: dict) -> list[dict]:
@@ -118,7 +179,7 @@ def read_answers(path: Path, settings: dict) -> list[dict]:
 
 def answer(model, tok, ckpt: str, prompts: list[dict], todo: list[tuple[int, int]], condition: dict, judge, args):
     """Yields a list of records for one batch after another. todo: (index of the prompt, number of the sample)."""
-    encoded = {i: (tok.render(prompts[i]["prompt"]), tok.encode(prompts[i]["prefill"])) for i, _ in todo}
+    encoded = {i: (render(tok, prompts[i]), tok.encode(prompts[i]["prefill"])) for i, _ in todo}
     todo = sorted(todo, key=lambda item: len(encoded[item[0]][0]))  # little padding, rows end together
     for start in range(0, len(todo), args.batch_size):
         batch = todo[start : start + args.batch_size]
@@ -128,6 +189,7 @@ def answer(model, tok, ckpt: str, prompts: list[dict], todo: list[tuple[int, int
             prefill=[encoded[i][1] for i, _ in batch],
             reset_id=tok.reset_id,
             stop_ids=tok.stop_ids,
+            vocab_size=tok.vocab_size,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
@@ -181,45 +243,52 @@ def timings(g: Generation, prefilled: int) -> dict:
     }
 
 
-def answer_all(prompts: list[dict], args) -> list[dict]:
-    """Every prompt, sample, condition and checkpoint: the records, in that order, made now or read from the file."""
+def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
+    """Every prompt, sample, condition and checkpoint: the records, in that order, made now or read from the file; and
+    what prompts are left out."""
     conditions = list(itertools.product(args.on_reset, args.reset_bias, args.max_resets))
+    skipped = too_long(prompts, conditions, args)
     same = ("temperature", "top_p", "samples", "max_new_tokens", "seed", "dtype")
     settings = {name: getattr(args, name) for name in same}
     settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
-    path = Path(args.out).with_suffix(".answers.jsonl")
+    path = answers_file(args.out)
     done = {key(r): r for r in read_answers(path, settings)}
-    questions = list(itertools.product(range(len(prompts)), range(args.samples)))  # (prompt, sample)
-    wanted = [(ckpt, *c, *question) for ckpt in args.ckpt for c in conditions for question in questions]
+    spelling = {resolved(ckpt): ckpt for ckpt in args.ckpt}
+    for (ckpt, *_), r in done.items():
+        r["checkpoint"] = spelling.get(ckpt, r["checkpoint"])
+    left_out = {s["prompt"] for s in skipped}
+    fitting = [i for i in range(len(prompts)) if i not in left_out]
+    questions = list(itertools.product(fitting, range(args.samples)))  # (prompt, sample)
+    wanted = [(ckpt, *c, *question) for ckpt in spelling for c in conditions for question in questions]
     left = sum(w not in done for w in wanted)
     if left < len(wanted):
         print(f"{path}: {len(wanted) - left} of {len(wanted)} answers are there already", file=sys.stderr)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype)) if args.judge else None
     refuse_seen(judge, prompts)
     for r in done.values():
-        if args.judge and r.get("judge", args.judge) != args.judge:
+        if args.judge and resolved(r.get("judge", args.judge)) != resolved(args.judge):
             raise InputError(f"{path}: was judged by {r['judge']}, not {args.judge}; choose another --out or delete it")
     late = [r for r in done.values() if args.judge and "judge" not in r]
     for r in late:
         r |= verdict(judge, prompts[r["prompt"]], r["response"], args)
     if late:
         lines = [{"settings": settings}, *done.values()]
-        write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), path)
+        write_text("".join(json_line(line) + "\n" for line in lines), path)
         print(f"{path}: judged {len(late)} answers that were there already", file=sys.stderr)
     count, began = 0, time.time()
     with open(path, "a", encoding="utf-8") as f:
         for ckpt in args.ckpt:
             model = tok = None
             for condition in conditions:
-                todo = [question for question in questions if (ckpt, *condition, *question) not in done]
+                todo = [q for q in questions if (resolved(ckpt), *condition, *q) not in done]
                 if not todo:
                     continue
                 if model is None:
                     tok, model = load_tokenizer(ckpt), load_model(ckpt, args.device, getattr(torch, args.dtype))
                 options = dict(zip(CONDITION, condition, strict=True))
                 for records in answer(model, tok, ckpt, prompts, todo, options, judge, args):
-                    f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+                    f.writelines(json_line(r) + "\n" for r in records)
                     f.flush()
                     done |= {key(r): r for r in records}
                     count += len(records)
@@ -228,7 +297,7 @@ def answer_all(prompts: list[dict], args) -> list[dict]:
         os.fsync(f.fileno())
     if count:
         print(file=sys.stderr)
-    return [done[w] for w in wanted]
+    return [done[w] for w in wanted], skipped
 
 
 # ── From answers to counts ───────────────────────────────────────────────────────────────────────────────────────────
@@ -247,15 +316,19 @@ def groups(prompts: list[dict]) -> dict[str, list[int]]:
     return sets
 
 
-def count(answers: list[dict], prompts: list[dict]) -> tuple[list[dict], list[dict]]:
+def count(answers: list[dict], prompts: list[dict], skipped=()) -> tuple[list[dict], list[dict]]:
     """(one record of counts per checkpoint, condition and set; one paired comparison of each with the first)."""
+    left_out = {s["prompt"] for s in skipped}
     by_condition: dict[tuple, dict] = {}
     for a in answers:
         cell = by_condition.setdefault((a["checkpoint"], *(a[c] for c in CONDITION)), {})
         cell.setdefault(a["prompt"], []).append(a)
     records, paired = [], []
     first = answers[0]["checkpoint"]
-    for name, members in groups(prompts).items():
+    for name, everyone in groups(prompts).items():
+        members = [i for i in everyone if i not in left_out]
+        if not members:
+            continue
         for (ckpt, *condition), cell in by_condition.items():
             found = [a for i in members for a in cell[i]]
             head = {"checkpoint": ckpt, **dict(zip(CONDITION, condition, strict=True)), "set": name}
@@ -266,6 +339,8 @@ def count(answers: list[dict], prompts: list[dict]) -> tuple[list[dict], list[di
                 record["complied"] = sum(a["complied"] for a in found)
             record["reset"] = sum(a["resets"] > 0 for a in found)
             record |= {s: round(sum(a[s] for a in found), 6) for s in SUMS}
+            if len(members) < len(everyone):
+                record["skipped"] = len(everyone) - len(members)
             samples = len(found) // len(members)
             bad = failure(found)
             if samples > 1 and record.get(bad) is not None:
@@ -295,6 +370,8 @@ def pool(records: list[dict]) -> list[dict]:
         rates = [rate for rate in RATES if rate != "complied" or rate in r]  # results have it if the judge says so
         for k in ("only_first", "only_this") if pair else ("n", "prompts", *rates, *SUMS):
             total[k] = None if None in (r[k], total.get(k, 0)) else round(total.get(k, 0) + r[k], 6)
+        if "skipped" in r:
+            total["skipped"] = total.get("skipped", 0) + r["skipped"]
         for curve in CURVES:
             if curve in r:
                 old = total.get(curve, {})
@@ -371,6 +448,7 @@ def print_side_by_side(answers: list[dict], prompts: list[dict], count: int) -> 
             judged = ("unsafe", "complied", "helpful")
             return len({tuple(first[ckpt, i].get(rate) for rate in judged) for ckpt in ckpts}) == 1
 
+        members = [i for i in members if (ckpts[0], i) in first]  # those that were not too long
         for i in sorted(members, key=agreement)[:count]:  # a stable sort: otherwise the order of the prompts
             print(f"\n[{name}] {prompts[i]['prompt'][-1]['content']}")
             if prompts[i]["prefill"]:
@@ -384,58 +462,112 @@ def print_side_by_side(answers: list[dict], prompts: list[dict], count: int) -> 
 # ── MT-Bench ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def mt_bench(ckpt: str, prompts: list[dict], args) -> Path:
+def mt_bench(ckpt: str, prompts: list[Prompt], args) -> Path:
     """Answer both turns of every question, in the format that FastChat's judge reads from data/mt_bench/model_answer.
 
     Questions that the file has answers for are not asked again. Sampling as FastChat does it, by category.
     """
-    path = Path(args.mt_bench) / f"{Path(ckpt).name}.jsonl"
-    done = [answer for _, answer in json_lines(path)] if path.is_file() else []
+    path = mt_bench_file(ckpt, args)
+    names = ("max_new_tokens", "top_p", "seed", "dtype")
+    made_with = {name: getattr(args, name) for name in names} | {name: getattr(args, name)[0] for name in CONDITION}
+    made_with["weights"] = weights_digest(ckpt)
+    done = read_mt_bench(path, prompts, made_with)
     known = {answer["question_id"] for answer in done}
     questions = [p for p in prompts if p["question_id"] not in known]
     number = {p["question_id"]: i for i, p in enumerate(prompts)}  # of the samples: the same when it goes on
     tok, model = load_tokenizer(ckpt), load_model(ckpt, args.device, getattr(torch, args.dtype))
+    long = []
     for temperature in sorted({MT_BENCH_TEMPERATURE.get(q.get("category"), 0.0) for q in questions}):
         asked = [q for q in questions if MT_BENCH_TEMPERATURE.get(q.get("category"), 0.0) == temperature]
         for start in range(0, len(asked), args.batch_size):
             batch = asked[start : start + args.batch_size]
-            chats: list[list[dict]] = [[] for _ in batch]
-            for turn in range(max(len(q["turns"]) for q in batch)):
-                rows = [i for i, q in enumerate(batch) if turn < len(q["turns"])]
-                for i in rows:
-                    chats[i].append({"role": "user", "content": batch[i]["turns"][turn]})
-                generations = generate(
-                    model,
-                    [tok.render(chats[i]) for i in rows],
-                    reset_id=tok.reset_id,
-                    stop_ids=tok.stop_ids,
-                    max_new_tokens=args.max_new_tokens,
-                    temperature=temperature,
-                    top_p=args.top_p,
-                    reset_bias=args.reset_bias[0],
-                    max_resets=args.max_resets[0],
-                    on_reset=args.on_reset[0],
-                    seed=args.seed,
-                    sample_ids=[1000 * turn + number[batch[i]["question_id"]] for i in rows],
-                )
-                for i, g in zip(rows, generations, strict=True):
-                    chats[i].append({"role": "assistant", "content": tok.decode(g.tokens)})
-            for q, chat in zip(batch, chats, strict=True):
-                turns = [m["content"] for m in chat if m["role"] == "assistant"]
+            sample_ids = [number[q["question_id"]] for q in batch]
+            for q, choice in zip(batch, converse(model, tok, batch, temperature, sample_ids, args), strict=True):
+                if choice is None:
+                    long.append(q.where)
+                    continue
+                turns = choice["turns"]
                 name = hashlib.sha256(json.dumps([ckpt, q["question_id"], turns]).encode()).hexdigest()
                 done.append(
                     {
                         "question_id": q["question_id"],
                         "answer_id": name[:22],
-                        "model_id": Path(ckpt).name,
-                        "choices": [{"index": 0, "turns": turns}],
+                        "model_id": path.stem,
+                        "choices": [choice],
                         "tstamp": time.time(),
+                        "made_with": made_with | {"question": question_digest(q)},
                     }
                 )
-            write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in done), path)
-            sys.stderr.write(f"\r{Path(ckpt).name}: {len(done)}/{len(prompts)} questions ")
+            write_text("".join(json_line(answer) + "\n" for answer in done), path)
+            sys.stderr.write(f"\r{path.stem}: {len(done)}/{len(prompts)} questions ")
     print(file=sys.stderr)
+    if long:
+        say(f"{len(long)} questions are left out, for they and their answers are too long: {several(long)}")
     return path
+
+
+def converse(model, tok, batch: list[Prompt], temperature: float, sample_ids: list[int], args) -> list[dict | None]:
+    """Ask turn after turn: {"index", "turns", "resets"}, or None where the chat grows too long for the model."""
+    chats: list[list[dict]] = [[] for _ in batch]
+    choices: list[dict | None] = [{"index": 0, "turns": [], "resets": []} for _ in batch]
+    limits = {"max_new_tokens": args.max_new_tokens, "max_resets": args.max_resets[0], "on_reset": args.on_reset[0]}
+    longest = model.config.max_position_embeddings - room_for_answer(Options(tok.reset_id, [], **limits))
+    for turn in range(max(len(q["turns"]) for q in batch)):
+        ids = {}
+        for i, q in enumerate(batch):
+            if turn < len(q["turns"]) and choices[i] is not None:
+                chats[i].append({"role": "user", "content": q["turns"][turn]})
+                ids[i] = tok.render(chats[i])
+                if len(ids[i]) > longest:
+                    del ids[i]
+                    choices[i] = None
+                    if args.on_long == "error":
+                        raise InputError(f"{q.where}: too long in turn {turn + 1}; lower --max-new-tokens")
+        generations = generate(
+            model,
+            list(ids.values()),
+            reset_id=tok.reset_id,
+            stop_ids=tok.stop_ids,
+            vocab_size=tok.vocab_size,
+            temperature=temperature,
+            top_p=args.top_p,
+            reset_bias=args.reset_bias[0],
+            seed=args.seed,
+            sample_ids=[1000 * turn + sample_ids[i] for i in ids],
+            **limits,
+        )
+        for i, g in zip(ids, generations, strict=True):
+            chats[i].append({"role": "assistant", "content": tok.decode(g.tokens)})
+            choices[i]["turns"].append(chats[i][-1]["content"])
+            choices[i]["resets"].append(g.resets)
+    return choices
+
+
+def mt_bench_file(ckpt: str, args) -> Path:
+    return Path(args.mt_bench) / f"{Path(ckpt).resolve().name}.jsonl"
+
+
+def question_digest(question: dict) -> str:
+    return hashlib.sha256(json.dumps([question["turns"], question.get("category")]).encode()).hexdigest()[:16]
+
+
+def read_mt_bench(path: Path, prompts: list[Prompt], made_with: dict) -> list[dict]:
+    """The answers that are there. InputError if they are another model's, or of other settings or questions."""
+    done = [answer for _, answer in json_lines(path)] if path.is_file() else []
+    asked = {p["question_id"]: question_digest(p) for p in prompts}
+    for answer in done:
+        if not isinstance(answer, dict) or not isinstance(answer.get("made_with"), dict):
+            raise InputError(
+                f"{path}: does not say what model its answers are of; delete it or choose another --mt-bench"
+            )
+        question = asked.get(answer["question_id"], answer["made_with"].get("question"))
+        for name, now in (made_with | {"question": question}).items():
+            before = answer["made_with"].get(name)
+            if before != now:
+                raise InputError(
+                    f"{path}: was begun with {name} {before}, now {now}; delete it or choose another --mt-bench"
+                )
+    return done
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -452,36 +584,55 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=positive, help="of each set, so many prompts, evenly spread")
     parser.add_argument("--judge", help="world.json, refusal judge, Llama Guard directory or module:function")
     parser.add_argument("--on-reset", nargs="+", choices=("truncate", "keep"), default=["truncate"])
-    parser.add_argument("--reset-bias", nargs="+", type=float, default=[0.0])
-    parser.add_argument("--max-resets", nargs="+", type=int, default=[1])
+    parser.add_argument("--reset-bias", nargs="+", type=BIAS, default=[0.0])
+    parser.add_argument("--max-resets", nargs="+", type=RESETS, default=[1])
     parser.add_argument(
         "--samples", type=positive, default=1, help="answers per prompt; for more than 1 set --temperature"
     )
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", type=int, default=80)
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.0)
+    parser.add_argument("--top-p", type=PROBABILITY, default=1.0)
+    parser.add_argument("--max-new-tokens", type=positive, default=80)
     parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument(
+        "--on-long",
+        choices=("skip", "error"),
+        default="skip",
+        help="what to do about prompts that a model has no room for",
+    )
     parser.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
     parser.add_argument("--out", help="summary to write (.json); answers go beside it (.answers.jsonl)")
     parser.add_argument("--show", type=positive, metavar="N", help="print N prompts per set that get different answers")
     parser.add_argument("--mt-bench", metavar="DIR", help="write answers for FastChat's judge to DIR, judge nothing")
     args = parser.parse_args()
-    for name in ("ckpt", "sets", *CONDITION):  # what is asked for twice is done once
+    for name in ("sets", *CONDITION):  # what is asked for twice is done once
         if getattr(args, name):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    if args.ckpt:  # however it is spelled
+        args.ckpt = list({resolved(ckpt): str(Path(ckpt)) for ckpt in reversed(args.ckpt)}.values())[::-1]
     if args.ckpt and not args.prompts:
         parser.error("--ckpt needs --prompts")
     if args.ckpt and not args.mt_bench and not args.out:
         parser.error("--ckpt needs --out, or --mt-bench")
     if args.samples > 1 and args.temperature == 0:
         parser.error("--samples needs a --temperature: greedy answers are all the same")
+    if args.mt_bench:
+        for name in CONDITION:
+            if len(getattr(args, name)) > 1:
+                parser.error(
+                    f"--mt-bench takes one --{name.replace('_', '-')}: its files are told apart by model alone"
+                )
+        if args.samples > 1 or args.temperature != 0:
+            parser.error("--mt-bench samples one answer, at the temperature of its category")
     return args
 
 
 def main() -> None:
     args = parse_args()
+    if args.out:
+        check_file(args.out)
+    skipped: list[dict] = []
     if args.merge:
         records, paired = [], []
         for path in args.merge:
@@ -502,16 +653,19 @@ def main() -> None:
             for p in prompts:
                 if "question_id" not in p or "turns" not in p:
                     raise InputError("--mt-bench: a prompt has no question_id or turns; make them with data.prepare")
-            if len({Path(ckpt).name for ckpt in args.ckpt}) < len(args.ckpt):
+            files = [mt_bench_file(ckpt, args) for ckpt in args.ckpt]
+            if len(set(files)) < len(files):
                 raise InputError("--mt-bench: two of --ckpt end in the same name, which FastChat tells models by")
-            for ckpt in args.ckpt:
-                print(f"wrote {mt_bench(ckpt, prompts, args)}")
+            for ckpt, file in zip(args.ckpt, files, strict=True):
+                with adding_to(file):
+                    print(f"wrote {mt_bench(ckpt, prompts, args)}")
             return
-        answers = answer_all(prompts, args)
-        records, paired = count(answers, prompts)
+        with adding_to(answers_file(args.out)):
+            answers, skipped = answer_all(prompts, args)
+        records, paired = count(answers, prompts, skipped)
     records, paired = with_intervals(records, paired)
     if args.out:
-        write_result(args.out, records=records, paired=paired)
+        write_result(args.out, records=records, paired=paired, **({"skipped": skipped} if skipped else {}))
     print_table(records, paired)
     if args.show and args.ckpt:
         print_side_by_side(answers, prompts, args.show)

@@ -32,7 +32,13 @@ from model.errors import run
 
 
 def one_answer(
-    model: Transformer, prompt: list[int], *, reset_id: int, stop_ids, max_new_tokens: int
+    model: Transformer,
+    prompt: list[int],
+    *,
+    reset_id: int,
+    stop_ids,
+    max_new_tokens: int,
+    vocab_size: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """Greedy, one prompt, at most one reset. Returns (answer, discarded): ids; [] if no reset."""
     cache = KVCache(model.config, 1, len(prompt) + 1 + max_new_tokens, model.device, model.dtype)
@@ -44,7 +50,7 @@ def one_answer(
             logits = model(torch.tensor([unread], device=model.device), cache)[0, -1]  # (V,)
             if not may_reset:
                 logits[reset_id] = float("-inf")
-            token = logits.argmax().item()
+            token = logits[:vocab_size].argmax().item()
         unread = [token]
         if token in stop_ids:
             break
@@ -64,9 +70,7 @@ def one_answer(
 @dataclass
 class Generation:
     tokens: list[int]  # surviving: what may be shown. The prefill first, if it survived; no stop id
-    discarded: list[
-        list[int]
-    ]  # one list per reset, without the [RESET]s; the first has the prefill
+    discarded: list[list[int]]  # one per reset, without the [RESET]s; the first has the prefill
     resets: int
     finish_reason: str  # "stop" or "length"
     steps: int  # tokens sampled in all: surviving, discarded, [RESET]s and the stop id
@@ -108,6 +112,7 @@ def stream(
     reset_id: int | None,
     stop_ids,
     max_new_tokens: int,
+    vocab_size: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     reset_bias: float = 0.0,
@@ -123,6 +128,7 @@ def stream(
     reset_id        the id of [RESET]; None makes this an ordinary sampler.
     stop_ids        ids that end an answer (not part of it).
     max_new_tokens  most tokens sampled in each attempt; prefilled tokens do not count.
+    vocab_size      the tokenizer's: ids from there on only pad the vocabulary, and are never sampled.
     temperature     0 is greedy. top_p keeps the smallest set of tokens that has this probability.
     reset_bias      added to the logit of [RESET]: the paper's dial between safety and efficiency.
     max_resets      after that many, [RESET] is masked (1 in the paper).
@@ -144,6 +150,7 @@ def stream(
         reset_id=reset_id,
         stop_ids=sorted(set(stop_ids)),
         max_new_tokens=max_new_tokens,
+        vocab_size=vocab_size,
         temperature=temperature,
         top_p=top_p,
         reset_bias=reset_bias,
@@ -173,6 +180,7 @@ class Options:
     max_resets: int = 1
     on_reset: str = "truncate"
     watch: Callable[[torch.Tensor, KVCache], None] | None = None
+    vocab_size: int | None = None
 
 
 @dataclass
@@ -263,6 +271,7 @@ def pick(
 
     Returns (B,) int64 and the greatest logit of each row, (B,): not finite if there was a NaN.
     """
+    logits = logits[:, : options.vocab_size]
     if options.reset_id is not None:
         may_reset = rows.resets < options.max_resets  # (B,)
         bias = torch.where(may_reset, options.reset_bias, float("-inf"))
@@ -441,6 +450,8 @@ def check_options(options: Options, vocab_size: int) -> None:
         raise InputError(f"on_reset is {options.on_reset!r}, must be 'truncate' or 'keep'")
     if options.reset_id in options.stop_ids:
         raise InputError(f"reset_id {options.reset_id} is also a stop id")
+    if options.vocab_size is not None:
+        vocab_size = min(vocab_size, options.vocab_size)
     special = list(options.stop_ids)
     if options.reset_id is not None:
         special.append(options.reset_id)
@@ -464,16 +475,21 @@ def check_prompt(row: int, prompt: list[int], forced: list[int], options: Option
             f"prefill {row} contains [RESET] or a stop id; it must be the plain beginning of an"
             " answer"
         )
-    attempts = options.max_new_tokens
-    if options.on_reset == "keep":
-        attempts *= options.max_resets + 1
-    need = len(prompt) + options.max_resets + len(forced) + attempts
+    need = len(prompt) + len(forced) + room_for_answer(options)
     if need > config.max_position_embeddings:
         raise InputError(
             f"prompt {row} is too long: {len(prompt)} tokens, and {need} with room for the answer,"
             f" but the model has {config.max_position_embeddings} positions; shorten it or lower"
             " max_new_tokens"
         )
+
+
+def room_for_answer(options) -> int:
+    """Positions that an answer may take, resets included, besides its prompt and its prefill."""
+    attempts = options.max_new_tokens
+    if options.on_reset == "keep":
+        attempts *= options.max_resets + 1
+    return options.max_resets + attempts
 
 
 def main() -> None:
@@ -486,6 +502,7 @@ def main() -> None:
         reset_id=tok.reset_id,
         stop_ids=tok.stop_ids,
         max_new_tokens=80,
+        vocab_size=tok.vocab_size,
     )
     if discarded:
         print(f"~~{tok.decode(discarded)}~~ [RESET]")

@@ -177,7 +177,8 @@ def guard_judge(directory: str | Path, device="cpu", dtype: torch.dtype = torch.
     def judge(prompt: list[dict], response: str) -> Verdict:
         try:
             ids = guard_prompt(tok, template, [*prompt, {"role": "assistant", "content": response}])
-            (g,) = generate(model, [ids], reset_id=None, stop_ids=tok.stop_ids, max_new_tokens=ANSWER_TOKENS)
+            ends = {"stop_ids": tok.stop_ids, "max_new_tokens": ANSWER_TOKENS}
+            (g,) = generate(model, [ids], reset_id=None, vocab_size=tok.vocab_size, **ends)
             return read_verdict(tok.decode(g.tokens))
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None

@@ -16,9 +16,9 @@ import torch
 from backtrack.examples import Batch
 from backtrack.terminal import say
 from model import Transformer
-from model.transformer import softcap
 
-LEVEL = 0.01  # p([RESET]) at the start, a geometric mean over the tokens of answers
+LEVEL = 0.01  # p([RESET]) at the start
+RIDGE = 0.01  # of the mean square of a hidden state's coordinate
 SPREAD = 3.0  # a row is untrained if it lies so many times as near to [RESET]'s as spare rows do
 
 
@@ -65,9 +65,14 @@ def set_untrained_rows(table: torch.Tensor, tok) -> list[int]:
 
 @torch.no_grad()
 def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
-    """w ← w + γ·h̄, with h̄ the mean hidden state over answers and γ such that mean log p is log LEVEL.
+    """Change the output row of [RESET] so that p([RESET]) is LEVEL wherever the batches predict.
 
-    w is the output row of [RESET]; where the head is tied it is the input row too.
+    The smallest change, by least squares with a ridge: hidden states h (M, D), row w (D,), and wanted
+    the logits (M,) at which p is LEVEL beside all other tokens:
+
+        min over w'  Σ (h·w' − wanted)²  +  ridge · |w' − w|²
+
+    Where the head is tied it is the input row too.
     """
     hidden = []
     for batch in batches:
@@ -75,24 +80,21 @@ def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
         hidden.append(states.flatten(0, 1)[batch.places])
     h = torch.cat(hidden)  # (M, D)
     logits = model.logits(h)  # (M, V)
+    before = logits.log_softmax(dim=-1)[:, reset_id].mean().item()
     logits[:, reset_id] = -math.inf
-    others = logits.logsumexp(dim=-1)  # (M,)
-    w, direction = model.lm_head.weight[reset_id].clone(), h.mean(dim=0)
+    wanted = logits.logsumexp(dim=-1) + math.log(LEVEL / (1.0 - LEVEL))  # (M,)
+    cap = model.config.final_logit_softcapping
+    if cap is not None:  # the logit before the cap
+        wanted = cap * torch.atanh((wanted / cap).clamp(-0.99, 0.99))
 
-    def mean_logprob(gamma: float) -> float:
-        logit = (h @ (w + gamma * direction)).float()  # (M,)
-        if model.config.final_logit_softcapping is not None:
-            logit = softcap(logit, model.config.final_logit_softcapping)
-        return (logit - torch.logaddexp(logit, others)).mean().item()
+    h = h.float()
+    w = model.lm_head.weight[reset_id].float()
+    gram = h.T @ h  # (D, D)
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(w), device=h.device)
+    change = torch.linalg.solve(gram + ridge, h.T @ (wanted - h @ w))  # (D,)
+    model.lm_head.weight[reset_id] = (w + change).to(model.dtype)
 
-    low, high = -1.0, 1.0
-    while mean_logprob(high) < math.log(LEVEL) and high < 2.0**20:
-        high *= 2
-    while mean_logprob(low) > math.log(LEVEL) and low > -(2.0**20):
-        low *= 2
-    for _ in range(50):  # mean_logprob only rises: halve the interval
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean_logprob(middle) < math.log(LEVEL) else (low, middle)
-    before = mean_logprob(0.0)
-    model.lm_head.weight[reset_id] = w + high * direction
-    say(f"log p([RESET]) over answers starts at {mean_logprob(high):.1f}; its row had {before:.1f}")
+    after = model.logits(torch.cat(hidden)).log_softmax(dim=-1)[:, reset_id]
+    say(
+        f"log p([RESET]) starts at {after.mean():.1f} ± {after.std():.1f}; its row had {before:.1f}"
+    )

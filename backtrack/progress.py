@@ -1,5 +1,6 @@
 """What a training run leaves behind: a checkpoint to go on from, and metrics.jsonl.
 
+    with alone(args.out): …                   # no other run writes there; Ctrl-C says what is saved
     progress = start(args, settings)          # step 0, or where --resume goes on
     save(progress, model, optimizer, tok, args.out)
     load_optimizer(optimizer, model, args.out, progress.step)
@@ -10,13 +11,12 @@ never a mix of two steps. A run that was killed and goes on ends, on CPU, with t
 
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import math
-import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +27,39 @@ from backtrack.examples import Batch, pairs_of
 from backtrack.terminal import say
 from model.checkpoint import write_model
 from model.errors import InputError
-from model.files import atomic_directory, write_tensors
+from model.files import (
+    atomic_directory,
+    finish_save,
+    holds_strangers,
+    kept_beside,
+    locked,
+    sweep,
+    try_save,
+    write_tensors,
+)
 
 STATE = "training_state.safetensors"
+PART = 20  # steps of reference log-probs that are written at once
+
+
+@contextlib.contextmanager
+def alone(out: str) -> Iterator[None]:
+    """Keep other runs away from --out; on Ctrl-C say what it holds."""
+    with locked(out):
+        try:
+            yield
+        except KeyboardInterrupt:
+            say(f"\nstopped: {what_is_kept(out)}")
+            raise
+
+
+def what_is_kept(out: str) -> str:
+    with contextlib.suppress(InputError, OSError):
+        progress = read_progress(out)
+        steps = progress.settings["steps"]
+        how = "" if progress.step == steps else "; --resume goes on from there"
+        return f"{out} still holds step {progress.step} of {steps}{how}"
+    return "nothing is saved yet"
 
 
 @dataclass
@@ -87,11 +117,13 @@ def start(args, settings: dict) -> Progress:
     missing. Ends the program, with success, if that run is finished.
     """
     out = Path(args.out)
+    finish_save(out)
     if not (out / "config.json").is_file():
-        if out.is_dir() and any(file.name != "metrics.jsonl" for file in out.iterdir()):
+        if holds_strangers(out):
             raise InputError(
                 f"{out}: holds files but no checkpoint; choose an empty or new directory"
             )
+        check_saving(out)
         return Progress(settings)
     if not args.resume:
         raise InputError(
@@ -102,13 +134,7 @@ def start(args, settings: dict) -> Progress:
             f"{out}: holds a model but no {STATE}, so there is no run to resume; choose another"
             " --out"
         )
-    try:
-        with safe_open(out / STATE, framework="pt") as f:
-            progress = Progress(**json.loads(f.metadata()["progress"]))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{out / STATE}: truncated or not ours ({error}); choose another --out"
-        ) from None
+    progress = read_progress(out)
     for name, now in settings.items():
         before = progress.settings.get(name)
         if before != now:
@@ -117,11 +143,26 @@ def start(args, settings: dict) -> Progress:
                 " settings"
             )
     if progress.step == progress.settings["steps"] > 0:
-        for old in out.resolve().parent.glob(f".{glob.escape(out.resolve().name)}.tmp-*"):
-            shutil.rmtree(old)  # a kill after the last swap left it
+        sweep(out)  # a kill after the last save may have left something
         say(f"{out}: already trained for all {progress.step} steps")
         sys.exit(0)
+    check_saving(out)
     return progress
+
+
+def read_progress(out: str | Path) -> Progress:
+    file = Path(out) / STATE
+    try:
+        with safe_open(file, framework="pt") as f:
+            return Progress(**json.loads(f.metadata()["progress"]))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: truncated or not ours ({error}); choose another --out") from None
+
+
+def check_saving(out: Path) -> None:
+    """A save that cannot work is found out now, not after the first 500 steps."""
+    if not try_save(out):
+        say(f"{out}: may not be replaced as a whole (a mount?), so saves are built inside it")
 
 
 def save(progress: Progress, model, optimizer, tok, out: str) -> None:
@@ -147,33 +188,70 @@ def load_optimizer(optimizer, model, out: str, step: int) -> None:
             }
 
 
-def remembered(args, settings: dict, compute) -> list[list[float]]:
-    """compute()'s lists of numbers, kept on disk under a hash of all that they depend on.
+def remembered(
+    args, settings: dict, compute: Callable[[int], Iterable[list[float]]]
+) -> list[list[float]]:
+    """compute(0)'s lists of numbers, kept on disk under a hash of all that they depend on.
 
     A run that goes on after a kill, or is tried again with another β, does not compute the
-    reference's log-probs anew, and one with other weights or data never finds them.
+    reference's log-probs anew, and one with other weights or data never finds them. They are
+    written part by part: after a kill it is compute(n) that is called, for those from n on.
     """
     names = (
         "init data heldout steps batch_size grad_accum max_length seed dtype method restart prefix"
     )
     key = [settings[name] for name in names.split()]
     key += [args.device, torch.__version__]
-    file = Path(f"{args.out}.reference") / f"{digest(key)}.safetensors"
-    if file.is_file():
-        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as f:
-            say(f"reference log-probs: read from {file}")
-            parts = f.get_tensor("values").split(f.get_tensor("sizes").tolist())
-            return [part.tolist() for part in parts]
-    lists = compute()
+    file = kept_beside(args.out, "reference") / f"{digest(key)}.safetensors"
+    if lists := read_lists(file):
+        say(f"reference log-probs: read from {file}")
+        return lists
+
+    while more := read_lists(part_of(file, len(lists))):
+        lists += more
+    written = len(lists)
+    if lists:
+        say(f"reference log-probs: those of {written} steps are there already")
+    try:
+        for numbers in compute(written):
+            lists.append(numbers)
+            if len(lists) == written + PART:
+                write_lists(lists[written:], part_of(file, written))
+                written = len(lists)
+    except KeyboardInterrupt:
+        write_lists(lists[written:], part_of(file, written))
+        say(f"\nreference log-probs: those of {len(lists)} steps are kept")
+        raise
+    write_lists(lists, file)
+    for old in file.parent.glob(part_of(file, "*").name):
+        old.unlink()
+    return lists
+
+
+def part_of(file: Path, first: int | str) -> Path:
+    """Where the lists from number `first` on are, until all are there."""
+    return file.with_name(f"{file.stem}.from-{first}.safetensors")
+
+
+def read_lists(file: Path) -> list[list[float]]:
+    """[] if the file is not there or is damaged."""
+    if not file.is_file():
+        return []
+    with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as f:
+        parts = f.get_tensor("values").split(f.get_tensor("sizes").tolist())
+        return [part.tolist() for part in parts]
+    return []
+
+
+def write_lists(lists: list[list[float]], file: Path) -> None:
     values = torch.tensor([value for numbers in lists for value in numbers])
     sizes = torch.tensor([len(numbers) for numbers in lists])
     if not len(values):  # --steps 0
-        return lists
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     write_tensors({"values": values, "sizes": sizes}, temporary)
     temporary.replace(file)
-    return lists
 
 
 # ── metrics.jsonl ─────────────────────────────────────────────────────────────────────────────────
@@ -202,7 +280,7 @@ class Meter:
 
     def __init__(self, progress: Progress):
         self.progress = progress
-        self.first_step, self.saved_step = progress.step, progress.step
+        self.first_step = progress.step
         self.first_tokens = progress.tokens
         self.began = time.time()
 
@@ -222,13 +300,6 @@ class Meter:
         record |= {"tokens": progress.tokens, "computed_tokens": progress.computed_tokens}
         record |= {"tokens_per_s": round(speed), "seconds": round(seconds, 2)}
         log_metrics(out, record | found)
-
-    def what_is_kept(self, out: str) -> str:
-        return (
-            f"{out} still holds step {self.saved_step}"
-            if self.saved_step
-            else "nothing is saved yet"
-        )
 
 
 def log_heldout(out: str, step: int, found: dict[str, float]) -> None:

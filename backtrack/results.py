@@ -1,6 +1,7 @@
 """Result files: numbers, and where they come from.
 
-    write_result("results/toy-main.json", records=[…], paired=[…])
+write_result("results/toy-main.json", records=[…], paired=[…])
+file.write(json_line(record) + "\n")      # whatever text is in it
 """
 
 import json
@@ -40,6 +41,19 @@ def made_by() -> dict:
     }
 
 
+def json_line(value, encoding: str | None = "utf-8") -> str:
+    """One line of JSON, readable where `encoding` can hold it, else with \\u escapes: nothing is lost.
+
+    Half a surrogate pair, which JSON and command lines may bring along, has no UTF-8.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(encoding or "ascii")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
 def write_result(path: str, **lists: list[dict]) -> None:
     """A result file: made_by() and lists of records, a line of JSON each, so that a diff shows what changed."""
     text = json.dumps(made_by(), indent=1)[:-2]
@@ -47,5 +61,3 @@ def write_result(path: str, **lists: list[dict]) -> None:
         lines = ",\n".join("  " + json.dumps(r) for r in records)
         text += f',\n "{name}": [\n{lines}\n ]'
     write_text(text + "\n}\n", path)
-
-

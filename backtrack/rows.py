@@ -1,7 +1,7 @@
 """Reading data files: lines of JSON, checked, as token ids.
 
     for where, value in json_lines("any.jsonl.gz"): …             # ("file:line", value)
-    rows, long = load_rows(["hh.jsonl"], tok, max_length=1024)     # preference rows -> Row
+    rows = load_rows(["hh.jsonl"], tok, max_length=1024)          # preference rows -> Row
 
 A row is a line in TRL's conversational preference format (.jsonl or .jsonl.gz), plus "unsafe":
 
@@ -15,6 +15,7 @@ remembering. Whatever is wrong with a line is an InputError that names the file 
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,26 +37,73 @@ class Row:
     plain_text: bool = False  # then the prompt is what begins a text, alone
 
 
-def load_rows(paths: list[str], tok, max_length: int) -> list[Row]:
+def load_rows(paths: list[str], tok, max_length: int, on_long: str = "skip") -> list[Row]:
     """All rows of all files as ids.
 
-    Raises InputError for a row whose prompt leaves no room for a prefix token, [RESET] and an
-    answer token under max_length.
+    A row whose prompt leaves no room for a prefix token, [RESET] and an answer token under
+    max_length is left out, and told of; on_long="error" makes that an InputError, as it is if
+    nothing else is left. So is a chat that the template does not know. All rows are read before.
     """
-    rows = []
+    rows, long, refused = [], [], []
+    spelled = Spelled(tok)
     for path in paths:
         for where, raw in read_rows(path):
             try:
                 row = encode_row(raw, tok)
             except InputError as error:  # a chat that the template does not know
-                raise InputError(f"{where}: {error}") from None
+                refused.append((where, str(error)))
+                continue
+            spelled.look(raw, where)
             if len(row.prompt) + 3 > max_length:
-                raise InputError(
-                    f"{where}: the prompt is {len(row.prompt)} tokens long and leaves no room for an"
-                    f" answer under --max-length {max_length}; raise it or drop the row"
-                )
-            rows.append(row)
+                long.append(f"{where} ({len(row.prompt)} tokens)")
+            else:
+                rows.append(row)
+    spelled.report()
+    if refused:
+        (where, error), *more = refused
+        too = f" (so are {several([place for place, _ in more])})" if more else ""
+        raise InputError(f"{where}: {error}{too}")
+    if long:
+        told = f"no room for an answer after the prompt under --max-length {max_length}:"
+        told += f" {several(long)}"
+        if on_long == "error" or not rows:
+            raise InputError(f"{told}; raise it, drop them, or --on-long skip")
+        say(f"{len(long)} of {len(long) + len(rows)} rows are skipped, {told}")
     return rows
+
+
+def several(names: list[str], most: int = 5) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class Spelled:
+    """Rows whose text spells special tokens. They come out as plain characters, which is seldom
+    meant: mostly a chat template has been applied already."""
+
+    # Those of other models too: a text made for one of them is no better.
+    FAMILIES = (r"<\|[a-z][a-z0-9_]*\|>", r"</?(?:start|end)_of_turn>", r"\[/?INST\]", r"<</?SYS>>")
+
+    def __init__(self, tok):
+        names = sorted(map(re.escape, tok.special_tokens), reverse=True)  # the longest first
+        self.pattern = re.compile("|".join([*names, *self.FAMILIES]))
+        self.where: list[str] = []
+
+    def look(self, row: dict, where: str) -> None:
+        texts = [row["text"]] if "prompt" not in row else []
+        for key in ("prompt", "chosen", "rejected"):
+            texts += [message["content"] for message in row.get(key) or []]
+        found = next(filter(None, map(self.pattern.search, texts)), None)
+        if found:
+            self.where.append(f"{where} ({found[0]})")
+
+    def report(self) -> None:
+        if self.where:
+            say(
+                f"note: {len(self.where)} rows spell special tokens, which are trained on as plain"
+                f" characters; is a chat template applied already? {several(self.where)}"
+            )
 
 
 def describe(rows: list[Row], args) -> None:
@@ -88,13 +136,16 @@ def longest_sequence(row: Row, args) -> int:
 def read_stream(paths: list[str], tok) -> list[int]:
     """Plain text for pretraining, as one stream of ids: <bos> text <end> <bos> text <end> …"""
     stream = []
+    spelled = Spelled(tok)
     for path in paths:
         for where, row in read_rows(path):
             if "text" not in row:
                 raise InputError(
                     f'{where}: `base` trains on plain text, one {{"text": "…"}} per line'
                 )
+            spelled.look({"text": row["text"]}, where)
             stream += [tok.text_start_id, *tok.encode(row["text"]), tok.text_end_id]
+    spelled.report()
     return stream
 
 
@@ -160,8 +211,6 @@ def check_row(row: object, where: str) -> None:
         if key not in row:
             raise InputError(f"{where}: {key!r} is missing")
         check_messages(row[key], key, where)
-    if row["prompt"][-1]["role"] != "user":
-        raise InputError(f"{where}: 'prompt' must end with a user message")
     if not isinstance(row.get("unsafe"), (bool, type(None))):
         raise InputError(f"{where}: 'unsafe' must be true or false")
     if row.get("unsafe") and row.get("rejected") is None:
@@ -178,5 +227,7 @@ def check_messages(messages: object, key: str, where: str) -> None:
             raise InputError(
                 f"{where}: {key!r} must hold {{'role': {'|'.join(roles)}, 'content': string}}"
             )
+    if key == "prompt" and messages[-1]["role"] != "user":
+        raise InputError(f"{where}: 'prompt' must end with a user message")
     if key != "prompt" and (len(messages) != 1 or not messages[0]["content"].strip()):
         raise InputError(f"{where}: {key!r} must be one assistant message that is not empty")

@@ -55,7 +55,7 @@ def as_conversation(row: object, where: str) -> object:
 def _without_prompt_in_answers(row: dict, where: str) -> dict:
     """Chats in 'chosen' and 'rejected' are cut before the last message: what stands there is the prompt."""
     chats = {key: row[key] for key in ANSWERS if row.get(key) is not None}
-    if not all(isinstance(chat, list) and len(chat) > 1 for chat in chats.values()):
+    if not chats or not all(isinstance(chat, list) and len(chat) > 1 for chat in chats.values()):
         if "prompt" not in row:
             raise InputError(f"{where}: 'prompt' is missing, and 'chosen' and 'rejected' do not begin with it")
         return row

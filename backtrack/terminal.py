@@ -6,6 +6,7 @@ trace(model, tok, prompt_ids, **options)          # one line per decode step, to
 """
 
 import math
+import os
 import shutil
 import sys
 from collections import deque
@@ -22,6 +23,27 @@ HARMLESS = {code: " " for code in CONTROL if code != ord("\n")}
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def can_erase() -> bool:
+    """Whether stdout is a terminal that may be sent escapes (https://no-color.org)."""
+    return sys.stdout.isatty() and escapes_allowed()
+
+
+def escapes_allowed() -> bool:
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def edit_lines() -> bool:
+    """Give input() arrow keys, a history and lines of any length; whether that worked."""
+    try:
+        import readline
+    except ImportError:  # Windows, which edits lines itself; or a Python built without it
+        return os.name == "nt"
+    if not escapes_allowed():
+        readline.parse_and_bind("set enable-bracketed-paste off")
+        readline.parse_and_bind("set enable-meta-key off")
+    return sys.stdout.isatty()  # else input() reads the line as the terminal hands it over
 
 
 class Live:

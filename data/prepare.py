@@ -49,6 +49,9 @@ prompts  sets of prompts, told apart by their columns and keys
          OpenAssistant          as above: the first message of each tree, its best reply
          any other list         [{"instruction", "input", "output"}, …]
 
+         A CSV file with more columns than a set has is another set: it is called as its file is, and
+         those columns are kept.
+
          Most lists do not say whether they ask for harm. The files of safety-tuned-llamas are known
          by name; others need --benign or --unsafe. Both are rough: Q-Harm and the instructions with
          safe answers hold many questions that hurt nobody.
@@ -79,7 +82,8 @@ from backtrack.judge import load_judge
 from backtrack.refusals import plain_text
 from backtrack.rows import json_lines
 from backtrack.terminal import say
-from model.errors import InputError, device, positive, run
+from model.errors import InputError, device, positive, refuse_pointer, run
+from model.files import check_file, draft_of, put
 
 Outcome = dict | str  # of one example of the source: a row to write, or why there is none
 
@@ -315,6 +319,12 @@ CSV_SETS = {  # set -> the column of its prompts, and our name -> column of what
     "strongreject": ("forbidden_prompt", {"category": "category"}),
     "xstest": ("prompt", {"id": "id", "category": "type", "label": "label"}),
 }
+UNREAD = {  # the other columns of these sets; a file with any besides is another set
+    "simple_safety_tests": {"counter", "category"},
+    "strongreject": {"source"},
+    "xstest": {"focus", "note"},
+}
+OURS = {"prompt", "set", "benign", "prefill", "turns", "safe_answer", "reference"}  # keys that mean something here
 
 
 LISTS = {  # files of safety-tuned-llamas -> our name, and whether they are benign
@@ -370,8 +380,13 @@ def first_object(path: str, text: str) -> dict:
 def csv_prompts(path: str, text: str) -> Iterator[tuple[str, dict]]:
     lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        name = csv_set(path, lines.fieldnames or [])
+        found = lines.fieldnames or []
+        name = csv_set(path, found)
         prompt_column, columns = CSV_SETS[name]
+        others = [c for c in found if c not in {prompt_column, *columns.values(), *UNREAD.get(name, ())}]
+        others = [c for c in others if c and not c.startswith("Unnamed")]  # pandas numbers rows without being asked
+        called = set_of_file(path) if others else name
+        others = [c for c in others if c not in OURS | columns.keys()]
         for line in lines:
             where = f"{path}:{lines.line_num}"
             if None in line or None in line.values():
@@ -386,13 +401,18 @@ def csv_prompts(path: str, text: str) -> Iterator[tuple[str, dict]]:
                     raise InputError(f"{where}: {label!r} is no label; get the file again")
                 # The unsafe ones are contrasts: they look like the safe ones, yet must be refused.
                 benign = label == "safe"
-            yield line[prompt_column], {"set": name, "benign": benign, **rest}
+            rest |= {column: line[column] for column in others}
+            yield line[prompt_column], {"set": called, "benign": benign, **rest}
     except csv.Error as error:
         raise InputError(f"{path}:{lines.reader.line_num}: not CSV ({error}); get the file again") from None
 
 
+def set_of_file(path: str) -> str:
+    return Path(path).name.split(".")[0]
+
+
 def csv_set(path: str, found: list[str]) -> str:
-    """Which set has these columns."""
+    """The set that has these columns, or others besides."""
     for name, (prompt_column, columns) in CSV_SETS.items():
         if {prompt_column, *columns.values()} <= set(found):
             return name
@@ -411,7 +431,7 @@ def instruction_prompts(path: str, item: dict, benign: bool | None) -> Iterator[
 
 def what_list(path: str, benign: bool | None) -> tuple[str, bool]:
     """What the set is called, and whether it is benign: by the name of its file, or as --benign or --unsafe say."""
-    stem = Path(path).name.split(".")[0]
+    stem = set_of_file(path)
     if stem in LISTS:
         return LISTS[stem]
     if benign is None:
@@ -466,7 +486,8 @@ def mt_bench_prompts(path: str) -> Iterator[tuple[str, dict]]:
         texts = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
         if not texts or "question_id" not in item:
             raise InputError(f'{where}: no MT-Bench question, which has "question_id" and "turns"')
-        rest = {"set": "mt_bench", "benign": True, "question_id": item["question_id"]}
+        known = item.keys() <= {"question_id", "category", "turns", "reference"}
+        rest = {"set": "mt_bench" if known else set_of_file(path), "benign": True, "question_id": item["question_id"]}
         rest["category"] = item.get("category")
         rest["turns"] = [turn.strip() for turn in turns]
         yield turns[0], rest
@@ -513,6 +534,7 @@ def json_objects(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def read_text(path: str) -> str:
+    refuse_pointer(path)
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             return file.read().decode("utf-8-sig")
@@ -569,8 +591,10 @@ def is_held_out(row: dict, percent: float) -> bool:
 
 def write(files: dict[Path, list[bytes]]) -> None:
     """All files or none: each is written under another name, and renamed when all are whole."""
-    drafts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    drafts = {}
     try:
+        for path in files:
+            drafts[path] = draft_of(path)
         for path, lines in files.items():
             with open(drafts[path], "wb") as file:
                 if path.suffix == ".gz":
@@ -582,7 +606,7 @@ def write(files: dict[Path, list[bytes]]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         for path, draft in drafts.items():
-            draft.replace(path)
+            put(draft, path)
     finally:
         for draft in drafts.values():
             draft.unlink(missing_ok=True)
@@ -660,7 +684,7 @@ def check_paths(args) -> None:
     for path in outputs:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: not an ordinary file: name one to write to")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_file(path)
     inputs = {Path(name).resolve() for name in [*args.inputs, *args.exclude]}
     targets = {path.resolve() for path in outputs}
     if inputs & targets or len(targets) < len(outputs):

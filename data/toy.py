@@ -458,15 +458,20 @@ def fail(message: str):
     sys.exit(2)
 
 
+def world_seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {MAX_SEED}")
+    return seed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.toy", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="directory to write; must not exist")
-    add("--seed", type=int, default=0, help=f"0 to {MAX_SEED}; each seed is another world")
+    add("--seed", type=world_seed, default=0, help=f"0 to {MAX_SEED}; each seed is another world")
     parser.error = fail
     args = parser.parse_args()
-    if not 0 <= args.seed <= MAX_SEED:
-        fail(f"--seed {args.seed} is not between 0 and {MAX_SEED}")
     if is_complete(args.out, args.seed):
         say(f"{args.out}: holds the world of seed {args.seed} already; nothing to do")
         return

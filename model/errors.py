@@ -5,7 +5,6 @@ names the culprit and the way out. A bug still raises whatever it raises, so tha
 """
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -66,7 +65,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """For argparse: the docstring as it is written, and every default that says something."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, "", []):
+        if action.default is False or action.default in (None, "", []):  # 0 says something
             return action.help
         return super()._get_help_string(action)
 
@@ -80,35 +79,30 @@ def device(name: str) -> str:
     return name
 
 
-# ── Numbers for argparse: each has a range in which it makes sense, and says so ───────────────────────────────────────
+# ── Numbers for argparse: each has a range in which it makes sense ────────────────────────────────────────────────────
+
+MANY = 10**9  # more steps, rows or tokens than anybody has
 
 
-def between(low: float, high: float, kind: type = int, above: bool = False):
-    """A number from `low` (or above it) to `high`. NaN lies in no range."""
-    begin = f"above {low:g}" if above else f"from {low:g}"
-
-    def number(text: str):
-        value = kind(text)
-        if not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is not a number {begin} to {high:g}")
-        return value
-
-    return number
-
-
-def not_negative(kind: type):
-    """A finite number from 0 up, int or float."""
+def between(low: float, high: float, kind: type = int, above: bool = False, zero: bool = False):
+    """A number from `low` (or above it) to `high`, or 0 if that means something else. NaN is in no range."""
 
     def number(text: str):
         value = kind(text)
-        if not 0 <= value < math.inf or (kind is int and value > MANY):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
+        if not (low <= value <= high and not (above and value == low)) and not (zero and value == 0):
+            begin = f"{'0 or ' if zero else ''}{'above' if above else 'from'} {low:,}"
+            raise argparse.ArgumentTypeError(f"{text} is not {begin} to {high:,}")
         return value
 
+    number.__name__ = kind.__name__  # argparse: invalid int value
     return number
 
 
-MANY = 10**9  # more steps, rows or tokens than anybody has; and no counter overflows
+TEMPERATURE = between(0.001, 1000, float, zero=True)  # 0 is greedy; logits are divided by the others
+PROBABILITY = between(0, 1, float, above=True)
+SEED = between(0, 2**32 - 1)
+BIAS = between(-1000, 1000, float)  # of a logit: never and always
+RESETS = between(0, 1000)  # each takes a place in the cache
 
 
 def positive(text: str) -> int:
@@ -119,15 +113,6 @@ def positive(text: str) -> int:
     return value
 
 
-def temperature(text: str) -> float:
-    """0, which is greedy, or a number that logits can be divided by."""
-    value = float(text)
-    if value != 0 and not 1e-3 <= value <= 1e3:
-        raise argparse.ArgumentTypeError(f"{text} is neither 0 (greedy) nor from 0.001 to 1000")
-    return value
-
-
-probability = between(0, 1, float, above=True)  # of --top-p
-seed = between(0, 2**32 - 1)
-bias = between(-1000, 1000, float)  # of a logit: ±1000 is always or never
-resets = between(0, 1000)  # each takes a place in the cache
+def not_negative(kind: type):
+    """A number from 0 up, int or float."""
+    return between(0, MANY, kind)

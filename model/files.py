@@ -76,8 +76,9 @@ def draft_of(path: Path) -> Path:
     except OSError:
         if not os.access(path, os.W_OK):
             raise
-        draft = Path(tempfile.gettempdir()) / draft.name
-        draft.touch()
+        fd, name = tempfile.mkstemp()
+        os.close(fd)
+        draft = Path(name)
     return draft
 
 
@@ -124,8 +125,7 @@ def atomic_directory(path: str | Path):
     path = _resolved(path)
     if holds_strangers(path):
         raise InputError(f"{path}: holds files but no checkpoint; choose an empty or new directory")
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: exists and is not a directory; choose another path")
+    _refuse_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     finish_save(path)
     new, claim = _new_directory(path)
@@ -144,12 +144,18 @@ def atomic_directory(path: str | Path):
             os.rename(new, path)
             _fsync(path.parent)
     finally:
-        shutil.rmtree(new, ignore_errors=True)  # after the swap this is the old directory
         os.close(claim)
+        shutil.rmtree(new, ignore_errors=True)  # after the swap this is the old directory
 
 
-def holds_strangers(path: Path) -> bool:
+def _refuse_file(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: exists and is not a directory; choose another path")
+
+
+def holds_strangers(path: str | Path) -> bool:
     """Whether a directory holds somebody's files and no checkpoint. (Its metrics may be there before one is.)"""
+    path = Path(path)
     if not path.is_dir() or (path / MARK).exists() or (path / "metrics.jsonl").exists():
         return False
     return not all(entry.name.startswith(OURS) for entry in path.iterdir())
@@ -162,6 +168,7 @@ def try_save(path: str | Path) -> bool:
     step; False: they are built inside it.
     """
     path = _resolved(path)
+    _refuse_file(path)
     missing = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -177,15 +184,16 @@ def try_save(path: str | Path) -> bool:
                 _carry_over(path, new)
             return new.parent != path
         finally:
-            shutil.rmtree(new, ignore_errors=True)
             os.close(claim)
+            shutil.rmtree(new, ignore_errors=True)
     finally:
         if missing:
             path.rmdir()
 
 
-def finish_save(path: Path) -> None:
+def finish_save(path: str | Path) -> None:
     """Move up what a save inside `path` has built; also where a kill interrupted that. Else nothing happens."""
+    path = _resolved(path)
     whole, moving = path / SAVE, path / f"{SAVE}.moving"
     if whole.is_dir():
         (path / MARK).unlink(missing_ok=True)  # no checkpoint from here on …
@@ -201,16 +209,11 @@ def finish_save(path: Path) -> None:
 
 
 def kept_beside(path: str | Path, suffix: str) -> Path:
-    """Where to keep what is not to vanish with a checkpoint: PATH.suffix, or inside where that cannot be."""
+    """Where to keep what is not to vanish with a checkpoint: PATH.suffix, or inside where saves are built inside."""
     path = _resolved(path)
     beside = path.with_name(f"{path.name}.{suffix}")
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-        (beside / ".trial").touch()
-        (beside / ".trial").unlink()
-        return beside
-    except OSError:
-        return path / f".{suffix}"
+    inside = len(os.fsencode(beside.name)) > 255 or (path.is_dir() and not _may_be_swapped(path))
+    return path / f".{suffix}" if inside else beside
 
 
 def sweep(path: str | Path) -> None:
@@ -230,11 +233,13 @@ def _resolved(path: str | Path) -> Path:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    """.NAME.suffix in the same directory, for a NAME of almost any length."""
-    name = f".{path.name}.{suffix}"
-    if len(os.fsencode(name)) > 240:
-        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.{suffix}"
-    return path.with_name(name)
+    """.NAME.suffix in the same directory."""
+    return path.with_name(f".{_short(path.name)}.{suffix}")
+
+
+def _short(name: str) -> str:
+    """A name may have 255 bytes: of one that has nearly as many, a digest."""
+    return name if len(os.fsencode(name)) < 220 else hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 def _new_directory(path: Path) -> tuple[Path, int]:
@@ -368,7 +373,9 @@ def locked(path: str | Path):
 def _lock(path: Path) -> tuple[int | None, Path | None]:
     """(the file descriptor that holds the lock, the file that says who does)"""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path / ".lock" if path.is_dir() and not _may_be_swapped(path) else _beside(path, "lock")
+    file = (
+        path / ".lock" if path.is_dir() and not _may_be_swapped(path) else path.with_name(f".lock-{_short(path.name)}")
+    )
     while fcntl is not None:
         try:
             fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)

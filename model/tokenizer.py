@@ -9,6 +9,7 @@ Which class that makes depends on the files:
     Llama3Tokenizer           bpe.py             <|start_header_id|>user<|end_header_id|> …
     ChatMLTokenizer           bpe.py             <|im_start|>user …             SmolLM2
     SentencePieceTokenizer    Google's library   <start_of_turn>user …          Gemma, the toy
+    Llama2Tokenizer           Google's library   [INST] … [/INST]               Llama 2
 
 They have the same methods, and share nothing but bpe.py and the functions at the end of this file:
 
@@ -19,9 +20,9 @@ They have the same methods, and share nothing but bpe.py and the functions at th
     bos_id              the checkpoint's BOS. In SmolLM2's chats that is <|im_start|>
     eos_id              ends an answer
     text_start_id       stands before a plain text, text_end_id behind it
-    stop_ids            eos_id and text_end_id: where a sampler stops
+    stop_ids            where a sampler stops: eos_id, text_end_id, and what the checkpoint names besides
     reset_id            the backtracking token [RESET]: a spare special id, which no text can spell
-    turn_end            closes an assistant's turn: eos_id, and what the template puts behind it
+    turn_end            closes an assistant's turn: eos_id, and what the template puts around it
     template_ids        special ids that render() uses, and reset_id; a base has not trained them
     special_ids         all of them
     special_tokens      {name: id} of those that have a name, for code that renders a template
@@ -68,13 +69,15 @@ def load_tokenizer(path):
     # SentencePiece file explains. Then tokenizer.json, which is what transformers reads; original/
     # has the same vocabulary, as Meta ships it.
     if "tokenizer.model" in files and not TIKTOKEN_LINE.match(files["tokenizer.model"]):
-        return SentencePieceTokenizer(directory, files)
+        sp = _sentencepiece(directory / "tokenizer.model", files["tokenizer.model"])
+        kind = Llama2Tokenizer if _is_llama2(sp) else SentencePieceTokenizer
+        return kind(directory, files, sp)
     for name in ("tokenizer.model", "tokenizer.json", "original/tokenizer.model"):
         if name in files:
             return _byte_level_tokenizer(directory, files, name)
     raise InputError(
         f"{directory}: no tokenizer; copy tokenizer.json (Llama-3, SmolLM2) or tokenizer.model"
-        " (Llama-3, Gemma) into it"
+        " (Llama-2, Llama-3, Gemma) into it"
     )
 
 
@@ -85,7 +88,12 @@ def _byte_level_tokenizer(directory, files, name):
         bpe, special = read_tokenizer_json(file, files[name])
     else:
         bpe, special = read_tiktoken(file, files[name], LLAMA3_SPLIT, LLAMA3_SPECIAL)
-    kind = ChatMLTokenizer if set(CHATML_SPECIAL) <= special.keys() else Llama3Tokenizer
+    chatml = set(CHATML_SPECIAL) <= special.keys()
+    template = _chat_template(directory, files) or ""
+    headers = "<|start_header_id|>"
+    if headers in special and headers in template and CHATML_SPECIAL[0] not in template:
+        chatml = False  # it has ChatML's tokens, and its chats are Llama-3's all the same
+    kind = ChatMLTokenizer if chatml else Llama3Tokenizer
     return kind(directory, files, file, bpe, special)
 
 
@@ -131,7 +139,8 @@ class Llama3Tokenizer:
         self._header = special["<|start_header_id|>"]
         self._header_end = special["<|end_header_id|>"]
         self.turn_end = [self.eos_id]
-        self.stop_ids = (self.text_end_id, self.eos_id)
+        end_of_message = self.bos_id + 8  # <|eom_id|>: a call of a tool follows, which we have not
+        self.stop_ids = _stop_ids(directory, files, self, ignored={self.bos_id, end_of_message})
 
         used = {self.bos_id, self._header, self._header_end, *self.stop_ids}
         reserved = {
@@ -190,7 +199,7 @@ class ChatMLTokenizer:
         self._start, self.eos_id = special["<|im_start|>"], special["<|im_end|>"]
         self.text_end_id = special[ends[0]]
         self.turn_end = [self.eos_id, *self.encode("\n")]
-        self.stop_ids = (self.text_end_id, self.eos_id)
+        self.stop_ids = _stop_ids(directory, files, self, ignored={self._start})
         # SmolLM2-Instruct calls <|im_start|> its BOS, and no other precedes it. Plain texts never
         # began with it: they were parted by <|endoftext|>, which is the base model's BOS.
         name = _named_token(directory, files, "bos_token")
@@ -252,21 +261,26 @@ MARKERS = r"<(?:pad|eos|bos|unk|mask|2mass|unused\d+|start_of_turn|end_of_turn|r
 USER_DEFINED = re.compile(rb"(\n.(?:" + MARKERS.encode() + rb")(?:\x15.{4})?\x18)\x04", re.DOTALL)
 
 
+def _sentencepiece(file, data: bytes):
+    # Retype the markers in memory from user-defined to control (3), which SentencePiece never
+    # finds in text. To cut the text at each marker would not do: it misses those that
+    # normalisation makes of other characters (＜ to <).
+    sp = sentencepiece.SentencePieceProcessor()
+    try:
+        sp.LoadFromSerializedProto(USER_DEFINED.sub(b"\\g<1>\x03", data))
+        sp.id_to_piece(list(range(sp.vocab_size())))
+    except (RuntimeError, ValueError):
+        raise InputError(
+            f"{file}: neither a tiktoken file nor a SentencePiece model; download it again"
+        ) from None
+    return sp
+
+
 class SentencePieceTokenizer:
-    def __init__(self, directory, files):
+    def __init__(self, directory, files, sp):
         file = directory / "tokenizer.model"
-        # Retype the markers in memory from user-defined to control (3), which SentencePiece never
-        # finds in text. To cut the text at each marker would not do: it misses those that
-        # normalisation makes of other characters (＜ to <).
-        data = USER_DEFINED.sub(b"\\g<1>\x03", files["tokenizer.model"])
-        self._sp = sentencepiece.SentencePieceProcessor()
-        try:
-            self._sp.LoadFromSerializedProto(data)
-            pieces = self._sp.id_to_piece(list(range(self._sp.vocab_size())))
-        except (RuntimeError, ValueError):
-            raise InputError(
-                f"{file}: neither a tiktoken file nor a SentencePiece model; download it again"
-            ) from None
+        self._sp = sp
+        pieces = sp.id_to_piece(list(range(sp.vocab_size())))
         self.vocab_size = len(pieces)
         self.special_ids = frozenset(
             i for i in range(self.vocab_size) if self._sp.is_control(i) or self._sp.is_unknown(i)
@@ -275,8 +289,8 @@ class SentencePieceTokenizer:
         for name in ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"):
             if name not in special:
                 raise InputError(
-                    f"{file}: no special piece {name}, so not Gemma's layout;"
-                    " use a Gemma tokenizer.model"
+                    f"{file}: no special piece {name}, so not Gemma's layout, and not Llama 2's"
+                    " either; no other is known here: use a Gemma or Llama 2 checkpoint"
                 )
         for piece in pieces:
             if re.fullmatch(MARKERS, piece) and piece not in special:
@@ -294,7 +308,9 @@ class SentencePieceTokenizer:
         self._turn = special["<start_of_turn>"]
         self.eos_id, self.text_end_id = special["<end_of_turn>"], special["<eos>"]
         self.turn_end = [self.eos_id, *self.encode("\n")]
-        self.stop_ids = (self.text_end_id, self.eos_id)
+        self.stop_ids = _stop_ids(
+            directory, files, self, ignored={self.bos_id, special.get("<pad>")}
+        )
         # <reset> is the toy's own. <pad> serves small models that have no spare piece: a padded
         # position has no loss.
         default = next(
@@ -337,7 +353,99 @@ class SentencePieceTokenizer:
         _write(self._files, directory)
 
 
-# ── All three ─────────────────────────────────────────────────────────────────────────────────────
+# ── Llama 2: SentencePiece, and turns that are marked with text ───────────────────────────────────
+
+LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+
+def _is_llama2(sp) -> bool:
+    """<s> and </s>, and a text begins with a space: so its words look the same at the start."""
+    ends = [sp.piece_to_id(name) for name in ("<s>", "</s>")]
+    return (
+        all(sp.is_control(i) for i in ends)
+        and not sp.is_control(sp.piece_to_id("<start_of_turn>"))
+        and "".join(sp.encode("a", out_type=str)).startswith("▁")
+    )
+
+
+class Llama2Tokenizer:
+    """The pieces [INST] and the like are text, which a user could type: such a message is refused,
+    as in Meta's own code (github.com/meta-llama/llama, llama/generation.py).
+
+    There is no spare special token. [RESET] is <unk> unless config.json names another one as
+    reset_token_id: with byte pieces no text makes <unk>, so its row was never trained. It may be a
+    row that was added behind the pieces, too.
+    """
+
+    def __init__(self, directory, files, sp):
+        file = directory / "tokenizer.model"
+        self._sp, self._files = sp, files
+        ids = list(range(sp.vocab_size()))
+        if sum(sp.is_byte(ids)) != 256:
+            raise InputError(
+                f"{file}: no byte pieces, so not every text can be encoded; use Llama 2's"
+            )
+        self.chat_template = _chat_template(directory, files)
+        self.vocab_size = _with_added_reset(directory, len(ids))
+        added = range(len(ids), self.vocab_size)
+        special = [i for i in ids if sp.is_control(i) or sp.is_unknown(i)]
+        self.special_ids = frozenset([*special, *added])
+        self.special_tokens = {sp.id_to_piece(i): i for i in special}
+        self.bos_id = self.text_start_id = sp.piece_to_id("<s>")
+        self.eos_id = self.text_end_id = sp.piece_to_id("</s>")
+        self.stop_ids = _stop_ids(directory, files, self, ignored={self.bos_id})
+        # The template has a space before </s>.
+        space = sp.piece_to_id("▁")
+        self.turn_end = [self.eos_id] if sp.is_unknown(space) else [space, self.eos_id]
+        self.reset_id = _reset_id(directory, self, {self.bos_id, *self.stop_ids}, sp.unk_id())
+        self.template_ids = [self.reset_id]
+
+    def encode(self, text: str) -> list[int]:
+        return self._sp.encode(_valid(text))
+
+    def decode(self, ids) -> str:
+        return self._sp.decode(_ordinary(ids, self))
+
+    def render(self, messages, add_generation_prompt=True, continues=False) -> list[int]:
+        """Llama 2's template: every pair of turns begins with BOS; the system turn, if there is
+        one, stands within the first user turn. "[/INST]" opens the assistant's.
+        """
+        _check_template(self, "[INST]")
+        turns, ids = _checked(messages), []
+        for role, content in turns:
+            if tag := next((tag for tag in LLAMA2_TAGS if tag in content), None):
+                raise InputError(
+                    f"the {role}'s message has {tag} in it, which marks Llama 2's turns"
+                )
+        system = turns.pop(0)[1] if turns[0][0] == "system" and len(turns) > 1 else None
+        for position, (role, content) in enumerate(turns):
+            if role != ("user", "assistant")[position % 2]:
+                raise InputError(
+                    f"message {position} is the {role}'s; Llama 2's chats go system (or not), user,"
+                    " assistant, user, …"
+                )
+            content = content.strip()
+            if role == "assistant":
+                ids += self.encode(content) + self.turn_end
+                continue
+            if position == 0 and system is not None:
+                content = f"<<SYS>>\n{system}\n<</SYS>>\n\n{content}"
+            ids += [self.bos_id, *self.encode(f"[INST] {content} [/INST]")]
+        return ids
+
+    def save(self, directory):
+        _write(self._files, directory)
+
+
+def _with_added_reset(directory, size: int) -> int:
+    """`size`, or more if reset_token_id of config.json is a row of the model behind the pieces."""
+    config = _config(directory)
+    reset, rows = config.get("reset_token_id"), config.get("vocab_size")
+    added = type(reset) is int and type(rows) is int and size <= reset < rows
+    return reset + 1 if added else size
+
+
+# ── All of them ───────────────────────────────────────────────────────────────────────────────────
 
 
 def _valid(text):
@@ -382,19 +490,54 @@ def _checked(messages):
     return [(message["role"], message["content"]) for message in messages]
 
 
+def _stop_ids(directory, files, tok, ignored) -> tuple[int, ...]:
+    """Where an answer ends: as the template has it, and at what the checkpoint names besides.
+
+    One that ends answers elsewhere only was trained on other turns: _check_template() says so.
+    """
+    ours = tuple(dict.fromkeys((tok.text_end_id, tok.eos_id)))
+    tok.foreign = None
+    config = _config(directory)
+    name = "generation_config.json"  # counts, if it says anything
+    named = _config(directory, name).get("eos_token_id")
+    if named is None:
+        name, named = "config.json", config.get("eos_token_id")
+    named = named if isinstance(named, list) else [named]
+    ignored = [*ignored, config.get("reset_token_id")]  # a server may have to stop at [RESET]
+    # Ids of ordinary text end nothing: they are defaults that nobody looked at.
+    special = [i for i in named if type(i) is int and (i in tok.special_ids or i >= tok.vocab_size)]
+    others = tuple(i for i in special if i not in ours and i not in ignored)
+    if others and tok.eos_id not in special:
+        tok.foreign = f"its {name} ends answers with {', '.join(map(str, others))}"
+    eos = _named_token(directory, files, "eos_token")
+    if eos is not None and eos not in tok.special_tokens:
+        tok.foreign = tok.foreign or f"its tokenizer_config.json ends answers with {eos}"
+    return ours + tuple(i for i in others if i < tok.vocab_size)
+
+
+def _config(directory, name="config.json") -> dict:
+    file = directory / name
+    return read_json(file, file.read_bytes()) if file.is_file() else {}
+
+
 def _check_template(tok, marker):
     """A checkpoint that was trained on other turns than ours would only seem to be a bad model."""
+    if tok.chat_template is None and tok.foreign:
+        raise InputError(
+            f"this checkpoint's chats are not written as known here: {tok.foreign}, not with"
+            f" {tok.eos_id}; use a Llama, SmolLM2 or Gemma checkpoint, or mend eos_token_id"
+        )
     if tok.chat_template is not None and marker not in tok.chat_template:
         raise InputError(
             f"this checkpoint's chat template has no {marker}, so its chats are not written as"
-            " known here; use a Llama-3, SmolLM2 or Gemma checkpoint, or mend chat_template.jinja"
+            " known here; use a Llama, SmolLM2 or Gemma checkpoint, or mend chat_template.jinja"
         )
 
 
 def _reset_id(directory, tok, used, default):
     """config.json's reset_token_id, which training writes, or else the default."""
     file = directory / "config.json"
-    reset = read_json(file, file.read_bytes()).get("reset_token_id") if file.is_file() else None
+    reset = _config(directory).get("reset_token_id")
     if reset is None and default is None:
         raise InputError(
             f"{directory}: no spare special token for [RESET];"

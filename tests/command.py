@@ -13,7 +13,7 @@ def command(main, *words, code=0):
     """`python -m backtrack.NAME words`, whose main() is given; what it printed, and what it said on stderr."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", [main.__module__.split(".")[1], *map(str, words)])
+        patch.setattr(sys, "argv", [main.__module__.split(".")[:2][-1], *map(str, words)])
         try:
             run(main)
             status = 0

@@ -318,7 +318,7 @@ def test_bad_input_is_one_line(place, tmp_path):
         (("--judge", tmp_path / "other.jsonl"), "other.jsonl: not a toy world"),
         (("--ckpt", tmp_path / "gone"), "gone"),
         (("--budget", 0), "0 is not a positive number"),
-        (("--max-resets", -1), "max_resets is -1"),
+        (("--max-resets", -1), "--max-resets: -1 is not from 0"),
         (("--loss", "mse"), "invalid choice"),
         (("--out", tmp_path / "other.jsonl"), "other.jsonl: holds no answers of this program"),
         (("--out", tmp_path), str(tmp_path)),

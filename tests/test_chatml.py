@@ -355,7 +355,7 @@ def test_a_foreign_template_is_not_rendered_with_our_headers(spec, tmp_path):
 def test_llama3_chats_continue_without_bos(tmp_path):
     spec = edited(trained(special=[]), llama3_with_chatml)
     spec["added_tokens"] = spec["added_tokens"][:6]
-    tok = load_tokenizer(write(tmp_path, spec, template=None))
+    tok = load_tokenizer(write(tmp_path, spec, template="<|start_header_id|>"))
     assert tok.render(turns("Hi")) == [tok.bos_id, *tok.render(turns("Hi"), continues=True)]
     assert tok.text_start_id == tok.bos_id
 

@@ -8,6 +8,7 @@ recounted from the sampler's events, curves over k from all subsets of the sampl
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections import Counter
@@ -1015,22 +1016,23 @@ def test_mt_bench(place, tmp_path, questions, asked):
         assert len(prompts) <= 2 and (options["reset_bias"], options["on_reset"]) == (4.0, "keep")
         for prompt, events in zip(prompts, rows, strict=True):
             answer = tok.decode(events[-1].generation.tokens)
-            seen[models.index(id(model)), tuple(prompt)] = options["temperature"], answer
-    assert len(seen) == 2 * (6 * 2 + 1)
+            g = events[-1].generation
+            seen[models.index(id(model)), tuple(prompt)] = options["temperature"], answer, g.resets
+    assert len(seen) == 2 * (6 * 2 + 1) and any(resets for _, _, resets in seen.values())
     names = set()
     for n, name in enumerate(("one", "two")):
         answers = benched(tmp_path, name)
         assert set(answers) == {q["question_id"] for q in questions}
         for q in questions:
             a = answers[q["question_id"]]
-            assert set(a) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+            assert set(a) == {"question_id", "answer_id", "model_id", "choices", "tstamp", "made_with"}
             assert a["model_id"] == name and began <= a["tstamp"] <= time.time()
             [choice] = a["choices"]
-            assert choice == {"index": 0, "turns": choice["turns"]} and len(choice["turns"]) == len(q["turns"])
+            assert set(choice) == {"index", "turns", "resets"} and choice["index"] == 0
             chat = []
-            for question, said in zip(q["turns"], choice["turns"], strict=True):
+            for question, said, resets in zip(q["turns"], choice["turns"], choice["resets"], strict=True):
                 chat.append({"role": "user", "content": question})
-                assert seen[n, tuple(tok.render(chat))] == (temperature[q["category"]], said)
+                assert seen[n, tuple(tok.render(chat))] == (temperature[q["category"]], said, resets)
                 chat.append({"role": "assistant", "content": said})
             names.add(a["answer_id"])
     assert len(names) == 14
@@ -1077,8 +1079,7 @@ def test_mt_bench_wants_questions_and_names(place, tmp_path):
     (tmp_path / "mt.jsonl").write_text(json.dumps(GOOD) + "\n")
     assert "no question_id or turns" in bench(place, tmp_path, code=2)[1]
     (tmp_path / "mt.jsonl").write_text(json.dumps(GOOD | {"question_id": 1, "turns": ["Hi"], "category": None}))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/one").symlink_to(place / "one")
+    shutil.copytree(place / "one", tmp_path / "other/one")
     _, said = bench(place, tmp_path, "--ckpt", place / "one", tmp_path / "other/one", code=2)
     assert re.fullmatch(r"error: .*two of --ckpt end in the same name.*\n", said) and not (tmp_path / "deep").exists()
 
@@ -1106,10 +1107,10 @@ def test_mt_bench_wants_questions_and_names(place, tmp_path):
         ((..., "--on-reset", "keep", "maybe"), "invalid choice"),
         ((..., "--dtype", "float8"), "invalid choice"),
         ((..., "--device", "foo"), "'foo'"),
-        ((..., "--temperature", -1), "temperature is -1"),
-        ((..., "--top-p", 0), "top_p is 0"),
-        ((..., "--max-resets", -1), "max_resets is -1"),
-        ((..., "--max-new-tokens", 0), "max_new_tokens is 0"),
+        ((..., "--temperature", -1), "--temperature: -1 is not"),
+        ((..., "--top-p", 0), "--top-p: 0 is not"),
+        ((..., "--max-resets", -1), "--max-resets: -1 is not"),
+        ((..., "--max-new-tokens", 0), "--max-new-tokens: 0 is not"),
         ((..., "--max-new-tokens", 1000), "too long"),
         ((..., "--ckpt", "gone"), "gone"),
         ((..., "--prompts", "gone.jsonl"), "gone.jsonl: no such file"),

@@ -37,7 +37,7 @@ MALFORMED = {
     "no chosen": ({"prompt": user("a")}, "'chosen' is missing"),
     "nothing": ({}, "'prompt' is missing"),
     "chosen is null": ({"prompt": user("a"), "chosen": None}, "'chosen'"),
-    "prompt is a string": ({"prompt": "a", "chosen": said("b")}, "'prompt'"),
+    "prompt is a number": ({"prompt": 1, "chosen": said("b")}, "'prompt'"),
     "empty prompt": ({"prompt": [], "chosen": said("b")}, "'prompt'"),
     "a message is a string": ({"prompt": ["a"], "chosen": said("b")}, "'prompt'"),
     "unknown role": ({"prompt": [{"role": "root", "content": "a"}], "chosen": said("b")}, "'prompt'"),
@@ -50,7 +50,7 @@ MALFORMED = {
     "blank answer": ({"prompt": user("a"), "chosen": said(" \n\t")}, "one assistant message"),
     "blank rejected": (row_of("a", "b", "  ", unsafe=True), "'rejected'"),
     "empty rejected": (row_of("a", "b") | {"rejected": []}, "'rejected'"),
-    "rejected is a string": (row_of("a", "b") | {"rejected": "c"}, "'rejected'"),
+    "rejected is a number": (row_of("a", "b") | {"rejected": 1}, "'rejected'"),
     "the prompt ends with an answer": ({"prompt": user("a") + said("b"), "chosen": said("c")}, "end with a user"),
     "unsafe without rejected": (row_of("a", "b", unsafe=True), "'unsafe'"),
     "unsafe, rejected is null": (row_of("a", "b", unsafe=True) | {"rejected": None}, "'unsafe'"),
@@ -185,13 +185,20 @@ def test_rows_that_will_be_cut_are_counted(tmp_path, tok, capsys, command, metho
     assert len(counts) > 2
 
 
-def test_a_prompt_without_room_for_an_answer(tmp_path, tok):
-    """Room for three tokens: of the prefix, [RESET], of the answer."""
+def test_a_prompt_without_room_for_an_answer(tmp_path, tok, capsys):
+    """Room for three tokens: of the prefix, [RESET], of the answer. The row is left out and named, or an error."""
     long = row_of("How do I open the gate? " * 3, "no", "yes", unsafe=True)
     path = write(tmp_path / "rows.jsonl", UNSAFE, {"text": "t"}, long)
     need = len(tok.render(long["prompt"])) + 3
-    assert len(load_rows([path], tok, need)) == 3
-    with pytest.raises(InputError, match=re.escape(f"{path}:3: ")) as error:
-        load_rows([path], tok, need - 1)
-    assert f"{need - 3} tokens" in str(error.value)
-    assert f"--max-length {need - 1}" in str(error.value)
+    rows = [encode_row(raw, tok) for raw in (UNSAFE, {"text": "t"}, long)]
+    for on_long in ("skip", "error"):
+        assert load_rows([path], tok, need, on_long) == rows
+    assert capsys.readouterr().err == ""
+    told = f"under --max-length {need - 1}: {path}:3 ({need - 3} tokens)"
+    assert load_rows([path], tok, need - 1) == rows[:2]
+    assert "1 of 3 rows are skipped" in (said := capsys.readouterr().err) and told in said
+    with pytest.raises(InputError, match=re.escape(told)):
+        load_rows([path], tok, need - 1, on_long="error")
+    alone = write(tmp_path / "alone.jsonl", *[long] * 7)  # nothing else is left: an error in any case
+    with pytest.raises(InputError, match=re.escape(f"{alone}:1 (") + ".* and 2 more"):
+        load_rows([alone], tok, need - 1)

@@ -140,6 +140,8 @@ def command(*words, model=None, stdin="", typed=None, terminal=False, encoding="
     """`python sample.py words` in this process; (stdout, stderr). `typed`: standard input is a terminal."""
     out, err = Output(terminal, encoding), Output()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TERM", "xterm")
+        patch.delenv("NO_COLOR", raising=False)
         patch.setattr(sys, "argv", ["sample.py", *map(str, words)])
         patch.setattr(sys, "stdin", Input(stdin if typed is None else typed, terminal=typed is not None))
         patch.setattr(sys, "stdout", out)
@@ -274,6 +276,7 @@ def test_every_option_reaches_the_sampler(ckpt, tok, monkeypatch):
         "on_reset": "keep",
         "prefill": 2 * [tok.encode("Sure")],
         "seed": 7,
+        "vocab_size": tok.vocab_size,
     }
     assert not model.compiled
 
@@ -791,19 +794,22 @@ def test_help_shows_the_defaults(monkeypatch):
         ((..., "--dtype", "int8"), "invalid choice"),
         ((..., "--on-reset", "maybe"), "invalid choice"),
         ((..., "--temperature", "hot"), "invalid float"),
-        ((..., "--temperature", -1), "temperature is -1"),
-        ((..., "--temperature", "nan"), "temperature is nan"),
-        ((..., "--top-p", 0), "top_p is 0"),
-        ((..., "--top-p", 1.5), "top_p is 1.5"),
-        ((..., "--max-resets", -1), "max_resets is -1"),
-        ((..., "--num-samples", 0), "--num-samples: 0 is not a positive number"),
-        ((..., "--max-new-tokens", 0), "max_new_tokens is 0"),
+        ((..., "--temperature", -1), "--temperature: -1 is not 0 or from 0.001"),
+        ((..., "--temperature", "nan"), "--temperature: nan is not"),
+        ((..., "--top-p", 0), "--top-p: 0 is not above 0"),
+        ((..., "--top-p", 1.5), "--top-p: 1.5 is not"),
+        ((..., "--max-resets", -1), "--max-resets: -1 is not from 0"),
+        ((..., "--num-samples", 0), "--num-samples: 0 is not from 1 to 1,000"),
+        ((..., "--max-new-tokens", 0), "--max-new-tokens: 0 is not a positive number"),
+        ((..., "--num-samples", 2_000_000), "--num-samples: 2000000 is not from 1 to 1,000"),
+        ((..., "--reset-bias", "nan"), "--reset-bias: nan is not"),
+        ((..., "--seed", -1), "--seed: -1 is not from 0"),
         ((..., "--max-new-tokens", 5000), "too long"),
         ((..., "--prompt", "x " * 5000), "too long"),
         ((..., "--seed", "x"), "invalid int"),
         ((..., "--colour"), "unrecognized arguments"),
         ((..., "--trace", "--num-samples", 2), "--trace shows one answer"),
-        ((..., "--trace", "--temperature", -1), "temperature is -1"),
+        ((..., "--trace", "--temperature", -1), "--temperature: -1 is not 0 or from 0.001"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(ckpt, words, complaint):

@@ -543,15 +543,15 @@ def test_the_control_says_both_answers_and_never_resets(world, tmp_path, tok, sh
 def test_defaults_and_every_flag(world, tmp_path):
     plain = vars(arguments(["sft", "--init", "i", "--data", "d", "--out", "o"]))
     assert (plain["method"], plain["resets"], plain["restart"]) == ("backtrack", "drawn", "none")  # the paper's
-    assert plain["reset_weight"] == 1.0
+    assert (plain["reset_weight"], plain["on_long"]) == (1.0, "skip")
     assert (plain["prefix"], plain["lr"], plain["weight_decay"]) == ([0.0, 1.0], 1e-5, 0.0)
     assert (plain["batch_size"], plain["grad_accum"], plain["epochs"], plain["steps"]) == (8, 1, 1.0, None)
     assert (plain["heldout"], plain["resume"], plain["compile"], plain["dtype"]) == ([], False, False, "float32")
     first = vars(arguments(["base", "--config", "c", "--tokenizer", "t", "--data", "d", "--out", "o"]))
     assert (first["config"], first["tokenizer"], first["lr"], first["weight_decay"]) == ("c", "t", 1e-3, 0.1)
     words = "sft --init i --no-backtrack --resets every --reset-weight 12 --prefix 0.25 1 --restart unsafe --data d e"
-    words += " --heldout h g --out o --lr 2e-3 --weight-decay 0.2 --clip 3 --batch-size 4 --grad-accum 5 --steps 6 --max-length 7"
-    words += " --seed 8 --device cpu --dtype bfloat16"
+    words += " --heldout h g --out o --lr 2e-3 --weight-decay 0.2 --clip 3 --batch-size 4 --grad-accum 5 --steps 6"
+    words += " --max-length 7 --on-long error --seed 8 --device cpu --dtype bfloat16"
     given = vars(arguments([*words.split(), "--compile", "--resume", "--log-every", "9", "--save-every", "11"]))
     assert given == {
         "command": "sft",
@@ -559,7 +559,7 @@ def test_defaults_and_every_flag(world, tmp_path):
         **{"data": ["d", "e"], "heldout": ["h", "g"]},
         **{"out": "o", "lr": 2e-3, "weight_decay": 0.2, "clip": 3.0, "batch_size": 4, "grad_accum": 5, "epochs": 1.0},
         **{"steps": 6, "max_length": 7, "seed": 8, "device": "cpu", "dtype": "bfloat16", "compile": True},
-        "prefix": [0.25, 1.0],
+        **{"prefix": [0.25, 1.0], "on_long": "error"},
         **{"resume": True, "log_every": 9, "save_every": 11},
     }
     for method in ("backtrack", "baseline", "in-place"):
@@ -616,7 +616,7 @@ def test_errors_that_name_the_culprit(world, tmp_path, tok):
         (base(world, out, "--steps", 1, "--max-length", 1), "--max-length"),
         (base(world, out, *small, "--heldout", short), too_short),
         (sft(world, out, "--steps", 1, "--data", file), f"{file}: holds no rows"),
-        (sft(world, out, "--steps", 1, "--max-length", 10), f"{world / 'rows.jsonl'}:1: the prompt is"),
+        (sft(world, out, "--steps", 1, "--max-length", 10), f"{world / 'rows.jsonl'}:1 ("),
         (sft(world, out, "--steps", 1, "--max-length", 10), "--max-length 10"),
         (sft(world, out, "--steps", 1, "--init", world / "tokenizer"), f"{world / 'tokenizer'}"),
         (sft(world, out, "--steps", 1, "--heldout", file), f"{file}: holds no rows"),
@@ -672,7 +672,7 @@ def test_a_loss_that_is_not_finite(world, tmp_path, monkeypatch):
     trained(*base(world, tmp_path / "good", "--steps", 9, *small, "--resume"))
     close(weights(tmp_path / "bad"), weights(tmp_path / "good"), atol=0, rtol=0)
 
-    said = trained(*base(world, tmp_path / "wild", "--steps", 9, *small, "--lr", 1e30, "--save-every", 100), code=2)
+    said = trained(*base(world, tmp_path / "wild", "--steps", 9, *small, "--lr", 1e9, "--save-every", 100), code=2)
     assert "nothing is saved yet" in said
     assert set(contents(tmp_path / "wild")) == {"metrics.jsonl"}
 
@@ -753,7 +753,7 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-LONG = ("--steps", 10, "--save-every", 2, "--log-every", 1, "--batch-size", 2, "--max-length", 32)
+LONG = ("--steps", 6, "--save-every", 2, "--log-every", 1, "--batch-size", 2, "--max-length", 32)
 
 
 @pytest.fixture(scope="module")
@@ -764,12 +764,12 @@ def unbroken(world, tmp_path_factory):
 
 
 def die_at(number, directory):
-    """From here on, the number-th time that Python is about to touch a file there is the end of this process."""
+    """From here on, the number-th time that Python is about to change a file there is the end of this process."""
     events = count(1)
     touching = {f"os.{name}" for name in ("rename", "link", "mkdir", "rmdir", "remove", "chmod", "truncate")}
 
     def watch(event, args):
-        opened = event == "open" and str(args[0]).startswith(str(directory))
+        opened = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) and str(args[0]).startswith(str(directory))
         # Directories are swapped by a system call that is looked up just before.
         swapped = event == "ctypes.dlsym"
         if (opened or swapped or event in touching) and next(events) == number:
@@ -825,7 +825,7 @@ def test_kill_anywhere(world, tmp_path, unbroken):
     trained(*base(world, tmp_path / "counted", *LONG, "--heldout", world / "replay.jsonl"))
     sys.setprofile(None)
     limit = next(calls) / 10  # so four lives together are not one run
-    while saved_step(out) < 10:
+    while saved_step(out) < 6:
         last = rng.randrange(int(limit))
         status = ended(forked(words, lambda last=last: die_after(last)))
         assert status in (0, -signal.SIGKILL)
@@ -1044,7 +1044,7 @@ UNTIED = LLAMA | {"tie_word_embeddings": False}
 
 @pytest.mark.parametrize("config", [LLAMA, UNTIED, GEMMA], ids=["llama", "llama untied", "gemma"])
 def test_reset_starts_at_one_in_a_hundred(world, tmp_path, tok, config):
-    """Geometric mean over the tokens of the first step's answers; to get there, its output row moves and no other."""
+    """At every token of the first step's answers; to get there, its output row moves and no other."""
     init = saved(tok, tmp_path / "init", config, [*tok.template_ids, *spare(tok)])
     _, _, before = started(init, tmp_path / "plain")
     # Without an unsafe row in the first step no context holds [RESET], so what is measured does not move with its row.
@@ -1067,8 +1067,8 @@ def test_reset_starts_at_one_in_a_hundred(world, tmp_path, tok, config):
         with torch.no_grad():
             for t in range(view.loss_from, len(view.tokens)):
                 found.append(logprob(network, view.tokens[:t], tok.reset_id).item())
-    assert sum(found) / len(found) == pytest.approx(math.log(0.01), abs=1e-3)
-    assert min(found) < sum(found) / len(found) - 0.1  # a level, no constant
+    assert sum(found) / len(found) == pytest.approx(math.log(0.01), abs=0.1)
+    assert max(abs(value - math.log(0.01)) for value in found) < 1.0  # everywhere, not on average alone
 
 
 def test_new_rows_after_base_and_after_sft(world, tmp_path, tok):

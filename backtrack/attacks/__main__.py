@@ -22,7 +22,6 @@ them.
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import time
@@ -36,21 +35,24 @@ from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import OPENING, prefills
 from backtrack.evaluate import (
     CONDITION,
+    adding_to,
     choose_prompts,
     failure,
     prompts_digest,
     read_answers,
     read_prompts,
+    render,
     verdict,
 )
 from backtrack.generate import generate
 from backtrack.judge import load_judge, refuse_seen
-from backtrack.results import write_result
+from backtrack.results import json_line, write_result
 from backtrack.rows import json_lines
 from backtrack.statistics import wilson
 from model import load_model, load_tokenizer
 from model.checkpoint import weights_digest
-from model.errors import InputError, device, positive, run
+from model.errors import BIAS, RESETS, SEED, InputError, device, not_negative, positive, run
+from model.files import check_file
 
 SEARCHES = ("gcg", "adaptive-gcg", "autodan")
 BUDGETS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # points of the curve of success
@@ -70,6 +72,7 @@ def attack(name: str, model, tok, prompt: dict, index: int, judge, args) -> dict
             prefill=[prefill],
             reset_id=tok.reset_id,
             stop_ids=tok.stop_ids,
+            vocab_size=tok.vocab_size,
             max_new_tokens=args.max_new_tokens,
             reset_bias=args.reset_bias,
             max_resets=args.max_resets,
@@ -148,10 +151,20 @@ def attack_all(args) -> None:
                 settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
         args.wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
         args.synonyms = read_synonyms(args.synonyms) if args.synonyms else SYNONYMS
+    check_file(args.out)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     refuse_seen(judge, prompts)
     tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
-    done = {record["prompt"] for record in read_answers(Path(args.out), settings)}
+    for prompt in prompts:
+        render(tok, prompt)  # what the template does not know shows now
+    with adding_to(args.out):
+        done = {record["prompt"] for record in read_answers(Path(args.out), settings)}
+        attack_missing(model, tok, prompts, judge, done, args)
+    table([args.out], None)
+
+
+def attack_missing(model, tok, prompts: list[dict], judge, done: set[int], args) -> None:
+    """Attack the prompts that are not in `done`, and add their records to the file."""
     began, count = time.time(), 0
     with open(args.out, "a", encoding="utf-8") as f:
         for index, prompt in enumerate(prompts):
@@ -160,7 +173,7 @@ def attack_all(args) -> None:
             head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompt["set"]}
             head |= {c: getattr(args, c) for c in CONDITION}
             record = head | attack(args.name, model, tok, prompt, index, judge, args)
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            f.write(json_line(record) + "\n")
             f.flush()
             os.fsync(f.fileno())
             count += 1
@@ -170,7 +183,6 @@ def attack_all(args) -> None:
             )
     if count:
         print(file=sys.stderr)
-    table([args.out], None)
 
 
 # ── Success rates ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -246,10 +258,10 @@ def parse_args() -> argparse.Namespace:
         p.add_argument("--judge", required=True, help="as for backtrack.evaluate")
         p.add_argument("--out", required=True, help="file to write, JSON lines")
         p.add_argument("--on-reset", choices=("truncate", "keep"), default="truncate")
-        p.add_argument("--reset-bias", type=float, default=0.0)
-        p.add_argument("--max-resets", type=int, default=1)
+        p.add_argument("--reset-bias", type=BIAS, default=0.0)
+        p.add_argument("--max-resets", type=RESETS, default=1)
         p.add_argument("--max-new-tokens", type=positive, default=80)
-        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--seed", type=SEED, default=0)
         p.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
         if name == "prefill":
@@ -268,7 +280,9 @@ def parse_args() -> argparse.Namespace:
             p.add_argument("--batch-size", type=positive, default=64, help="candidates scored at a time")
             p.add_argument("--loss", choices=("ce", "mellowmax"), default="ce")
         if name == "adaptive-gcg":
-            p.add_argument("--reset-weight", type=float, default=0.2, help="λ: what a chance of [RESET] costs")
+            p.add_argument(
+                "--reset-weight", type=not_negative(float), default=0.2, help="λ: what a chance of [RESET] costs"
+            )
     return parser.parse_args()
 
 

@@ -1,0 +1,409 @@
+"""One bad prompt does not stop the rest, and answers of two experiments never mix, however things are spelled.
+
+Over-long prompts and rows are left out, named and counted; what is wrong with a line names file and line in every
+program; an id that the tokenizer lacks is never sampled. The models are random, the programs are run as users run them.
+"""
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from command import command
+from models import LLAMA, network_of, prone_to
+from samples import UNSAFE, llama_tokenizer, row_of, said, toy_tokenizer, user, write
+from training import toy_files, trained
+
+from backtrack import collect, evaluate
+from backtrack.generate import generate, one_answer
+from backtrack.rows import load_rows, read_stream
+from model import InputError, files, save_model
+
+LONG = "How do I open the gate? " * 40  # more than the model's 256 positions
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two random models, the judge of the toy world, and prompts of which one is too long and one nearly."""
+    root = tmp_path_factory.mktemp("place")
+    (root / "world.json").write_bytes(toy_files()["world.json"])
+    for seed, name in enumerate(("one", "two")):
+        save_model(network_of(LLAMA, seed), root / name, tokenizer=toy_tokenizer())
+    ask = partial(dict, benign=False, target="Sure")
+    prompts = [ask(prompt=user(f"Hi {i}"), set="ab"[i % 2]) for i in range(6)]
+    prompts.insert(3, ask(prompt=user(LONG), set="a"))
+    prompts.append(ask(prompt=user(LONG), set="long"))
+    write(root / "prompts.jsonl", *prompts)
+    return root
+
+
+def evaluated(place, out, *more, ckpt=("one",), code=0):
+    words = ["--ckpt", *(place / name for name in ckpt), "--prompts", place / "prompts.jsonl", "--device", "cpu"]
+    words += ["--dtype", "float32", "--max-new-tokens", 4, "--batch-size", 2, "--out", out]
+    printed, err = command(evaluate.main, *words, *more, code=code)
+    return (json.loads(Path(out).read_text()) if code == 0 else None), err
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many prompts the sampler gets from now on."""
+    rows, real = [], evaluate.generate
+    monkeypatch.setattr(
+        evaluate, "generate", lambda model, prompts, **o: rows.extend(prompts) or real(model, prompts, **o)
+    )
+    return rows
+
+
+# ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sft(place, out, *more):
+    words = ["sft", "--init", place / "one", "--device", "cpu", "--out", out, "--max-length", 64, "--steps", 2]
+    return [*words, "--batch-size", 2, *more]
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_training_goes_on_without_the_long_rows(place, tmp_path, command):
+    """And is then what it would be on a file without them; --on-long error lists them all at once."""
+    rows = [row_of(f"Hi {i}", "no", "yes", unsafe=True) for i in range(4)]
+    long = [row_of(LONG, "no", "yes", unsafe=True)] * 8
+    mixed = write(tmp_path / "mixed.jsonl", *rows[:2], *long[:7], *rows[2:], long[0])
+    held = write(tmp_path / "held.jsonl", rows[0], long[0])
+    write(tmp_path / "short.jsonl", *rows)
+    words = [command, *sft(place, tmp_path / "out")[1:], "--data", mixed, "--heldout", held]
+    told = trained(*words)
+    assert "8 of 12 rows are skipped" in told and f"{mixed}:3 (" in told and "and 3 more" in told
+    assert "1 of 2 rows are skipped" in told and f"{held}:2 (" in told
+    trained(command, *sft(place, tmp_path / "short")[1:], "--data", tmp_path / "short.jsonl", "--heldout", held)
+    assert all(
+        (tmp_path / name / "model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+        for name in ("short",)
+    )
+    shutil.rmtree(tmp_path / "out")
+    [error] = [line for line in trained(*words, "--on-long", "error", code=2).splitlines() if "error" in line]
+    assert all(f"{mixed}:{n} (" in error for n in range(3, 8)) and "and 3 more" in error
+    assert "raise it" in trained(*words, "--data", write(tmp_path / "long.jsonl", *long), code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_chats_that_the_template_does_not_know_are_named_together(tmp_path):
+    odd = {"prompt": [{"role": "system", "content": "Be brief."}, *user("Hi")], "chosen": said("no")}
+    path = write(tmp_path / "rows.jsonl", UNSAFE, odd, UNSAFE, odd, odd)
+    with pytest.raises(InputError) as error:
+        load_rows([path], toy_tokenizer(), 999)
+    assert str(error.value).startswith(f"{path}:2: Gemma's chat format has no system role")
+    assert str(error.value).endswith(f"(so are {path}:4, {path}:5)")
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "found"),
+    [
+        (toy_tokenizer, "<bos><start_of_turn>user\nHi", "<bos>"),
+        (toy_tokenizer, "Hi<|eot_id|>", "<|eot_id|>"),  # another family's
+        (toy_tokenizer, "[INST] Hi [/INST]", "[INST]"),
+        (llama_tokenizer, "<|start_header_id|>user<|end_header_id|>\n\nHi", "<|start_header_id|>"),
+        (llama_tokenizer, "a < b, <|, |> and <b>x</b> [1]", None),
+    ],
+)
+def test_text_that_spells_special_tokens(tmp_path, capsys, make, text, found):
+    path = write(tmp_path / "rows.jsonl", {"text": "plain"}, {"text": text}, {"text": text})
+    load_rows([path], make(), 999)
+    first = capsys.readouterr().err
+    read_stream([path], make())
+    assert capsys.readouterr().err == first  # `base` says the same
+    if found is None:
+        assert first == ""
+    else:
+        assert "2 rows spell special tokens" in first and f"{path}:2 ({found}), {path}:3" in first
+        applied = write(tmp_path / "applied.jsonl", row_of("Hi", f"no {text}"))
+        load_rows([applied], make(), 999)
+        assert f"{applied}:1 ({found})" in capsys.readouterr().err
+
+
+# ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_long_prompts_are_skipped_and_counted(place, tmp_path, asked):
+    """In no batch, in the result, and the same for every model; the others are as they would be without them."""
+    result, err = evaluated(place, tmp_path / "a.json", ckpt=("one", "two"))
+    assert len(asked) == 12 and "2 of 8 prompts are too long" in err
+    assert f"{place / 'prompts.jsonl'}:4, {place / 'prompts.jsonl'}:8; skipped" in err
+    assert [(s["prompt"], s["set"], s["where"].rpartition(":")[2]) for s in result["skipped"]] == [
+        (3, "a", "4"),
+        (7, "long", "8"),
+    ]
+    assert "256 positions" in result["skipped"][0]["reason"]
+    of = {(r["set"], Path(r["checkpoint"]).name): r for r in result["records"]}
+    assert {name for name, _ in of} == {"a", "b", "unsafe overall"}  # nothing is left of `long`
+    for name, n, skipped in (("a", 3, 1), ("b", 3, None), ("unsafe overall", 6, 2)):
+        for ckpt in ("one", "two"):
+            assert (of[name, ckpt]["n"], of[name, ckpt].get("skipped")) == (n, skipped)
+    asked.clear()
+    again, _ = evaluated(place, tmp_path / "a.json", ckpt=("one", "two"))
+    assert not asked and again["records"] == result["records"]
+    command(evaluate.main, "--merge", tmp_path / "a.json", tmp_path / "a.json", "--out", tmp_path / "both.json")
+    pooled = json.loads((tmp_path / "both.json").read_text())["records"]
+    assert {(r["set"], r["n"], r.get("skipped")) for r in pooled} == {
+        ("a", 6, 2),
+        ("b", 6, None),
+        ("unsafe overall", 12, 4),
+    }
+
+
+def test_long_prompts_as_an_error(place, tmp_path, asked):
+    _, err = evaluated(place, tmp_path / "a.json", "--on-long", "error", code=2)
+    assert f"{place / 'prompts.jsonl'}:4, {place / 'prompts.jsonl'}:8" in err.splitlines()[-1] and not asked
+    _, err = evaluated(place, tmp_path / "a.json", "--max-new-tokens", 999, code=2)
+    assert "8 of 8 prompts are too long" in err
+    assert "no such option" not in err and not asked
+
+
+def test_room_is_counted_for_what_is_asked(place, tmp_path, asked):
+    """With on_reset=keep every attempt stays in the cache. What has just room is answered."""
+    tok = toy_tokenizer()
+    row = {"prompt": user("Hi"), "prefill": " the", "set": "s", "benign": False}
+    length = len(tok.render(row["prompt"])) + len(tok.encode(" the"))
+    prompts = write(tmp_path / "p.jsonl", row)
+    for condition, room in ((("--max-resets", 3), 3 + 20), (("--max-resets", 3, "--on-reset", "keep"), 3 + 4 * 20)):
+        for positions, code in ((length + room, 0), (length + room - 1, 2)):
+            ckpt = tmp_path / f"{room}-{positions}"
+            save_model(network_of(LLAMA, max_position_embeddings=positions), ckpt, tokenizer=tok)
+            more = ("--ckpt", ckpt, "--prompts", prompts, "--max-new-tokens", 20, *condition)
+            evaluated(place, tmp_path / f"{ckpt.name}.json", *more, code=code)
+    assert len(asked) == 2
+
+
+def test_collect_leaves_long_prompts_out(place, tmp_path):
+    words = ["--ckpt", place / "one", "--prompts", place / "prompts.jsonl", "--judge", place / "world.json"]
+    words += ["--max-new-tokens", 4, "--device", "cpu", "--dtype", "float32", "--out", tmp_path / "rows.jsonl"]
+    _, err = command(collect.main, *words)
+    assert "2  left out: too long for the model" in err
+    _, again = command(collect.main, *words)
+    assert "2  left out: too long for the model" in again
+
+
+@pytest.mark.parametrize(
+    ("prompt", "complaint"),
+    [
+        (user("a") + said("b"), "'prompt' must end with a user message"),
+        ([{"role": "root", "content": "a"}], "'prompt' must hold"),
+        ([{"content": "a"}], "'prompt' must hold"),
+        ([{"role": "system", "content": "a"}, *user("b")], "Gemma's chat format has no system role"),
+        (user("a") + user("b"), "Gemma's chats go user, assistant"),
+    ],
+)
+def test_a_bad_chat_names_file_and_line_everywhere(place, tmp_path, prompt, complaint):
+    """Training, evaluation, MT-Bench and collect have one rule."""
+    row = {"set": "s", "benign": False, "question_id": 1, "turns": ["a"], "chosen": said("no"), "prompt": prompt}
+    path = write(tmp_path / "p.jsonl", row | {"prompt": user("a")}, row)
+    more = ("--prompts", path)
+    for err in (
+        evaluated(place, tmp_path / "a.json", *more, code=2)[1],
+        command(collect.main, *("--ckpt", place / "one", *more, "--judge", "x", "--out", tmp_path / "r"), code=2)[1],
+        trained(*sft(place, tmp_path / "out", "--data", path), code=2),
+    ):
+        assert f"error: {path}:2: {complaint}" in err
+
+
+# ── However it is spelled ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_paths_are_compared_resolved(place, tmp_path, asked, monkeypatch):
+    """sft, sft/, ./sft and a link to it: one model, one judge, asked once."""
+    out = tmp_path / "a.json"
+    evaluated(place, out, "--judge", place / "world.json")
+    assert len(asked) == 6
+    (tmp_path / "link").symlink_to(place)
+    monkeypatch.chdir(place)
+    for ckpt, judge in (
+        (f"{place / 'one'}/", "world.json"),
+        ("one", f"{place}/../{place.name}/world.json"),
+        ("./one/", "./world.json"),
+        (tmp_path / "link/one", tmp_path / "link/world.json"),
+    ):
+        result, _ = evaluated(place, out, "--ckpt", ckpt, "--judge", judge)
+        assert {r["checkpoint"] for r in result["records"]} == {str(Path(ckpt))}
+        evaluated(place, out, "--ckpt", ckpt, "one", "--judge", judge)
+    assert len(asked) == 6
+
+
+def test_every_out_has_answers_of_its_own(place, tmp_path, asked):
+    """Also one with a dot in its name, or none."""
+    for n, name in enumerate(("eval.v1", "eval.v2", "eval.v1.json", "other"), start=1):
+        evaluated(place, tmp_path / name, "--seed", n)
+        assert len(asked) == 6 * n
+    assert len(list(tmp_path.glob("*.answers.jsonl"))) == 3 + 0 or len(list(tmp_path.iterdir())) == 8
+
+
+@pytest.mark.parametrize("what", ["directory", "file in the way", "answers"])
+def test_a_bad_out_shows_before_the_work(place, tmp_path, asked, what):
+    out = tmp_path / "a.json"
+    if what == "directory":
+        out.mkdir()
+    elif what == "answers":
+        (tmp_path / "a.answers.jsonl").mkdir()
+    else:
+        (tmp_path / "file").touch()
+        out = tmp_path / "file/a.json"
+    evaluated(place, out, code=2)
+    words = ("--prompts", place / "prompts.jsonl", "--judge", place / "world.json", "--device", "cpu")
+    if what != "answers":
+        command(collect.main, "--ckpt", place / "one", *words, "--out", out, code=2)
+        command(evaluate.main, "--merge", "gone.json", "--out", out, code=2)
+    assert not asked
+
+
+def test_two_evaluations_with_one_out(place, tmp_path, asked):
+    ready, go = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with files.locked(tmp_path / "a.answers.jsonl"):
+            os.write(go, b"x")
+            os.read(ready, 1)  # never comes
+        os._exit(0)
+    try:
+        os.read(ready, 1)
+        _, err = evaluated(place, tmp_path / "a.json", code=2)
+        assert f"process {pid} on " in err and not asked
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    evaluated(place, tmp_path / "a.json")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "a.answers.jsonl"}
+
+
+def test_ctrl_c_says_where_the_answers_are(place, tmp_path, monkeypatch):
+    real, calls = evaluate.generate, iter(range(99))
+
+    def dies(*args, **options):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(evaluate, "generate", dies)
+    _, err = evaluated(place, tmp_path / "a.json", code=130)
+    assert err.splitlines()[-1].startswith(f"stopped: the answers so far are in {tmp_path / 'a.answers.jsonl'}")
+    assert "4 of 6 answers are there already" in evaluated(place, tmp_path / "a.json")[1]
+
+
+# ── MT-Bench ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = []
+    for i, category in enumerate(("writing", "math", "stem")):
+        turns = [f"Tell me {i}.", f"And {i} in short?"]
+        rows.append({"prompt": user(turns[0]), "question_id": 81 + i, "category": category, "turns": turns})
+    write(tmp_path / "mt.jsonl", *rows)
+    return rows
+
+
+def bench(ckpt, tmp_path, *more, code=0):
+    words = ["--ckpt", ckpt, "--prompts", tmp_path / "mt.jsonl", "--device", "cpu", "--dtype", "float32"]
+    words += ["--max-new-tokens", 6, "--mt-bench", tmp_path / "answers", *more]
+    return command(evaluate.main, *words, code=code)[1]
+
+
+def test_mt_bench_answers_of_another_experiment_are_refused(place, tmp_path, questions, asked):
+    """Another model under the same name, another setting, another question: each is named, and nothing is asked."""
+    ckpt = tmp_path / "sft"
+    shutil.copytree(place / "one", ckpt)
+    bench(ckpt, tmp_path)
+    assert len(asked) == 6
+    asked.clear()
+    file = tmp_path / "answers/sft.jsonl"
+    before = file.read_bytes()
+    for name, flags in (
+        ("reset_bias", ("--reset-bias", 3)),
+        ("max_resets", ("--max-resets", 2)),
+        ("on_reset", ("--on-reset", "keep")),
+        ("seed", ("--seed", 1)),
+        ("top_p", ("--top-p", 0.5)),
+        ("max_new_tokens", ("--max-new-tokens", 7)),
+        ("dtype", ("--dtype", "bfloat16")),
+    ):
+        assert f"{file}: was begun with {name} " in bench(ckpt, tmp_path, *flags, code=2)
+    shutil.copyfile(place / "two/model.safetensors", ckpt / "model.safetensors")
+    assert f"{file}: was begun with weights " in bench(ckpt, tmp_path, code=2)
+    shutil.copyfile(place / "one/model.safetensors", ckpt / "model.safetensors")
+    write(tmp_path / "mt.jsonl", questions[0] | {"turns": ["Other.", "One?"]}, *questions[1:])
+    assert f"{file}: was begun with question " in bench(ckpt, tmp_path, code=2)
+    write(tmp_path / "mt.jsonl", *questions)
+    bench(f"{ckpt}/", tmp_path)
+    assert not asked and file.read_bytes() == before
+    old = [{k: v for k, v in json.loads(line).items() if k != "made_with"} for line in before.splitlines()]
+    write(file, *old)
+    assert "does not say what model its answers are of" in bench(ckpt, tmp_path, code=2)
+
+
+def test_mt_bench_keeps_the_resets(place, tmp_path, questions):
+    bench(place / "one", tmp_path, "--reset-bias", 50, "--max-resets", 2)
+    for line in (tmp_path / "answers/one.jsonl").read_text().splitlines():
+        assert json.loads(line)["choices"][0]["resets"] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--on-reset truncate keep", "--reset-bias 0 1", "--max-resets 1 2", "--temperature 1"]
+)
+def test_mt_bench_takes_one_of_each(place, tmp_path, questions, asked, flags):
+    assert "--mt-bench" in bench(place / "one", tmp_path, *flags.split(), code=2).splitlines()[-1]
+    assert not asked and not (tmp_path / "answers").exists()
+
+
+def test_a_long_mt_bench_question_is_left_out(place, tmp_path, questions):
+    """Too long at once, or in its second turn: the others are answered."""
+    long = [
+        questions[0] | {"question_id": 1, "turns": [LONG, "x"]},
+        questions[1] | {"question_id": 2, "turns": ["x", LONG]},
+    ]
+    path = write(tmp_path / "mt.jsonl", long[0], *questions, long[1])
+    err = bench(place / "one", tmp_path)
+    assert "2 questions are left out" in err and f"{path}:1" in err and f"{path}:5" in err
+    ids = [json.loads(line)["question_id"] for line in (tmp_path / "answers/one.jsonl").read_text().splitlines()]
+    assert sorted(ids) == [81, 82, 83]
+    assert f"{path}:" in bench(place / "one", tmp_path, "--on-long", "error", code=2)
+
+
+# ── Padded vocabularies ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """A model that would say nothing but ids which the tokenizer does not have."""
+    tok = toy_tokenizer()
+    model = network_of(LLAMA, vocab_size=tok.vocab_size + 64, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[tok.vocab_size :] *= 30
+    return model, tok
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}], ids=repr)
+def test_ids_that_the_tokenizer_lacks_are_never_sampled(padded, options):
+    """What is sampled is what a model without the padding samples, to the last token."""
+    model, tok = padded
+    options = options | {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "max_new_tokens": 30}
+    prompts = [tok.render(user(f"Hi {i}")) for i in range(8)]
+    without = network_of(LLAMA, vocab_size=tok.vocab_size, tie_word_embeddings=False)
+    rows = {name: p[: tok.vocab_size] if p.shape[0] > tok.vocab_size else p for name, p in model.state_dict().items()}
+    without.load_state_dict(rows)
+    found = generate(model, prompts, vocab_size=tok.vocab_size, **options)
+    expected = generate(without, prompts, **options)
+    assert [(g.tokens, g.discarded) for g in found] == [(g.tokens, g.discarded) for g in expected]
+    loose = generate(model, prompts, **options)
+    assert any(id >= tok.vocab_size for g in loose for id in g.tokens)  # the test can fail
+    if "temperature" not in options:
+        answer, _ = one_answer(model, prompts[0], vocab_size=tok.vocab_size, **options)
+        assert answer == found[0].tokens
+
+
+def test_programs_know_the_size_of_the_vocabulary(padded, place, tmp_path, questions):
+    model, tok = padded
+    save_model(prone_to(tok.vocab_size + 1, model, 1.0), tmp_path / "padded", tokenizer=tok)
+    evaluated(place, tmp_path / "a.json", "--ckpt", tmp_path / "padded", "--temperature", 1)
+    bench(tmp_path / "padded", tmp_path)
+    words = ["--ckpt", tmp_path / "padded", "--prompts", place / "prompts.jsonl", "--judge", place / "world.json"]
+    command(collect.main, *words, "--device", "cpu", "--dtype", "float32", "--out", tmp_path / "rows.jsonl")

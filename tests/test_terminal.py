@@ -1,0 +1,239 @@
+"""The chat on a real pseudo-terminal, with keys as a keyboard sends them; printing where the locale cannot hold it."""
+
+import contextlib
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command import command
+from models import LLAMA, network_of
+from samples import toy_tokenizer, user, write
+
+from backtrack.attacks import __main__ as attacks
+from model import save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A random model that never says [RESET] unless told to."""
+    root = tmp_path_factory.mktemp("ckpt")
+    save_model(network_of(LLAMA, seed=0, max_position_embeddings=16384), root, tokenizer=toy_tokenizer())
+    return root
+
+
+class Person:
+    """Somebody at a terminal in front of `sample.py words`, who reads before typing."""
+
+    def __init__(self, ckpt, *words, stdout_too=True, **environment):
+        self.ours, theirs = pty.openpty()
+        unset = ("NO_COLOR", "INPUTRC")
+        inherited = {key: value for key, value in os.environ.items() if key not in unset}
+        words = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(ckpt), "--device", "cpu", *map(str, words)]
+        self.process = subprocess.Popen(
+            words,
+            stdin=theirs,
+            stdout=theirs if stdout_too else subprocess.PIPE,
+            stderr=theirs,
+            env=inherited | {"TERM": "xterm", "OMP_NUM_THREADS": "1", **environment},
+            start_new_session=True,
+            preexec_fn=take_terminal,
+        )
+        os.close(theirs)
+        self.received = ""
+
+    def reads(self, text: str) -> str:
+        """Waits for the text; what came up to its end."""
+        while text not in self.received:
+            assert self.reads_some(120), self.received
+        before, self.received = self.received.split(text, 1)
+        return before + text
+
+    def types(self, text: str) -> None:
+        """In small parts: a terminal's queue holds 4,096 bytes at a time."""
+        data = text.encode()
+        for start in range(0, len(data), 512):
+            os.write(self.ours, data[start : start + 512])
+            if start + 512 < len(data):
+                self.reads_some(1)  # the echo, if there is one
+
+    def reads_some(self, seconds: float) -> bool:
+        """What comes next, if anything does in so many seconds."""
+        if not select.select([self.ours], [], [], seconds)[0]:
+            return False
+        data = os.read(self.ours, 65536)
+        self.received += data.decode(errors="replace")
+        return bool(data)
+
+    def leaves(self) -> str:
+        """Ctrl-D at the prompt; the rest of what came."""
+        self.types("\x04")
+        with contextlib.suppress(OSError):  # how Linux says that the other end was closed
+            while self.reads_some(120):
+                pass
+        os.close(self.ours)
+        assert self.process.wait(timeout=60) == 0, self.received
+        assert "Traceback" not in self.received
+        return self.received
+
+
+def take_terminal() -> None:
+    """Make the pseudo-terminal the new session's own, so that Ctrl-C comes as a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+# ── Keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_arrow_keys_edit_the_line(ckpt):
+    """Left and a letter: the letter goes in front of the last one. Up: the line is there again."""
+    person = Person(ckpt, "--max-new-tokens", 2, "--json")
+    person.reads("> ")
+    person.types("ac\x1b[Db\n")
+    person.reads('{"prompt": "abc"')
+    person.reads("> ")
+    person.types("\x1b[A\n")
+    person.reads('{"prompt": "abc"')
+    person.reads("> ")
+    assert "^[[" not in person.leaves()
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(ckpt):
+    person = Person(ckpt, "--max-new-tokens", 15000)
+    person.reads("> ")
+    person.types("hello\n")
+    person.reads("hello\r\n")
+    person.reads_some(120)  # the answer has begun
+    person.types("\x03")
+    person.reads("stopped")
+    person.reads("> ")
+    person.types("\x03")  # once more, at the prompt
+    person.reads("Ctrl-D ends the chat")
+    person.reads("> ")
+    person.leaves()
+
+
+def test_ctrl_c_ends_a_pipe(ckpt):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "3"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(b"one\n")
+    process.stdin.flush()
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == b""
+
+
+@pytest.mark.parametrize("environment", [{}, {"TERM": "dumb"}], ids=["xterm", "dumb"])
+def test_a_long_line_arrives_whole(ckpt, environment):
+    """Without readline a terminal keeps 4,095 bytes of a line and drops the rest."""
+    text = "".join(f"{i:05d}" for i in range(1200))
+    person = Person(ckpt, "--max-new-tokens", 2, "--json", **environment)
+    person.reads("> ")
+    person.types(text + "\n")
+    person.reads(json.dumps({"prompt": text})[:-1])
+    person.reads("> ")
+    person.leaves()
+
+
+def test_a_long_line_that_the_terminal_cuts_is_refused(ckpt):
+    """Nothing edits the line where stdout is a pipe."""
+    person = Person(ckpt, "--max-new-tokens", 2, "--json", stdout_too=False)
+    person.reads("Ctrl-D ends\r\n")
+    person.types("x" * 5000 + "\n")
+    person.reads("error: the terminal cuts lines at 4095 bytes")
+    person.types("short\n")
+    assert json.loads(person.process.stdout.readline())["prompt"] == "short"
+    person.leaves()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [({"NO_COLOR": "1"}, ("--show-discarded",)), ({"TERM": "dumb"}, ()), ({"TERM": "dumb"}, ("--trace",))],
+    ids=["no colour", "dumb", "trace"],
+)
+def test_no_escapes_where_none_are_wanted(ckpt, environment, words):
+    """Then an answer is printed once it is finished, as in a pipe: what cannot be erased must not be shown."""
+    person = Person(ckpt, "--max-new-tokens", 3, "--reset-bias", 1000, *words, **environment)
+    shown = person.reads("> ")
+    person.types("hello\n")
+    shown += person.reads("hello\r\n") + person.reads("> ")
+    assert "\x1b" not in shown + person.leaves()
+    assert ("~~~~ [RESET]" in shown) == ("--show-discarded" in words)
+
+
+def test_escapes_elsewhere(ckpt):
+    person = Person(ckpt, "--max-new-tokens", 3, "--reset-bias", 1000, NO_COLOR="")  # empty counts as not set
+    person.reads("> ")
+    person.types("hello\n")
+    person.reads("\x1b[2m[RESET]\x1b[0m")
+    person.reads("> ")
+    person.leaves()
+
+
+# ── Text that the output cannot hold ─────────────────────────────────────────────────────────────────────────────────
+
+SURROGATE = "how \ud800 now 漢"
+
+
+@pytest.mark.parametrize("words", [("ascii",), ("cp437",), ("ascii", "--json"), ("utf-8", "--json")])
+def test_any_locale_and_half_a_character(ckpt, words):
+    """What it cannot hold becomes a question mark, and in JSON an escape that loses nothing."""
+    encoding, *more = words
+    options = ["--prompt", "漢 \udcff", "--prefill", "漢", "--max-new-tokens", "2", "--device", "cpu", *more]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(ckpt), *options],
+        env=os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = done.stdout.decode(encoding)
+    if more:
+        record = json.loads(text)
+        assert record["prompt"] == "漢 \udcff" and record["text"].startswith("漢")
+    else:
+        assert text.startswith("?")
+
+
+def test_attacks_write_half_a_character(ckpt, tmp_path):
+    """The file is UTF-8, a line of JSON each, and what was read comes out again."""
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": user(SURROGATE), "target": "Sure", "set": "s"})
+    (tmp_path / "judging.py").write_text(
+        "from backtrack.judge import Verdict\ndef judge(prompt, answer):\n    return Verdict(unsafe=False)\n"
+    )
+    out = tmp_path / "out.jsonl"
+    words = ["--ckpt", ckpt, "--prompts", prompts, "--judge", "judging:judge", "--out", out, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        command(attacks.main, "instruct", *words, "--max-new-tokens", 2, "--dtype", "float32")
+    _, line = out.read_text(encoding="utf-8").splitlines()
+    sent = [variant["sent"] for variant in json.loads(line)["variants"].values()]
+    assert sent and all(text.startswith(SURROGATE) for text in sent)
+
+
+# ── Too much ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_too_little_memory_is_one_line():
+    def main():
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    main.__module__ = "tests.memory"
+    _, err = command(main, code=2)
+    assert "out of memory" in err and "lower the batch size" in err
