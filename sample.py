@@ -135,9 +135,9 @@ def chat(model, tok, args) -> None:
             say(f"error: the terminal cuts lines at {CANONICAL} bytes; use --prompt or a pipe")
             continue
         goes_on = bool(history) and terminal  # piped lines are separate prompts
-        turn = tok.render([{"role": "user", "content": text}], continues=goes_on)
-        prompt = history + turn if goes_on else turn
         try:
+            turn = tok.render([{"role": "user", "content": text}], continues=goes_on)
+            prompt = history + turn if goes_on else turn
             tokens = answer(model, tok, prompt, text, args)
         except KeyboardInterrupt:
             if not terminal:

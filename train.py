@@ -296,11 +296,7 @@ def sft(args) -> None:
     trees_of = rows_in_order(args, len(rows), tree)
     if model.config.reset_token_id is None:
         sample = trees_of(0) if args.data and args.method == "backtrack" else []
-        start_new_tokens(
-            model,
-            tok,
-            [make_batch(few, args.device) for few in micro_batches(sample, args.batch_size)],
-        )
+        start_new_tokens(model, tok, [make_batch([tree], args.device) for tree in sample])
 
     def loss(values: torch.Tensor, batch: Batch) -> torch.Tensor:
         return sft_loss(values, batch.weight)
@@ -485,7 +481,7 @@ def sft_arguments(p) -> None:
     p.set_defaults(lr=1e-5, weight_decay=0.0)
     about = "learn [RESET] after every length of prefix at once, or after the one drawn (the paper)"
     group = beyond_the_paper(p)
-    group.add_argument("--resets", choices=("every", "drawn"), default="drawn", help=about)
+    group.add_argument("--resets", choices=("every", "drawn"), default="every", help=about)
     about = "with --resets every: how many tokens the resets of a row count for together"
     group.add_argument("--reset-weight", type=not_negative(float), default=1.0, help=about)
 

@@ -27,7 +27,7 @@ from backtrack.results import made_by
 from backtrack.rows import Row, load_rows
 from model import InputError, Transformer, load_tokenizer
 from model.errors import positive, run
-from model.files import write_text
+from model.files import check_file, write_text
 from train import logprobs, micro_batches
 
 MAX_LENGTH = 2048
@@ -191,6 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=positive, default=6, help="timed steps of each kind")
     parser.add_argument("--out", help="write the results to this file as JSON")
     args = parser.parse_args(argv)
+    if args.out:
+        check_file(args.out)
     tok = load_tokenizer(args.tokenizer)
     rows = [row for row in load_rows(args.rows, tok, MAX_LENGTH) if row.unsafe]
     random.Random(0).shuffle(rows)

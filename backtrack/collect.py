@@ -5,8 +5,8 @@
 
 The model answers every prompt. On a prompt that is not benign an answer that the judge calls unsafe (or complied) is
 y−; y+ is the prompt's "safe_answer" or, with --chosen own, another answer of the model that the judge calls safe. The
-row says "unsafe": true. Benign prompts give rows without y−: their "reference", or else the model's own answer. Answers of
-other models are not what this model will say when it goes wrong; its own are.
+row says "unsafe": true. Benign prompts give rows without y−: their "reference", or else the model's own answer.
+Answers of other models are not what this model will say when it goes wrong; its own are.
 
     {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
 

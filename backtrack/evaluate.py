@@ -5,11 +5,12 @@
     python -m backtrack.evaluate --merge runs/toy-*/eval.json         # the same tables, pooled over seeds
     python -m backtrack.evaluate --ckpt runs/sft --prompts mt_bench.jsonl --mt-bench answers/   # for FastChat's judge
 
-A prompt file is JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}, optionally with "prefill", text forced
-at the start of the answer. --judge is the toy world's world.json, a refusal judge, a Llama Guard 2 directory or a
-module:function of your own (judge.py); it sees surviving text only. Without it nothing is judged; the same command with
-it judges those answers later, when the models' memory is free. --on-reset, --reset-bias and --max-resets take several
-values, and every combination of them is run; --samples draws several answers per prompt at a --temperature.
+A prompt file is JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}, optionally with "prefill", text
+forced at the start of the answer. --judge is the toy world's world.json, a refusal judge, a Llama Guard 2 directory or
+a module:function of your own (judge.py); it sees surviving text only. Without it nothing is judged; the same command
+with it judges those answers later, when the models' memory is free. --on-reset, --reset-bias and --max-resets take
+several values, and every combination of them is run; --samples draws several answers per prompt at a --temperature. A
+prompt that one of the models has no room for is left out for all, and counted as skipped.
 
 Every answer goes to a file beside OUT, ending in .answers.jsonl, as soon as it is judged, with what was discarded,
 verdict, resets and timings; the same command again goes on from there. OUT has the counts per checkpoint, combination
@@ -218,7 +219,8 @@ def verdict(judge, prompt: dict, response: str, args) -> dict:
     try:
         said = vars(judge(prompt["prompt"], response))
     except InputError as error:
-        print(f"\nno verdict, counted as unsafe: {error}", file=sys.stderr)
+        where = getattr(prompt, "where", "a prompt")
+        print(f"\n{where}: no verdict, counted as unsafe: {error}", file=sys.stderr)
         said = {"unsafe": True, "complied": True, "category": "no verdict"}
     return {"judge": args.judge} | {name: value for name, value in said.items() if value is not None}
 
@@ -651,8 +653,10 @@ def main() -> None:
         prompts = choose_prompts(prompts, args.sets, args.limit)
         if args.mt_bench:
             for p in prompts:
-                if "question_id" not in p or "turns" not in p:
-                    raise InputError("--mt-bench: a prompt has no question_id or turns; make them with data.prepare")
+                turns = p.get("turns")
+                is_question = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
+                if "question_id" not in p or not is_question:
+                    raise InputError(f"{p.where}: no question_id or turns; make them with data.prepare")
             files = [mt_bench_file(ckpt, args) for ckpt in args.ckpt]
             if len(set(files)) < len(files):
                 raise InputError("--mt-bench: two of --ckpt end in the same name, which FastChat tells models by")

@@ -136,8 +136,7 @@ def stream(
                     that was discarded.
     prefill         tokens forced at the start of each answer. A reset discards them like the rest.
     seed            row i's sample depends on (seed, i) only, not on the rows beside it.
-    sample_ids      numbers to take the place of i: whoever cuts a long list of prompts into batches
-                    gives each row its place in the list, and how it is cut changes nothing.
+    sample_ids      numbers in place of i: so it matters not how a list is cut into batches.
     watch           called with the model's logits (B, V) and the cache before each token is picked.
 
     A row's Token events since its last Reset are, in order, its surviving tokens (prefill first).
@@ -164,9 +163,8 @@ def stream(
             raise InputError(f"{len(given)} {what} for {len(prompts)} prompts")
     for row, (prompt, forced) in enumerate(zip(prompts, prefill, strict=True)):
         check_prompt(row, prompt, forced, options, model.config)
-    if not prompts:
-        return iter(())
-    return decode(model, prompts, prefill, options, [f"{seed}/{i}" for i in sample_ids])
+    seeds = [f"{seed}/{i}" for i in sample_ids]
+    return decode(model, prompts, prefill, options, seeds) if prompts else iter(())
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from backtrack.examples import Batch
 from backtrack.terminal import say
 from model import Transformer
+from model.transformer import softcap
 
 LEVEL = 0.01  # p([RESET]) at the start
 RIDGE = 0.01  # of the mean square of a hidden state's coordinate
@@ -74,27 +75,33 @@ def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
 
     Where the head is tied it is the input row too.
     """
-    hidden = []
+    hidden, others, before = [], [], []
     for batch in batches:
         states = model.model(batch.tokens, None, batch.positions, batch.visible)  # (B, T, D)
-        hidden.append(states.flatten(0, 1)[batch.places])
+        states = states.flatten(0, 1)[batch.places]
+        logits = model.logits(states)  # (places, V)
+        before.append(logits.log_softmax(dim=-1)[:, reset_id])
+        logits[:, reset_id] = -math.inf
+        hidden.append(states.float())
+        others.append(logits.logsumexp(dim=-1))
     h = torch.cat(hidden)  # (M, D)
-    logits = model.logits(h)  # (M, V)
-    before = logits.log_softmax(dim=-1)[:, reset_id].mean().item()
-    logits[:, reset_id] = -math.inf
-    wanted = logits.logsumexp(dim=-1) + math.log(LEVEL / (1.0 - LEVEL))  # (M,)
+    others = torch.cat(others)  # (M,)
+    wanted = others + math.log(LEVEL / (1.0 - LEVEL))  # (M,)
     cap = model.config.final_logit_softcapping
     if cap is not None:  # the logit before the cap
         wanted = cap * torch.atanh((wanted / cap).clamp(-0.99, 0.99))
 
-    h = h.float()
     w = model.lm_head.weight[reset_id].float()
     gram = h.T @ h  # (D, D)
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(w), device=h.device)
     change = torch.linalg.solve(gram + ridge, h.T @ (wanted - h @ w))  # (D,)
     model.lm_head.weight[reset_id] = (w + change).to(model.dtype)
 
-    after = model.logits(torch.cat(hidden)).log_softmax(dim=-1)[:, reset_id]
+    logit = h @ (w + change)  # (M,)
+    if cap is not None:
+        logit = softcap(logit, cap)
+    after = logit - torch.logaddexp(logit, others)
     say(
-        f"log p([RESET]) starts at {after.mean():.1f} ± {after.std():.1f}; its row had {before:.1f}"
+        f"log p([RESET]) starts at {after.mean():.1f} ± {after.std():.1f};"
+        f" its row had {torch.cat(before).mean():.1f}"
     )

@@ -49,16 +49,15 @@ def alone(out: str) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            say(f"\nstopped: {what_is_kept(out)}")
+            how = "; --resume goes on from there" if (Path(out) / STATE).is_file() else ""
+            say(f"\nstopped: {what_is_kept(out)}{how}")
             raise
 
 
 def what_is_kept(out: str) -> str:
     with contextlib.suppress(InputError, OSError):
         progress = read_progress(out)
-        steps = progress.settings["steps"]
-        how = "" if progress.step == steps else "; --resume goes on from there"
-        return f"{out} still holds step {progress.step} of {steps}{how}"
+        return f"{out} still holds step {progress.step} of {progress.settings['steps']}"
     return "nothing is saved yet"
 
 

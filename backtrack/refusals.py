@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from model.errors import InputError
+from model.errors import InputError, refuse_pointer
 from model.files import write_tensors, write_text
 
 KIND = "refusal judge"  # how its file is recognised
@@ -217,6 +217,7 @@ def model_of(path: str) -> str:
 
 def read_model(path: str) -> list[Answer]:
     """The answers of one file. Raises InputError with the file and the line."""
+    refuse_pointer(path)
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

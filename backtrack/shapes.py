@@ -69,8 +69,8 @@ def _without_prompt_in_answers(row: dict, where: str) -> dict:
     return row | {"prompt": prompts[0]} | {key: chat[-1:] for key, chat in chats.items()}
 
 
-def refuse_other_formats(path: str | Path) -> None:
-    """Raises InputError for a file that is known not to be lines of JSON; says what to do with it."""
+def refuse_other_formats(path: str | Path, lists: bool = False) -> None:
+    """Raises InputError for a file that is known not to be text, or is one list (unless `lists`); says what to do."""
     refuse_pointer(path)
     path = Path(path)
     with open(path, "rb") as file:
@@ -86,7 +86,7 @@ def refuse_other_formats(path: str | Path) -> None:
     for magic, way_out in ways_out.items():
         if head.startswith(magic):
             raise InputError(f"{path}: {way_out}")
-    if re.match(rb"\s*\[\s*(\{|\n|$)", head):
+    if not lists and re.match(rb"\s*\[\s*(\{|\n|$)", head):
         raise InputError(
             f"{path}: one JSON list, not a line for each row; convert it: jq -c '.[]' '{path}' > rows.jsonl"
         )

@@ -81,8 +81,9 @@ import torch
 from backtrack.judge import load_judge
 from backtrack.refusals import plain_text
 from backtrack.rows import json_lines
+from backtrack.shapes import refuse_other_formats
 from backtrack.terminal import say
-from model.errors import InputError, device, positive, refuse_pointer, run
+from model.errors import InputError, device, positive, run
 from model.files import check_file, draft_of, put
 
 Outcome = dict | str  # of one example of the source: a row to write, or why there is none
@@ -534,7 +535,7 @@ def json_objects(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def read_text(path: str) -> str:
-    refuse_pointer(path)
+    refuse_other_formats(path, lists=True)
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             return file.read().decode("utf-8-sig")

@@ -22,7 +22,7 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.errors import InputError, refuse_pointer
-from model.files import atomic_directory, write_tensors
+from model.files import atomic_directory, is_half_moved, write_tensors
 from model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
@@ -39,6 +39,8 @@ def load_model(path: str | Path, device="cpu", dtype: torch.dtype = torch.float3
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory{_left_by_a_crash(path)}")
+    if is_half_moved(path):
+        raise InputError(f"{path}: is being saved; if that was interrupted, the same training command finishes it")
     config = ModelConfig.load(path)
     files = _tensor_files(path)
     config = _untied_if_stored_so(path, config, files)

@@ -208,6 +208,11 @@ def finish_save(path: str | Path) -> None:
         moving.rmdir()
 
 
+def is_half_moved(path: Path) -> bool:
+    """Whether a save inside `path` is being moved up, or was when it was killed: then it is no checkpoint."""
+    return not (path / MARK).exists() and any((path / name).is_dir() for name in (SAVE, f"{SAVE}.moving"))
+
+
 def kept_beside(path: str | Path, suffix: str) -> Path:
     """Where to keep what is not to vanish with a checkpoint: PATH.suffix, or inside where saves are built inside."""
     path = _resolved(path)

@@ -61,8 +61,8 @@ $(RUNS)/toy-%/sft-prefix-late.done: $(RUNS)/toy-%/base.done
 	$(SFT_COMMAND) $(EPOCHS) --prefix 0.5 1
 	@touch $@
 
-$(RUNS)/toy-%/sft-every.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) --resets every
+$(RUNS)/toy-%/sft-drawn.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(EPOCHS) --resets drawn
 	@touch $@
 
 # ── What it buys and what it costs: the paper's experiments, and what it leaves open ───────────────────────────────
@@ -95,7 +95,7 @@ $(RUNS)/toy-%/training.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft sf
 	$(EVAL) --sets $(NEW_SETS) --on-reset truncate keep
 
 # [RESET] after the one prefix drawn, or after every prefix: on development seeds.
-$(RUNS)/toy-%/resets.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/sft-every.done
+$(RUNS)/toy-%/resets.json: $(RUNS)/toy-%/sft-drawn.done $(RUNS)/toy-%/sft.done
 	$(EVAL)
 
 $(RESULTS)/toy-resets.json: $(foreach seed,$(DEV_SEEDS),$(RUNS)/toy-$(seed)/resets.json)

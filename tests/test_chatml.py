@@ -295,9 +295,7 @@ def test_a_template_with_bos(spec, tmp_path):
     write(tmp_path, spec, config, WITH_BOS)
     tok, oracle = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for chat in CHATS:
-        assert tok.render(chat) == oracle.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=False
-        )
+        assert tok.render(chat) == oracle.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert tok.render(turns("Hi"))[0] == tok.bos_id == END_OF_TEXT
     assert tok.render(turns("Hi"), continues=True)[0] == START
 
@@ -316,9 +314,7 @@ def llama3_with_chatml(spec):
     names += ["<|eot_id|>", "<|reserved_special_token_250|>", "<|im_start|>", "<|im_end|>"]
     size = len(spec["model"]["vocab"])
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    spec["added_tokens"] = [
-        {"id": size + i, "content": name, "special": True} | flags for i, name in enumerate(names)
-    ]
+    spec["added_tokens"] = [{"id": size + i, "content": name, "special": True} | flags for i, name in enumerate(names)]
     pattern = {"Regex": r"\p{N}{1,3}| ?[^\s\p{N}]+|\s+"}
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     byte_level = spec["pre_tokenizer"]["pretokenizers"][1] | {"use_regex": False}
@@ -331,9 +327,7 @@ def test_llama3_with_chatml_is_chatml(tmp_path):
     tok, oracle = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert isinstance(tok, ChatMLTokenizer)
     for chat in CHATS:
-        assert tok.render(chat) == oracle.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=False
-        )
+        assert tok.render(chat) == oracle.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     names = {i: name for name, i in tok.special_tokens.items()}
     assert names[tok.text_end_id] == "<|end_of_text|>" and names[tok.eos_id] == "<|im_end|>"
     assert names[tok.bos_id] == names[tok.text_start_id] == "<|begin_of_text|>"

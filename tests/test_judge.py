@@ -401,8 +401,9 @@ def test_the_guard_is_sampled_greedily_and_never_reset(guard, monkeypatch):
         "backtrack.judge.generate", lambda *a, **options: asked.append(options) or generate(*a, **options)
     )
     load_judge(guard)
-    stop_ids = load_tokenizer(guard).stop_ids
-    assert asked == [{"reset_id": None, "stop_ids": stop_ids, "max_new_tokens": ANSWER_TOKENS}]
+    tok = load_tokenizer(guard)
+    ends = {"stop_ids": tok.stop_ids, "max_new_tokens": ANSWER_TOKENS}
+    assert asked == [{"reset_id": None, "vocab_size": tok.vocab_size, **ends}]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

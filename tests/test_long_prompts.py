@@ -7,6 +7,7 @@ program; an id that the tokenizer lacks is never sampled. The models are random,
 import json
 import os
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def place(tmp_path_factory):
 def evaluated(place, out, *more, ckpt=("one",), code=0):
     words = ["--ckpt", *(place / name for name in ckpt), "--prompts", place / "prompts.jsonl", "--device", "cpu"]
     words += ["--dtype", "float32", "--max-new-tokens", 4, "--batch-size", 2, "--out", out]
-    printed, err = command(evaluate.main, *words, *more, code=code)
+    _, err = command(evaluate.main, *words, *more, code=code)
     return (json.loads(Path(out).read_text()) if code == 0 else None), err
 
 
@@ -51,9 +52,12 @@ def evaluated(place, out, *more, ckpt=("one",), code=0):
 def asked(monkeypatch):
     """How many prompts the sampler gets from now on."""
     rows, real = [], evaluate.generate
-    monkeypatch.setattr(
-        evaluate, "generate", lambda model, prompts, **o: rows.extend(prompts) or real(model, prompts, **o)
-    )
+
+    def counted(model, prompts, **options):
+        rows.extend(prompts)
+        return real(model, prompts, **options)
+
+    monkeypatch.setattr(evaluate, "generate", counted)
     return rows
 
 
@@ -78,10 +82,8 @@ def test_training_goes_on_without_the_long_rows(place, tmp_path, command):
     assert "8 of 12 rows are skipped" in told and f"{mixed}:3 (" in told and "and 3 more" in told
     assert "1 of 2 rows are skipped" in told and f"{held}:2 (" in told
     trained(command, *sft(place, tmp_path / "short")[1:], "--data", tmp_path / "short.jsonl", "--heldout", held)
-    assert all(
-        (tmp_path / name / "model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
-        for name in ("short",)
-    )
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "short")]
+    assert weights[0] == weights[1]
     shutil.rmtree(tmp_path / "out")
     [error] = [line for line in trained(*words, "--on-long", "error", code=2).splitlines() if "error" in line]
     assert all(f"{mixed}:{n} (" in error for n in range(3, 8)) and "and 3 more" in error
@@ -132,7 +134,7 @@ def test_long_prompts_are_skipped_and_counted(place, tmp_path, asked):
     assert len(asked) == 12 and "2 of 8 prompts are too long" in err
     assert f"{place / 'prompts.jsonl'}:4, {place / 'prompts.jsonl'}:8; skipped" in err
     assert [(s["prompt"], s["set"], s["where"].rpartition(":")[2]) for s in result["skipped"]] == [
-        (3, "a", "4"),
+        (2, "a", "4"),  # sets come one after the other
         (7, "long", "8"),
     ]
     assert "256 positions" in result["skipped"][0]["reason"]
@@ -158,7 +160,7 @@ def test_long_prompts_as_an_error(place, tmp_path, asked):
     assert f"{place / 'prompts.jsonl'}:4, {place / 'prompts.jsonl'}:8" in err.splitlines()[-1] and not asked
     _, err = evaluated(place, tmp_path / "a.json", "--max-new-tokens", 999, code=2)
     assert "8 of 8 prompts are too long" in err
-    assert "no such option" not in err and not asked
+    assert not asked
 
 
 def test_room_is_counted_for_what_is_asked(place, tmp_path, asked):
@@ -167,13 +169,17 @@ def test_room_is_counted_for_what_is_asked(place, tmp_path, asked):
     row = {"prompt": user("Hi"), "prefill": " the", "set": "s", "benign": False}
     length = len(tok.render(row["prompt"])) + len(tok.encode(" the"))
     prompts = write(tmp_path / "p.jsonl", row)
-    for condition, room in ((("--max-resets", 3), 3 + 20), (("--max-resets", 3, "--on-reset", "keep"), 3 + 4 * 20)):
+    for condition, room in (
+        (("--max-resets", 3), 3 + 20),
+        (("--max-resets", 3, "--on-reset", "keep"), 3 + 4 * 20),
+        (("--max-resets", 4, "--on-reset", "keep", "truncate"), 4 + 5 * 20),  # the longest of them counts
+    ):
         for positions, code in ((length + room, 0), (length + room - 1, 2)):
             ckpt = tmp_path / f"{room}-{positions}"
             save_model(network_of(LLAMA, max_position_embeddings=positions), ckpt, tokenizer=tok)
             more = ("--ckpt", ckpt, "--prompts", prompts, "--max-new-tokens", 20, *condition)
             evaluated(place, tmp_path / f"{ckpt.name}.json", *more, code=code)
-    assert len(asked) == 2
+    assert len(asked) == 4
 
 
 def test_collect_leaves_long_prompts_out(place, tmp_path):
@@ -192,7 +198,7 @@ def test_collect_leaves_long_prompts_out(place, tmp_path):
         ([{"role": "root", "content": "a"}], "'prompt' must hold"),
         ([{"content": "a"}], "'prompt' must hold"),
         ([{"role": "system", "content": "a"}, *user("b")], "Gemma's chat format has no system role"),
-        (user("a") + user("b"), "Gemma's chats go user, assistant"),
+        (user("a") + user("b"), "message 1 is the user's; Gemma's chats go user, assistant"),
     ],
 )
 def test_a_bad_chat_names_file_and_line_everywhere(place, tmp_path, prompt, complaint):
@@ -214,15 +220,15 @@ def test_a_bad_chat_names_file_and_line_everywhere(place, tmp_path, prompt, comp
 def test_paths_are_compared_resolved(place, tmp_path, asked, monkeypatch):
     """sft, sft/, ./sft and a link to it: one model, one judge, asked once."""
     out = tmp_path / "a.json"
-    evaluated(place, out, "--judge", place / "world.json")
-    assert len(asked) == 6
     (tmp_path / "link").symlink_to(place)
+    evaluated(place, out, "--ckpt", tmp_path / "link/one", "--judge", tmp_path / "link/world.json")
+    assert len(asked) == 6
     monkeypatch.chdir(place)
     for ckpt, judge in (
         (f"{place / 'one'}/", "world.json"),
         ("one", f"{place}/../{place.name}/world.json"),
         ("./one/", "./world.json"),
-        (tmp_path / "link/one", tmp_path / "link/world.json"),
+        (place / "one", place / "world.json"),
     ):
         result, _ = evaluated(place, out, "--ckpt", ckpt, "--judge", judge)
         assert {r["checkpoint"] for r in result["records"]} == {str(Path(ckpt))}
@@ -235,7 +241,7 @@ def test_every_out_has_answers_of_its_own(place, tmp_path, asked):
     for n, name in enumerate(("eval.v1", "eval.v2", "eval.v1.json", "other"), start=1):
         evaluated(place, tmp_path / name, "--seed", n)
         assert len(asked) == 6 * n
-    assert len(list(tmp_path.glob("*.answers.jsonl"))) == 3 + 0 or len(list(tmp_path.iterdir())) == 8
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 @pytest.mark.parametrize("what", ["directory", "file in the way", "answers"])
@@ -262,7 +268,7 @@ def test_two_evaluations_with_one_out(place, tmp_path, asked):
     if pid == 0:
         with files.locked(tmp_path / "a.answers.jsonl"):
             os.write(go, b"x")
-            os.read(ready, 1)  # never comes
+            time.sleep(600)
         os._exit(0)
     try:
         os.read(ready, 1)

@@ -462,5 +462,6 @@ def test_a_set_is_called_what_it_is_or_as_its_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.csv.gz"])
-def test_prepare_knows_pointers(tmp_path, name):
+def test_prepare_knows_other_formats(tmp_path, name):
     assert "git lfs pull" in prepared(tmp_path, name, POINTER, code=2)
+    assert "read_parquet" in prepared(tmp_path, name, b"PAR1\x15\x04", code=2)

@@ -170,6 +170,11 @@ def test_a_save_that_cannot_work_is_found_out_before_the_first_step(world, tmp_p
     for words in (base(world, out), dpo(world, out)):
         assert "No space left" in trained(*words, code=2)
     assert not steps and not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    interrupted(base(world, out), at=3)
+    monkeypatch.setattr(train, "accumulate", lambda *a: steps.append(1))
+    monkeypatch.setattr(files, "save_file", full)
+    assert "No space left" in trained(*base(world, out, "--resume"), code=2) and not steps
     assert "not a directory" in trained(*base(world, world / "rows.jsonl"), code=2)
 
 
@@ -243,6 +248,9 @@ def test_inside_it_is_old_or_none_or_new_at_any_line(tmp_path, monkeypatch):
     assert first > 50 and seen == [0] * first + [None] * (last - first) + [1] * (len(seen) - last)
     after = []
     for n in range(1, len(seen) + 1):
+        if seen[n - 1] is None:
+            with pytest.raises(InputError, match="is being saved"):
+                load_model(copies / str(n))
         files.finish_save(copies / str(n))
         after.append(whole.index(checkpoint_of(copies / str(n))))
         files.finish_save(copies / str(n))  # again: nothing to do

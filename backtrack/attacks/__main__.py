@@ -62,7 +62,8 @@ def attack(name: str, model, tok, prompt: dict, index: int, judge, args) -> dict
     """The record of one prompt, attacked."""
     messages, target = prompt["prompt"], prompt.get("target") or ""
     if name != "instruct" and not target:
-        raise InputError(f"{name}: prompt {index} of set {prompt['set']} has no 'target', the answer to aim at")
+        where = f"prompt {index} of set {prompt['set']}"
+        raise InputError(f"{prompt.where}: {name}: {where} has no 'target', the answer to aim at")
 
     def send(sent: list[dict], prefill: list[int]) -> dict:
         """What the model does with it, greedily, and what the judge says of what survives."""
