@@ -226,5 +226,5 @@ def test_the_whole_command(place, tok, monkeypatch):
 
 
 def test_too_few_rows(place):
-    _, said = command(bench_training.main, *words(place), code=2)
+    _, said = command(bench_training.main, *words(place), "--steps", 12, code=2)
     assert said == "error: 32 rows with an unsafe answer, 52 are needed; lower --steps\n"
