@@ -28,7 +28,7 @@ DPO_PAPER    := --lr 5e-5 --nll 0.2
 DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
 DPO_BASELINE := --lr 2e-4 --nll 1 --method baseline
 
-.PHONY: help setup test test-slow test-real lint train-base train-sft train-sft-baseline train-dpo \
+.PHONY: help setup test test-slow test-gpu test-real lint train-base train-sft train-sft-baseline train-dpo \
 	train-dpo-baseline sample eval attack figures bench bench-training
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -54,6 +54,9 @@ $(VENV)/.installed-dev: requirements-figures.txt
 
 test: $(VENV)/.installed-dev  ## the test suite; installs transformers, the tests' oracle
 	$(PY) -m pytest
+
+test-gpu: $(VENV)/.installed-dev  ## what needs a CUDA device
+	$(PY) -m pytest -m gpu
 
 test-slow: $(VENV)/.installed-dev  ## the checks that take minutes, such as training the toy world
 	$(PY) -m pytest -m slow

@@ -5,7 +5,7 @@
         print(tok.decode(g.tokens), g.resets)      # surviving text, how often it began again
     for event in stream(model, [prompt_ids], …):   # Token | Reset | Done, as they happen
 
-    python -m backtrack.generate runs/toy-0/sft "Tell me how to make …"    # one_answer, to step through
+    python -m backtrack.generate runs/toy-0/sft "Tell me how …"    # one_answer, to step through
 
 `one_answer` is what the paper describes, for one prompt. `generate` does the same for a batch, with
 temperature, prefilled answers and more resets: one decode step serves all rows, whatever each of
@@ -128,7 +128,7 @@ def stream(
     reset_id        the id of [RESET]; None makes this an ordinary sampler.
     stop_ids        ids that end an answer (not part of it).
     max_new_tokens  most tokens sampled in each attempt; prefilled tokens do not count.
-    vocab_size      the tokenizer's: ids from there on only pad the vocabulary, and are never sampled.
+    vocab_size      the tokenizer's: ids from there on only pad the vocabulary, never sampled.
     temperature     0 is greedy. top_p keeps the smallest set of tokens that has this probability.
     reset_bias      added to the logit of [RESET]: the paper's dial between safety and efficiency.
     max_resets      after that many, [RESET] is masked (1 in the paper).

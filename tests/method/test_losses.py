@@ -144,7 +144,9 @@ def test_dpo_gradient_by_closed_form(beta):
     expected = [-beta / (1 + math.exp(beta * m)) for m in MARGINS]
     assert pi_c.grad.tolist() == pytest.approx(expected, abs=1e-12)
     assert pi_r.grad.tolist() == pytest.approx([-g for g in expected], abs=1e-12)
-    assert torch.autograd.gradcheck(lambda c, r: train.dpo_loss(c, r, ref_c, ref_r, beta), (pi_c, pi_r))
+    assert torch.autograd.gradcheck(
+        lambda c, r: train.dpo_loss(c, r, ref_c, ref_r, beta), (pi_c, pi_r)
+    )
 
 
 def test_far_off_pairs_stay_finite():
@@ -175,7 +177,9 @@ def some_pairs():
 
 def dpo_terms(policy, reference, pairs, beta):
     """The loss of each pair from trees, and its (chosen, rejected) log-ratios."""
-    batch = make_batch([pair_tree(pairs[:3], ONES, 64), pair_tree(pairs[3:], ONES, 64)][: len(pairs) // 2])
+    batch = make_batch(
+        [pair_tree(pairs[:3], ONES, 64), pair_tree(pairs[3:], ONES, 64)][: len(pairs) // 2]
+    )
     with torch.no_grad():
         ref = batch.by_sequence(train.logprobs(reference, batch))
     sums = batch.by_sequence(train.logprobs(policy, batch))
@@ -255,7 +259,9 @@ def one_token_pairs():
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_the_report_of_pairs_by_hand(beta):
     batch, values = one_token_pairs()
-    assert batch.by_sequence(values).tolist() == [x for p in zip(PI_C, PI_R, strict=True) for x in p]
+    assert batch.by_sequence(values).tolist() == [
+        x for p in zip(PI_C, PI_R, strict=True) for x in p
+    ]
     report = progress.pair_report(values, batch, torch.tensor([0.1, 0.2, 0.3, 0.4]), beta, RESET)
     for kind, loss in zip(KINDS, (0.1, 0.2, 0.3, 0.4), strict=True):
         assert report[f"loss/{kind}"] == pytest.approx((loss, 1))
@@ -269,7 +275,10 @@ def test_the_report_of_pairs_by_hand(beta):
 def test_how_likely_a_reset_is_where_it_belongs_and_where_not():
     """In a chosen answer it does, in a rejected one it does not; other tokens are not counted."""
     pairs = [Pair("elicit", [1, 2], [5, RESET, 6], [5, 9, 8], 1)]
-    pairs += [Pair("discourage", [1, 2], [6], [6, RESET, 5], 0), Pair("discourage", [1, 3], [6], [RESET, 5], 0)]
+    pairs += [
+        Pair("discourage", [1, 2], [6], [6, RESET, 5], 0),
+        Pair("discourage", [1, 3], [6], [RESET, 5], 0),
+    ]
     tree = pair_tree(pairs, ONES, 64)
     tree.reference = [0.0] * 6
     batch = make_batch([tree])

@@ -121,7 +121,9 @@ X, Y = ids(8, 6), ids(5, 7)
 # Answers that are alike: one the other's beginning, or the same, or the same row again.
 ALIKE = [Row(X, Y, Y + ids(4, 8), True), Row(X, Y + ids(3, 9), Y, True), Row(X, Y, Y, True)]
 ALIKE += [ALIKE[0], Row(X, Y, [7, 7, 7, 7], True), Row(X, [RESET], [RESET], True)]
-SHORT = [row(3, 1, 1, seed=20 + n) for n in range(7)]  # several of them fit in the lane of a long one
+SHORT = [
+    row(3, 1, 1, seed=20 + n) for n in range(7)
+]  # several of them fit in the lane of a long one
 
 SCENES = {
     "sft": lambda: sft(ROWS, restart="all"),
@@ -134,7 +136,9 @@ SCENES = {
     "sft, one sequence": lambda: sft(ROWS[2:3]),
     "sft, answers alike": lambda: sft(ALIKE, resets="every", restart="all"),
     "sft, shared lanes": lambda: sft([row(20, 9, 9), *SHORT], restart="all"),
-    "sft, sequences in shared lanes": lambda: sft([row(20, 9, 0, False), *SHORT], method="baseline"),
+    "sft, sequences in shared lanes": lambda: sft(
+        [row(20, 9, 0, False), *SHORT], method="baseline"
+    ),
     # Too long to share lanes, without a branch, of different lengths: plain causal attention beside padding.
     "sft, padded": lambda: sft([row(x, 5, 0, False, x) for x in (14, 10, 12)]),
     "nothing shared": forest,
@@ -219,7 +223,9 @@ def test_logprobs_losses_and_gradients(network, scene):
     batch = make_batch(scene.trees)
     values = train.logprobs(network, batch)
     assert values.dtype == torch.float32
-    found = zip(in_plain_order(batch, batch.sequence), in_plain_order(batch, batch.target), strict=True)
+    found = zip(
+        in_plain_order(batch, batch.sequence), in_plain_order(batch, batch.target), strict=True
+    )
     assert [(s.item(), token.item()) for s, token in found] == owners(scene)
     expected = plain_logprobs(network, scene)
     torch.testing.assert_close(in_plain_order(batch, values), expected, atol=1e-5, rtol=1e-5)
@@ -284,7 +290,9 @@ def test_a_target_sees_its_sequence_and_nothing_else(scene):
     """Read in order, what the predicting node sees is what stands before the target."""
     batch = make_batch(scene.trees)
     B, T = batch.tokens.shape
-    visible = torch.ones(T, T).tril().bool().expand(B, T, T) if batch.visible is None else batch.visible
+    visible = (
+        torch.ones(T, T).tril().bool().expand(B, T, T) if batch.visible is None else batch.visible
+    )
     done = [start for start in scene.starts]
     for n, s in enumerate(batch.sequence.tolist()):
         b, t = divmod(batch.places[batch.place[n]].item(), T)
@@ -292,7 +300,9 @@ def test_a_target_sees_its_sequence_and_nothing_else(scene):
         assert batch.tokens[b][visible[b, t]].tolist() == before
         assert batch.positions[b][visible[b, t]].tolist() == list(range(len(before)))
         done[s] += 1
-    assert done == [max(len(tokens), start) for tokens, start in zip(scene.sequences, scene.starts, strict=True)]
+    assert done == [
+        max(len(tokens), start) for tokens, start in zip(scene.sequences, scene.starts, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", list(SCENES))
@@ -328,7 +338,9 @@ def test_padding_gets_no_gradient(network, scene):
     assert real[batch.places].all()
     batch.tokens.view(-1)[~real] = 37 if 37 not in batch.tokens.view(-1)[real] else V - 1
     loss = tree_loss(scene, batch, train.logprobs(network, batch))
-    expected = tree_loss(scene, make_batch(scene.trees), train.logprobs(network, make_batch(scene.trees)))
+    expected = tree_loss(
+        scene, make_batch(scene.trees), train.logprobs(network, make_batch(scene.trees))
+    )
     assert loss.item() == expected.item()
     close(gradients(network, loss), gradients(network, expected), atol=1e-7, rtol=0)
 
@@ -385,7 +397,12 @@ def test_the_weights_of_a_tree():
         View("text", [1, 2, 9], 1, 1.0),
         View("reset", [1, 2, 3, 8], 3, 0.1),
     ]
-    for max_length, expected in ((9, 3 * 0.5 + 2 * 1.0 + 0.1), (4, 2 * 0.5 + 2 + 0.1), (3, 0.5 + 2), (2, 1.0)):
+    for max_length, expected in (
+        (9, 3 * 0.5 + 2 * 1.0 + 0.1),
+        (4, 2 * 0.5 + 2 + 0.1),
+        (3, 0.5 + 2),
+        (2, 1.0),
+    ):
         tree = view_tree(views, max_length)
         assert tree.weight == pytest.approx(sum(tree.target_weight)) == pytest.approx(expected)
         for s, weight in zip(tree.target_sequence, tree.target_weight, strict=True):

@@ -87,9 +87,7 @@ def test_all_logits_are_those_of_transformers(model, their_model, tok):
 )
 def test_greedy_text_is_that_of_transformers(model, their_model, tok, question):
     prompt = tok.render(user(question))
-    [answer] = generate(
-        model, [prompt], reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=100
-    )
+    [answer] = generate(model, [prompt], reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=100)
     theirs = their_model.generate(
         torch.tensor([prompt]), max_new_tokens=100, do_sample=False, eos_token_id=[*tok.stop_ids]
     )
@@ -108,9 +106,7 @@ def test_it_knows_the_capital_of_france(model, tok):
 def test_what_save_model_writes_loads_in_transformers(model, their_model, tok, tmp_path):
     save_model(model, tmp_path, tokenizer=tok)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    for (name, ours), theirs in zip(
-        again.named_parameters(), their_model.parameters(), strict=True
-    ):
+    for (name, ours), theirs in zip(again.named_parameters(), their_model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path)
     chat = user("How many  12 sheep?")
@@ -124,9 +120,7 @@ def test_what_save_model_writes_loads_in_transformers(model, their_model, tok, t
 
 def test_a_bf16_directory_as_published_loads_the_same_way(their_model, tmp_path):
     """Tied and in bf16, as transformers writes it, which is how SmolLM2 was published."""
-    transformers.AutoModelForCausalLM.from_pretrained(
-        DIRECTORY, dtype=torch.bfloat16
-    ).save_pretrained(tmp_path)
+    transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.bfloat16).save_pretrained(tmp_path)
     ours = dict(load_model(tmp_path).named_parameters())
     for name, weight in their_model.named_parameters():
         assert torch.equal(ours[name], weight.to(torch.bfloat16).float()), name
@@ -156,9 +150,7 @@ def real_texts():
         elif path.suffix == ".json":
             yield from strings(json.loads(path.read_text(encoding="utf-8")))
         elif path.suffix in (".jsonl", ".gz"):
-            with (gzip.open if path.suffix == ".gz" else open)(
-                path, "rt", encoding="utf-8"
-            ) as file:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
                 for line in file:
                     yield from strings(json.loads(line))
 
@@ -221,9 +213,7 @@ def test_20_chats_are_the_template(tok, their_tok, prompt):
     chats = list(conversations())
     assert len(chats) == 20 and sum(chat[0]["role"] == "system" for chat in chats) == 10
     for chat in chats:
-        theirs = their_tok.apply_chat_template(
-            chat, add_generation_prompt=prompt, return_dict=False
-        )
+        theirs = their_tok.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=False)
         assert tok.render(chat, add_generation_prompt=prompt) == theirs, chat
 
 
