@@ -47,7 +47,8 @@ def test_the_flags_it_uses_exist():
     """Every `python … --flag` of the READMEs, asked of --help."""
     text = "\n".join((ROOT / f).read_text(encoding="utf-8") for f in ("README.md", "data/README.md"))
     text = text.replace("\\\n", " ")
-    helps: dict[str, str] = {}
+    asked: dict[tuple, subprocess.Popen] = {}  # all at once: each start of PyTorch takes seconds
+    used = []
     for line in re.findall(r"^(?:\$ )?python (.*)$", text, flags=re.MULTILINE):
         words = line.split("#")[0].split()
         if words[:2] == ["-m", "pdb"]:
@@ -57,10 +58,12 @@ def test_the_flags_it_uses_exist():
         if program == ["-m", "pytest"]:
             continue
         sub = [rest[0]] if rest and rest[0] in ("base", "sft", "dpo", "hh", "oasst", "prompts", "gcg") else []
-        command = " ".join([*program, *sub])
-        if command not in helps:
-            asked = [sys.executable, *program, *sub, "--help"]
-            helps[command] = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout
-        for flag in re.findall(r"(?<!\S)--[a-z-]+", " ".join(rest)):
-            assert flag in helps[command], f"{command} has no {flag}"
+        command = (*program, *sub)
+        if command not in asked:
+            words = [sys.executable, *command, "--help"]
+            asked[command] = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        used += [(command, flag) for flag in re.findall(r"(?<!\S)--[a-z-]+", " ".join(rest))]
+    helps = {command: process.communicate()[0] for command, process in asked.items()}
+    for command, flag in used:
+        assert flag in helps[command], f"{' '.join(command)} has no {flag}"
     assert len(helps) >= 6
