@@ -296,12 +296,8 @@ def pick(
 def read_prompts(model, records: list[Record], options: Options):
     """Read all prompts with their prefills in one go: the logits (B, V), the cache, the rows."""
     device, B = model.device, len(records)
-    # What a row can come to occupy: cut back, one attempt at a time; keeping all, every attempt.
-    attempts = options.max_new_tokens
-    if options.on_reset == "keep":
-        attempts *= options.max_resets + 1
     width = max(record.entries for record in records)
-    capacity = width + options.max_resets + attempts
+    capacity = width + room_for_answer(options)
     cache = KVCache(model.config, B, capacity, device, model.dtype)
 
     # Padded on the right with anything, which is cut off again: see Decoder.forward.
@@ -483,7 +479,10 @@ def check_prompt(row: int, prompt: list[int], forced: list[int], options: Option
 
 
 def room_for_answer(options) -> int:
-    """Positions that an answer may take, resets included, besides its prompt and its prefill."""
+    """Positions that an answer may take, resets included, besides its prompt and its prefill.
+
+    Cut back, one attempt at a time; keeping all, every attempt.
+    """
     attempts = options.max_new_tokens
     if options.on_reset == "keep":
         attempts *= options.max_resets + 1

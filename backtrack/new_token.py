@@ -37,7 +37,7 @@ def start_new_tokens(model: Transformer, tok, batches: list[Batch]) -> None:
         say(
             f"untrained {name} rows of special tokens, set to the mean of the trained rows: {fresh}"
         )
-    if batches and model.config.reset_token_id is None:
+    if batches:
         set_level(model, tok.reset_id, batches)
     # From now on it means something.
     model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)

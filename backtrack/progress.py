@@ -89,18 +89,8 @@ def run_settings(args, count: int, data) -> dict:
         "weight_decay",
         "clip",
     ]
-    names += [
-        "method",
-        "resets",
-        "reset_weight",
-        "restart",
-        "prefix",
-        "beta",
-        "nll",
-        "elicit",
-        "discourage",
-        "restart_weight",
-    ]
+    names += ["method", "resets", "reset_weight", "restart", "prefix"]
+    names += ["beta", "nll", "elicit", "discourage", "restart_weight"]
     settings = {name: getattr(args, name) for name in names if name in args}
     return settings | {"steps": steps, "data": digest(data)}
 

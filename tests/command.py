@@ -1,4 +1,4 @@
-"""What the tests of the programs under backtrack/ share: their command lines, run within this process."""
+"""What the tests of programs and of saving share: command lines within this process, and every line of a save."""
 
 import contextlib
 import io
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from model import checkpoint, files
 from model.errors import run
 
 
@@ -25,3 +26,21 @@ def command(main, *words, code=0):
         *before, last = err.getvalue().splitlines()
         assert "error: " in last and not any("error: " in line for line in before)
     return out.getvalue(), err.getvalue()
+
+
+def at_every_line(save, do):
+    """Run save(), calling do() before each line that it runs through in checkpoint.py and files.py."""
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename not in (checkpoint.__file__, files.__file__):
+            return None
+        if event == "line":
+            do()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        save()
+    finally:
+        sys.settrace(before)

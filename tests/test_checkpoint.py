@@ -21,6 +21,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from command import at_every_line
 from models import network_of
 from safetensors.torch import load_file, save_file
 
@@ -497,24 +498,6 @@ def forked(child):
 def ended(pid):
     """Wait for a child: its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def at_every_line(save, do):
-    """Run save(), calling do() before each line that it runs through in checkpoint.py and files.py."""
-
-    def trace(frame, event, arg):
-        if frame.f_code.co_filename not in (checkpoint.__file__, files.__file__):
-            return None
-        if event == "line":
-            do()
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        save()
-    finally:
-        sys.settrace(before)
 
 
 def killed_at_line(n, save):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import command
+from command import at_every_line, command
 from models import LLAMA, network_of
 from safetensors.torch import load_file, save_file
 from samples import UNSAFE, row_of, toy_tokenizer, write
@@ -24,7 +24,7 @@ from training import contents, interrupted, steps_of, trained
 
 import train
 from data import prepare
-from model import InputError, checkpoint, files, load_model, save_model
+from model import InputError, files, load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = train.log.STATE
@@ -203,22 +203,6 @@ def test_names_of_almost_any_length(world, tmp_path, unbroken):
 
 
 # ── A save inside the directory, at every line ───────────────────────────────────────────────────────────────────────
-
-
-def at_every_line(save, do):
-    def trace(frame, event, arg):
-        if frame.f_code.co_filename not in (checkpoint.__file__, files.__file__):
-            return None
-        if event == "line":
-            do()
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        save()
-    finally:
-        sys.settrace(before)
 
 
 def test_inside_it_is_old_or_none_or_new_at_any_line(tmp_path, monkeypatch):
