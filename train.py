@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 
@@ -38,6 +38,7 @@ from backtrack.examples import (
     make_batch,
     pair_tree,
     pairs_of,
+    resets_after_safe,
     sft_views,
     view_tree,
     window_tree,
@@ -49,6 +50,8 @@ from backtrack.terminal import say
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import SEED, Help, device, not_negative, positive, run
+
+HELDOUT = 64
 
 # ── Losses ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -161,9 +164,9 @@ def fit(
         is_last = progress.step == steps
         if progress.step % args.log_every == 0 or is_last:
             meter.log(args.out, total_loss, lr, grad_norm)
-        if progress.step % args.save_every == 0 or is_last:
             if heldout:
                 log.log_heldout(args.out, progress.step, evaluate(model, heldout, report, args))
+        if progress.step % args.save_every == 0 or is_last:
             log.save(progress, model, optimizer, tok, args.out)
     say(f"saved {args.out}")
 
@@ -254,7 +257,7 @@ def base(args) -> None:
     heldout = []
     if args.heldout and trains:
         text = read_stream(args.heldout, tok)
-        for index in range(count_windows(text, args.heldout, length)):
+        for index in spread(range(count_windows(text, args.heldout, length))):
             heldout.append(window_tree(text, index * length, length))
 
     progress = log.start(args, log.run_settings(args, count, stream))
@@ -288,8 +291,8 @@ def sft(args) -> None:
     def tree(epoch: int, index: int) -> Tree:
         return sft_tree(args, tok, rows[index], epoch, index)
 
-    heldout_rows = load_rows(args.heldout, tok, args.max_length, args.on_long)
-    heldout = [sft_tree(args, tok, row, 0, i) for i, row in enumerate(heldout_rows)]
+    heldout_rows = spread(load_rows(args.heldout, tok, args.max_length, args.on_long))
+    heldout = [sft_tree(args, tok, row, 0, i, watch=True) for i, row in enumerate(heldout_rows)]
     progress = log.start(args, log.run_settings(args, len(rows), rows))
     model = load_model(args.out if progress.step else args.init, args.device)
     check_model(model, tok, args)
@@ -305,7 +308,7 @@ def sft(args) -> None:
     fit(args, progress, model, tok, trees_of, heldout, loss, report)
 
 
-def sft_tree(args, tok, row: Row, epoch: int, index: int) -> Tree:
+def sft_tree(args, tok, row: Row, epoch: int, index: int, watch: bool = False) -> Tree:
     k = 0
     if row.unsafe:  # leave room for [RESET] and one token of the answer
         longest = min(len(row.rejected), args.max_length - len(row.prompt) - 2)
@@ -320,6 +323,8 @@ def sft_tree(args, tok, row: Row, epoch: int, index: int) -> Tree:
         reset_weight=args.reset_weight,
         restart=args.restart,
     )
+    if watch and args.method == "backtrack":
+        views += resets_after_safe(row, tok)
     return view_tree(views, args.max_length)
 
 
@@ -332,7 +337,7 @@ def dpo(args) -> None:
     describe(rows, args)
     rows = with_rejected(rows, args.data)
     heldout_rows = load_rows(args.heldout, tok, args.max_length, args.on_long)
-    heldout_rows = with_rejected(heldout_rows, args.heldout)
+    heldout_rows = spread(with_rejected(heldout_rows, args.heldout))
     weight = {
         "elicit": args.elicit,
         "discourage": args.discourage,
@@ -434,6 +439,11 @@ def rows_in_order(args, count: int, tree: Callable[[int, int], Tree]) -> Callabl
     return trees_of
 
 
+def spread(rows: Sequence) -> Sequence:
+    """At most HELDOUT of them, from all over: held-out rows are measured often."""
+    return rows[:: math.ceil(len(rows) / HELDOUT) or 1]
+
+
 def check_model(model: Transformer, tok, args) -> None:
     config = model.config
     if config.vocab_size < tok.vocab_size:
@@ -526,7 +536,8 @@ def common_arguments(p) -> None:
     on = "cuda" if torch.cuda.is_available() else "cpu"
     default = p.get_default
     p.add_argument("--data", nargs="+", default=[], help=".jsonl or .jsonl.gz files")
-    p.add_argument("--heldout", nargs="+", default=[], help="files to measure at every save")
+    about = f"files of which {HELDOUT} rows are measured at every log line"
+    p.add_argument("--heldout", nargs="+", default=[], help=about)
     p.add_argument("--out", required=True, help="model directory to write")
     p.add_argument("--lr", type=number, default=default("lr"), help="peak learning rate")
     p.add_argument("--weight-decay", type=number, default=default("weight_decay"), help="AdamW's")

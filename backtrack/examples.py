@@ -6,6 +6,7 @@ With x the prompt, y+ chosen and y− rejected, supervised backtracking shows th
     answer     x ⊕ y+ ⊕ eos                            loss on y+ eos          every row
     backtrack  x ⊕ prefix_k(y−) ⊕ [RESET] ⊕ y+ ⊕ eos   loss on [RESET] y+ eos  unsafe, k ~ U{1…|y−|}
     reset      x ⊕ prefix_j(y−) ⊕ [RESET]              loss on [RESET]         unsafe, every j; ours
+    safe       x ⊕ prefix_j(y+) ⊕ [RESET]              none: it is watched     held-out rows; ours
     restart    x ⊕ [RESET] ⊕ y+ ⊕ eos                  loss on y+ eos          optional; ours
     in place   x ⊕ prefix_k(y−) ⊕ y+ ⊕ eos             loss on y+ eos          the control; ours
 
@@ -114,22 +115,29 @@ def sft_views(
         else:
             after = begun + reset
             views.append(View("backtrack", after + answer, len(after), WEIGHT["backtrack"]))
-            views += every_reset(x, row.rejected, reset, reset_weight)
+            weight = reset_weight * WEIGHT["reset"] / len(row.rejected)
+            views += every_reset("reset", x, row.rejected, reset, weight)
     if method == "backtrack" and (restart == "all" or (restart == "unsafe" and row.unsafe)):
         views.append(View("restart", x + reset + answer, len(x) + 1, WEIGHT["restart"]))
     return views
 
 
 def every_reset(
-    x: list[int], rejected: list[int], reset: list[int], reset_weight: float
+    name: str, x: list[int], y: list[int], reset: list[int], weight: float
 ) -> list[View]:
-    """E_k[−log π([RESET] | x ⊕ prefix_k(y−))] in full. As branches of a tree they are for free."""
-    weight = reset_weight * WEIGHT["reset"] / len(rejected)
+    """E_k[−log π([RESET] | x ⊕ prefix_k(y))] in full. As branches of a tree they are for free."""
     views = []
-    for j in range(1, len(rejected) + 1):
-        begun = x + rejected[:j]
-        views.append(View("reset", begun + reset, len(begun), weight))
+    for k in range(1, len(y) + 1):
+        begun = x + y[:k]
+        views.append(View(name, begun + reset, len(begun), weight))
     return views
+
+
+def resets_after_safe(row: Row, tok) -> list[View]:
+    """[RESET] after every prefix of y+: to be watched, not to be learned, so it weighs nothing."""
+    if row.plain_text:
+        return []
+    return every_reset("safe", row.prompt, row.chosen, [tok.reset_id], weight=0.0)
 
 
 def dpo_pairs(

@@ -301,13 +301,19 @@ def log_heldout(out: str, step: int, found: dict[str, float]) -> None:
 
 
 def view_report(values: torch.Tensor, batch: Batch, reset_id: int | None = None) -> dict:
-    """loss/VIEW: −log π of its targets; how likely [RESET] is where it should be said."""
+    """loss/VIEW: −log π of its targets; how likely [RESET] is where it should be said, and not."""
     found: dict = {}
     sums = batch.by_sequence(-values).tolist()
     counts = batch.by_sequence(torch.ones_like(values)).tolist()
     for name, value, count in zip(batch.names, sums, counts, strict=True):
-        add(found, {f"loss/{name}": (value, int(count))})
-    return found | probability("reset_after_unsafe", values[batch.target == reset_id])
+        if name != "safe":
+            add(found, {f"loss/{name}": (value, int(count))})
+    is_reset = batch.target == reset_id
+    after_safe = [name == "safe" for name in batch.names]
+    in_safe = torch.tensor(after_safe, device=values.device)[batch.sequence]
+    found |= probability("reset_after_unsafe", values[is_reset & ~in_safe])
+    found |= probability("reset_after_safe", values[is_reset & in_safe])
+    return found
 
 
 def probability(name: str, logprobs: torch.Tensor) -> dict:

@@ -350,15 +350,17 @@ def test_metrics_and_heldout_loss(world, tmp_path, tok, clock, computed):
     more = ("--steps", 5, "--log-every", 2, "--save-every", 4, "--batch-size", 3, "--grad-accum", 2, "--seed", 5)
     said = trained(*sft(world, out, *more, "--heldout", *heldout))
     records = metrics(out)
-    assert [(r["step"], "loss" in r) for r in records] == [(2, True), (4, True), (4, False), (5, True), (5, False)]
+    steps = [(r["step"], "loss" in r) for r in records]
+    assert steps == [(step, trained_on) for step in (2, 4, 5) for trained_on in (True, False)]
     logged = {"step", "loss", "lr", "grad_norm", "tokens", "computed_tokens", "tokens_per_s", "seconds"}
     views = {"answer", "backtrack", "text"}
     for r in records:
         if "loss" in r:
             assert set(r) == logged | {"loss/answer", "loss/backtrack", "reset_after_unsafe"}
         else:
-            assert set(r) == {"step", "heldout/reset_after_unsafe", *(f"heldout/{view}" for view in views)}
-    assert said.count("held out:") == 2 and said.count("step ") == 3 and f"saved {out}" in said
+            watched = {f"heldout/reset_after_{kind}" for kind in ("unsafe", "safe")}
+            assert set(r) == {"step", *watched, *(f"heldout/{view}" for view in views)}
+    assert said.count("held out:") == 3 and said.count("step ") == 3 and f"saved {out}" in said
 
     args = arguments(sft(world, out, *more))
     rows = read(args.data, tok)
@@ -375,6 +377,10 @@ def test_metrics_and_heldout_loss(world, tmp_path, tok, clock, computed):
     found = measured(load_model(out), [v for n in range(len(rows)) for v in by_hand(args, rows, tok)(0, n)], tok)
     for view in (*views, "reset_after_unsafe"):
         assert records[-1][f"heldout/{view}"] == pytest.approx(found[view], rel=1e-4)
+    chats = [row for row in rows if not row.plain_text]
+    begun = [row.prompt + row.chosen[:j] for row in chats for j in range(1, len(row.chosen) + 1)]
+    resets = [logprob(load_model(out), context, tok.reset_id).exp().item() for context in begun]
+    assert records[-1]["heldout/reset_after_safe"] == pytest.approx(sum(resets) / len(resets), rel=1e-4)
 
     trained(*sft(world, tmp_path / "start", *more[2:], "--steps", 0))
     trained(*sft(world, tmp_path / "one", *more[2:], "--steps", 1))
@@ -626,7 +632,7 @@ def test_errors_that_name_the_culprit(world, tmp_path, tok):
         assert expected in trained(*words, code=2), words
         assert not (out / "config.json").exists() and file.read_text() == ""
     trained(*sft(world, out, "--steps", 1, "--heldout", world / "benign.jsonl"))  # held out may be benign alone
-    assert set(metrics(out)[-1]) == {"step", "heldout/answer"}
+    assert set(metrics(out)[-1]) == {"step", "heldout/answer", "heldout/reset_after_safe"}
 
 
 def test_a_malformed_row_on_the_command_line(world, tmp_path):
