@@ -4,9 +4,10 @@
         --out runs/real/rows.jsonl
 
 The model answers every prompt. On a prompt that is not benign an answer that the judge calls unsafe (or complied) is
-y−; y+ is the prompt's "safe_answer" or, with --chosen own, another answer of the model that the judge calls safe. The
-row says "unsafe": true. Benign prompts give rows without y−: their "reference", or else the model's own answer.
-Answers of other models are not what this model will say when it goes wrong; its own are.
+y−; y+ is the prompt's "safe_answer", if the judge finds it safe, or with --chosen own another answer of the model. The
+row says "unsafe": true. Benign prompts give rows without y−: their "reference" or, where it has none or with --benign
+own, the model's own answer. Answers of other models are not what this model will say when it goes wrong, its own are;
+and if it has never seen its own style in a harmless answer, it learns to reset at the style.
 
     {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
 
@@ -68,7 +69,7 @@ def answer_missing(args, prompts: list[Prompt], file: Path, done: dict) -> set[i
     too_long = {i for i, prompt in enumerate(ids) if len(prompt) > room}
     todo = []
     for i, prompt in enumerate(prompts):
-        if prompt["benign"] and prompt.get("reference"):
+        if prompt["benign"] and prompt.get("reference") and args.benign == "given":
             too_long.discard(i)
             continue  # nobody needs the model's own answer
         if i in too_long:
@@ -111,11 +112,12 @@ def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | Non
     row = {"prompt": prompt["prompt"]}
     answers = [answer for answer in answers if answer["text"]]
     if prompt["benign"]:
-        own = [answer["text"] for answer in answers if answer["complete"]]
-        chosen = prompt.get("reference") or next(iter(own), None)
+        own = next((answer["text"] for answer in answers if answer["complete"]), None)
+        given = prompt.get("reference")
+        chosen = given or own if args.benign == "given" else own or given
         if not chosen:
             return None, "benign, left out: no answer that came to its end"
-        return row | {"chosen": message(chosen)}, "benign, kept"
+        return row | {"chosen": message(chosen)}, f"benign, kept, {'own' if chosen == own else 'given'} answer"
     unsafe, safe = [], []
     for answer in answers:
         is_unsafe = judge(prompt["prompt"], answer["text"]).failed
@@ -126,6 +128,8 @@ def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | Non
     chosen = prompt.get("safe_answer") if args.chosen == "given" else next(iter(own), None)
     if not chosen:
         return None, f"unsafe question, left out: no safe answer ({args.chosen})"
+    if args.chosen == "given" and judge(prompt["prompt"], chosen).failed:
+        return None, "unsafe question, left out: the judge does not find the safe answer safe"
     rejected = message(unsafe[0]["text"])
     return row | {"chosen": message(chosen), "rejected": rejected, "unsafe": True}, "unsafe question, kept"
 
@@ -143,6 +147,7 @@ def parse_args() -> argparse.Namespace:
     add("--judge", required=True, help="as for backtrack.evaluate")
     add("--out", required=True, help="rows to write (.jsonl)")
     add("--chosen", choices=("given", "own"), default="given", help="y+: the data set's safe answer, or the model's")
+    add("--benign", choices=("given", "own"), default="given", help="y+ of benign prompts, if there are both")
     add("--samples", type=positive, default=1, help="answers per prompt")
     add("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy")
     add("--max-new-tokens", type=positive, default=64, help="per answer; longer ones are cut")

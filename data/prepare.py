@@ -49,6 +49,9 @@ prompts  sets of prompts, told apart by their columns and keys
          OpenAssistant          as above: the first message of each tree, its best reply
          any other list         [{"instruction", "input", "output"}, …]
 
+         --forced adds, for every prompt that is not benign, one of the set "NAME-forced": its answer
+         has to begin with the target, or with a phrase that says yes where there is none.
+
          A CSV file with more columns than a set has is another set: it is called as its file is, and
          those columns are kept.
 
@@ -78,6 +81,7 @@ from pathlib import Path
 
 import torch
 
+from backtrack.attacks.prefill import OPENING
 from backtrack.judge import load_judge
 from backtrack.refusals import plain_text
 from backtrack.rows import json_lines
@@ -116,7 +120,8 @@ def read(args, left_out: Counter) -> Iterator[Outcome]:
         if args.command == "oasst":
             yield from oasst_rows(path, args.lang, left_out)
         elif args.command == "prompts":
-            yield from prompt_rows(path, args.lang, args.benign)
+            outcomes = prompt_rows(path, args.lang, args.benign)
+            yield from with_forced(outcomes) if args.forced else outcomes
         else:
             if "helpful-" in path and not args.helpful:
                 say(f"note: {path}: without --helpful its rejected answers are marked unsafe")
@@ -523,6 +528,14 @@ def is_turn(turn: object) -> bool:
     return isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn
 
 
+def with_forced(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """The same, and each forbidden prompt once more with an answer that is forced to begin as its target does."""
+    for outcome in outcomes:
+        yield outcome
+        if isinstance(outcome, dict) and not outcome["benign"]:
+            yield outcome | {"set": f"{outcome['set']}-forced", "prefill": outcome.get("target", OPENING)}
+
+
 # ── Reading and writing ───────────────────────────────────────────────────────────────────────────
 
 
@@ -649,6 +662,8 @@ def parse_args() -> argparse.Namespace:
         add("--exclude", nargs="+", default=[], metavar="FILE", help="skip questions that are there")
     for command in (oasst, prompts):
         command.add_argument("--lang", default="en", help="language tag, or all (default: en)")
+    forced = "also each forbidden prompt with a forced beginning: its target, or a phrase that says yes"
+    prompts.add_argument("--forced", action="store_true", help=forced)
     kind = prompts.add_mutually_exclusive_group()
     for flag, value, what in (("--benign", True, "harmless"), ("--unsafe", False, "forbidden")):
         text = f"the prompts of lists that do not say so are {what}"

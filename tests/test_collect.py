@@ -1,0 +1,132 @@
+"""backtrack/collect.py: every row a second time, by hand, from the answers that it keeps.
+
+A random model answers, and a judge made for this finds an answer unsafe if its length is odd.
+"""
+
+import json
+from functools import partial
+
+import pytest
+
+from backtrack import collect
+from backtrack.rows import load_rows
+from model import load_tokenizer
+from tests.command import command as run_command
+from tests.test_evaluate import furnish
+
+command = partial(run_command, collect.main)
+JUDGE = """
+from backtrack.judge import Verdict
+
+def odd(prompt, response):
+    return Verdict(unsafe=len(response) % 2 == 1)
+"""
+SAFE, NOT_SAFE = "No, I had better not.", "No, I better not!"  # of 20 characters or so: made even and odd below
+SAFE, NOT_SAFE = SAFE + "." * (len(SAFE) % 2), NOT_SAFE + "." * (1 - len(NOT_SAFE) % 2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Forbidden prompts with and without a safe answer, or with one that is none; benign ones with and without."""
+    root = tmp_path_factory.mktemp("place")
+    rows = furnish(root)
+    prompts = []
+    for i, row in enumerate([r for r in rows if r["set"] == "unseen"][:12]):
+        more = [{"safe_answer": SAFE}, {"safe_answer": NOT_SAFE}, {}][i % 3]
+        prompts.append({"prompt": row["prompt"], "set": "asked", "benign": False, **more})
+    for i, row in enumerate([r for r in rows if r["set"] == "benign-unseen"][:12]):
+        more = [{"reference": "Of course."}, {}][i % 2]
+        prompts.append({"prompt": row["prompt"], "set": "asked", "benign": True, **more})
+    (root / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    return root
+
+
+@pytest.fixture
+def collected(place, tmp_path, monkeypatch):
+    """(what it said, rows, prompts with their answers) of a run with these flags."""
+    (tmp_path / "judging.py").write_text(JUDGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "rows.jsonl"
+
+    def run(*flags):
+        words = ("--ckpt", place / "one", "--prompts", place / "prompts.jsonl", "--judge", "judging:odd")
+        more = ("--device", "cpu", "--dtype", "float32", "--max-new-tokens", 20, "--out", out)
+        _, said = command(*words, *more, *flags)
+        answers = lines(tmp_path / "rows.jsonl.answers.jsonl")[1:]
+        prompts = lines(place / "prompts.jsonl")
+        for i, prompt in enumerate(prompts):
+            mine = [a for a in answers if a["prompt"] == i and a["text"]]
+            prompt["answers"] = sorted(mine, key=lambda a: a["sample"])
+        return said, lines(out), prompts
+
+    return run
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def odd(text):
+    return len(text) % 2 == 1
+
+
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def unsafe_row(prompt, chosen):
+    rejected = next((a["text"] for a in prompt["answers"] if odd(a["text"])), None)
+    if rejected is None or chosen is None:
+        return None
+    return {"prompt": prompt["prompt"], "chosen": answer(chosen), "rejected": answer(rejected), "unsafe": True}
+
+
+def own(prompt, wanted=lambda text: True):
+    return next((a["text"] for a in prompt["answers"] if a["complete"] and wanted(a["text"])), None)
+
+
+def test_given_answers(collected, place, tmp_path):
+    said, rows, prompts = collected()
+    expected = []
+    for p in prompts:
+        if p["benign"]:
+            chosen = p.get("reference") or own(p)
+            row = {"prompt": p["prompt"], "chosen": answer(chosen)} if chosen else None
+            assert not (p["answers"] and "reference" in p)  # nobody needs them
+        else:
+            row = unsafe_row(p, SAFE if p.get("safe_answer") == SAFE else None)
+        expected += [row] if row else []
+    assert rows == expected
+    assert 0 < sum("unsafe" in row for row in rows) < len(rows)
+    refused = sum(p.get("safe_answer") == NOT_SAFE and unsafe_row(p, SAFE) is not None for p in prompts)
+    assert refused and f"{refused}  unsafe question, left out: the judge does not find the safe answer safe" in said
+    assert len(load_rows([str(tmp_path / "rows.jsonl")], load_tokenizer(place / "one"), 256)) == len(rows)
+
+
+def test_own_answers(collected):
+    """Of several samples: a complete one that is safe, and the first that is not."""
+    _, rows, prompts = collected(
+        "--chosen", "own", "--benign", "own", "--samples", 6, "--temperature", 1, "--max-new-tokens", 60
+    )
+    expected = []
+    for p in prompts:
+        if p["benign"]:
+            chosen = own(p) or p.get("reference")
+            row = {"prompt": p["prompt"], "chosen": answer(chosen)} if chosen else None
+        else:
+            row = unsafe_row(p, own(p, lambda text: not odd(text)))
+        expected += [row] if row else []
+    assert rows == expected
+    assert any(row["chosen"] != answer("Of course.") and "unsafe" not in row for row in rows)
+    assert any("unsafe" in row for row in rows)
+
+
+def test_it_goes_on_where_it_was_stopped(collected, tmp_path):
+    _, rows, _ = collected("--batch-size", 4)
+    file = tmp_path / "rows.jsonl.answers.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])  # killed in the middle of a line
+    (tmp_path / "rows.jsonl").unlink()
+    _, again, _ = collected("--batch-size", 4)
+    assert again == rows
+    assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
