@@ -91,13 +91,14 @@ def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
     if cap is not None:  # the logit before the cap
         wanted = cap * torch.atanh((wanted / cap).clamp(-0.99, 0.99))
 
-    w = model.lm_head.weight[reset_id].float()
+    row = model.lm_head.weight[reset_id]
+    w = row.float().clone()
     gram = h.T @ h  # (D, D)
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(w), device=h.device)
-    change = torch.linalg.solve(gram + ridge, h.T @ (wanted - h @ w))  # (D,)
-    model.lm_head.weight[reset_id] = (w + change).to(model.dtype)
+    w += torch.linalg.solve(gram + ridge, h.T @ (wanted - h @ w))  # (D,)
+    row.copy_(w)
 
-    logit = h @ (w + change)  # (M,)
+    logit = h @ w  # (M,)
     if cap is not None:
         logit = softcap(logit, cap)
     after = logit - torch.logaddexp(logit, others)
