@@ -1,0 +1,143 @@
+"""What does a model find likely on held-out rows: the good answer, and [RESET] along good and bad answers?
+
+    python -m backtrack.likelihoods --ckpt runs/hh-baseline runs/hh-sft --rows hh-valid.jsonl --out runs/hh.json
+
+Nothing is sampled and no judge is asked. Rows are counted apart by what they are: "unsafe" (with an answer to take
+back), "worse" (with an answer that is merely less good) and "plain" (without one).
+
+logprob   log π of a token of the chosen answer, on average: has fine-tuning cost what the model knew?
+p         the mean of p([RESET]) after 1, 2, … all tokens of an answer.
+AUC       the chance that p is higher for a rejected answer than for a chosen one: 0.5 is a coin, 1 no mistake. It has no
+          threshold, so it separates two questions: has the model learned what to take back, and does it say so.
+reset     the answers along which p([RESET]) passes ½ somewhere, where greedy decoding would reset.
+
+Intervals are 95%: Wilson's for shares, Student's for log-probs, of the AUC by drawing the rows anew 1,000 times.
+"""
+
+import argparse
+import random
+from dataclasses import replace
+
+import torch
+
+from backtrack.refusals import auc
+from backtrack.results import write_result
+from backtrack.rows import Row, load_rows
+from backtrack.statistics import mean_interval, wilson
+from backtrack.terminal import say
+from model import Transformer, load_model, load_tokenizer
+from model.errors import Help, device, positive, run
+from model.files import check_file
+
+RESAMPLES = 1000
+
+
+@torch.inference_mode()
+def read(model: Transformer, prompt: list[int], answer: list[int], reset_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log π of each token of the answer, p([RESET]) after 1, 2, … all of them), (|answer|,) fp32 each."""
+    tokens = torch.tensor([prompt + answer], device=model.device)  # (1, T)
+    first = len(prompt) - 1  # the place that predicts the answer's first token
+    places = torch.arange(first, tokens.shape[1], device=model.device)
+    logprobs = model(tokens, at=places).log_softmax(dim=-1)  # (|answer| + 1, V)
+    of_answer = logprobs[:-1].gather(1, tokens[0, first + 1 :, None])[:, 0]
+    return of_answer, logprobs[1:, reset_id].exp()
+
+
+def measure(model: Transformer, rows: list[Row], reset_id: int) -> dict:
+    """Of rows of one kind. Rows without a rejected answer have no AUC."""
+    logprobs, p = [], {"chosen": [], "rejected": []}
+    resets = {"chosen": 0, "rejected": 0}
+    for row in rows:
+        for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
+            if not answer:
+                continue
+            of_answer, of_reset = read(model, row.prompt, answer, reset_id)
+            p[name].append(of_reset.mean().item())
+            resets[name] += int(of_reset.max() > 0.5)
+            if name == "chosen":
+                logprobs.append(of_answer.mean().item())
+    mean, low, high = mean_interval(logprobs)
+    found = {"n": len(rows), "logprob": mean, "logprob_interval": [low, high] if len(rows) > 1 else None}
+    for name, values in p.items():
+        if values:
+            found |= {f"p_{name}": sum(values) / len(values), f"reset_{name}": resets[name]}
+            found |= {f"reset_{name}_interval": wilson(resets[name], len(values))}
+    if p["rejected"]:
+        found |= {"auc": auc_of(**p), "auc_interval": auc_interval(**p)}
+    return found
+
+
+def auc_of(chosen: list[float], rejected: list[float]) -> float:
+    return auc(rejected + chosen, [True] * len(rejected) + [False] * len(chosen))
+
+
+def auc_interval(chosen: list[float], rejected: list[float]) -> tuple[float, float]:
+    """Rows are drawn anew with both their answers; of the AUCs, the middle 95% (the bootstrap of Efron 1979)."""
+    draw, found = random.Random(0), []
+    for _ in range(RESAMPLES):
+        rows = draw.choices(range(len(chosen)), k=len(chosen))
+        found.append(auc_of([chosen[i] for i in rows], [rejected[i] for i in rows]))
+    found.sort()
+    return found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1]
+
+
+def kind(row: Row) -> str:
+    return "unsafe" if row.unsafe else "worse" if row.rejected else "plain"
+
+
+def cut(row: Row, length: int) -> Row:
+    room = length - len(row.prompt)
+    return replace(row, chosen=row.chosen[:room], rejected=row.rejected and row.rejected[:room])
+
+
+def print_table(records: list[dict]) -> None:
+    width = max(len("checkpoint"), *(len(r["checkpoint"]) for r in records))
+    print(f"{'':<{width}}  {'':<6} {'':>5} {'':>8}   {'p([RESET]) after':^17}   {'reset, %':^17}")
+    names = ("rejected", "chosen")
+    head = f"{names[0]:>8} {names[1]:>8}"
+    print(f"{'checkpoint':<{width}}  {'rows':<6} {'n':>5} {'logprob':>8}   {head}   {head}   AUC")
+    for r in records:
+        p = " ".join(f"{r[f'p_{name}']:>8.4f}" if f"p_{name}" in r else f"{'–':>8}" for name in names)
+        resets = [100 * r[f"reset_{name}"] / r["n"] if f"p_{name}" in r else None for name in names]
+        shares = " ".join(f"{'–':>8}" if value is None else f"{value:>8.1f}" for value in resets)
+        line = f"{r['checkpoint']:<{width}}  {r['rows']:<6} {r['n']:>5} {r['logprob']:>8.3f}   {p}   {shares}"
+        if "auc" in r:
+            line += f"   {r['auc']:.3f} [{r['auc_interval'][0]:.3f}, {r['auc_interval'][1]:.3f}]"
+        print(line)
+
+
+def parse_args() -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--ckpt", nargs="+", required=True, help="model directories")
+    add("--rows", nargs="+", required=True, help="held-out rows (.jsonl), which no training has seen")
+    add("--limit", type=positive, help="of each kind, so many rows, evenly spread")
+    add("--max-length", type=positive, default=1024, help="longest sequence in tokens; longer ones are cut")
+    add("--out", required=True, help="result to write (.json)")
+    add("--device", type=device, default="cuda" if cuda else "cpu", help="of PyTorch")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32", help="of the model")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    check_file(args.out)
+    records = []
+    for ckpt in args.ckpt:
+        tok = load_tokenizer(ckpt)
+        rows = [row for row in load_rows(args.rows, tok, args.max_length) if not row.plain_text]
+        model = load_model(ckpt, args.device, getattr(torch, args.dtype))
+        for name in ("unsafe", "worse", "plain"):
+            some = [cut(row, args.max_length) for row in rows if kind(row) == name]
+            count = min(args.limit or len(some), len(some))
+            some = [some[i * len(some) // count] for i in range(count)]
+            if some:
+                say(f"{ckpt}: {count} {name} rows")
+                records.append({"checkpoint": ckpt, "rows": name} | measure(model, some, tok.reset_id))
+    write_result(args.out, records=records)
+    print_table(records)
+
+
+if __name__ == "__main__":
+    run(main)

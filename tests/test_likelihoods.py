@@ -1,0 +1,89 @@
+"""backtrack/likelihoods.py: every number a second time, a prefix at a time."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from backtrack import likelihoods
+from backtrack.likelihoods import auc_interval, auc_of
+from backtrack.rows import load_rows
+from model import load_model, load_tokenizer
+from tests.command import command as run_command
+from tests.test_evaluate import furnish
+
+command = partial(run_command, likelihoods.main)
+
+
+def chat(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("place")
+    prompts = [row["prompt"] for row in furnish(root) if row["set"] == "unseen"]
+    rows = []
+    for i, prompt in enumerate(prompts[:9]):
+        rows.append({"prompt": prompt, "chosen": chat(f"I cannot help with that{'.' * (i + 1)}")})
+        rows[-1] |= {"rejected": chat("Of course. Stir it" + " well" * i)} if i % 3 else {}
+        rows[-1] |= {"unsafe": True} if i % 3 == 1 else {}
+    rows.append({"text": "Some plain text."})
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def test_every_number_by_hand(place, tmp_path):
+    out = tmp_path / "out.json"
+    flags = ("--device", "cpu", "--dtype", "float32", "--max-length", 40)
+    printed, _ = command("--ckpt", place / "one", place / "two", "--rows", place / "rows.jsonl", "--out", out, *flags)
+    records = json.loads(out.read_text())["records"]
+    assert [(r["checkpoint"], r["rows"], r["n"]) for r in records] == [
+        (str(place / name), kind, 3) for name in ("one", "two") for kind in ("unsafe", "worse", "plain")
+    ]
+    for r in records:
+        model, tok = load_model(r["checkpoint"]), load_tokenizer(r["checkpoint"])
+        rows = [row for row in load_rows([str(place / "rows.jsonl")], tok, 40) if not row.plain_text]
+        rows = {"unsafe": rows[1::3], "worse": rows[2::3], "plain": rows[0::3]}[r["rows"]]
+        for name in ("chosen", "rejected") if r["rows"] != "plain" else ("chosen",):
+            p, resets, logprobs = [], 0, []
+            for row in rows:
+                answer = getattr(row, name)[: 40 - len(row.prompt)]
+                after = []
+                for k in range(len(answer) + 1):
+                    with torch.no_grad():
+                        logits = model(torch.tensor([row.prompt + answer[:k]]))[0, -1]
+                    after.append(logits.log_softmax(dim=-1))
+                p.append(sum(a[tok.reset_id].exp().item() for a in after[1:]) / len(answer))
+                resets += any(a[tok.reset_id] > math.log(0.5) for a in after[1:])
+                logprobs.append(sum(a[t].item() for a, t in zip(after, answer, strict=False)) / len(answer))
+            assert r[f"p_{name}"] == pytest.approx(sum(p) / len(p), rel=1e-4)
+            assert r[f"reset_{name}"] == resets
+            if name == "chosen":
+                assert r["logprob"] == pytest.approx(sum(logprobs) / len(logprobs), rel=1e-5)
+        assert ("auc" in r) == ("p_rejected" in r) == (r["rows"] != "plain")
+    assert len(printed.splitlines()) == 2 + len(records)
+
+
+def test_auc():
+    low, high = [0.1, 0.2, 0.3], [0.25, 0.4, 0.5]
+    assert auc_of(chosen=low, rejected=high) == pytest.approx(8 / 9, abs=1e-4)
+    assert auc_of(chosen=high, rejected=low) == pytest.approx(1 / 9, abs=1e-4)
+    assert auc_interval(chosen=[0.0] * 20, rejected=[1.0] * 20) == (1.0, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.randn(2, 200, generator=generator) + torch.tensor([[0.0], [1.0]])
+    lower, upper = auc_interval(chosen.tolist(), rejected.tolist())
+    assert lower < auc_of(chosen.tolist(), rejected.tolist()) < upper
+    # Hanley and McNeil (1982): the standard error of an AUC near 0.76 from 200 and 200 is about 0.024.
+    assert 0.07 < upper - lower < 0.12
+
+
+def test_limit_and_faults(place, tmp_path):
+    out = tmp_path / "out.json"
+    words = ("--ckpt", place / "one", "--out", out, "--device", "cpu", "--rows")
+    command(*words, place / "rows.jsonl", "--limit", 2)
+    assert [r["n"] for r in json.loads(out.read_text())["records"]] == [2, 2, 2]
+    _, said = command(*words, tmp_path / "none.jsonl", code=2)
+    assert "none.jsonl: no such file" in said
