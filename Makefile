@@ -4,7 +4,7 @@
 #   make train-sft SEED=7      the same in another world
 #
 # What is made lies under runs/ and is made once: delete a directory there to make it again. A run that
-# was interrupted goes on where it was last saved. The experiments are in results/experiments.mk.
+# was interrupted goes on where it was last saved. The experiments are in results/.
 
 SEED   ?= 0
 RUNS   ?= runs$(if $(QUICK),/quick)
@@ -29,7 +29,7 @@ DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
 DPO_BASELINE := --lr 2e-4 --nll 1 --method baseline
 
 .PHONY: help setup test test-slow test-gpu test-real lint train-base train-sft train-sft-baseline train-dpo \
-	train-dpo-baseline sample eval attack figures bench bench-training
+	train-dpo-baseline sample eval attack figures bench bench-training real
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -61,11 +61,8 @@ test-gpu: $(VENV)/.installed-dev  ## what needs a CUDA device
 test-slow: $(VENV)/.installed-dev  ## the checks that take minutes, such as training the toy world
 	$(PY) -m pytest -m slow
 
-test-real: $(VENV)/.installed-dev $(RUNS)/smollm2/model.safetensors  ## the real model against transformers; downloads 93 MB once
-	SMOLLM2=$(RUNS)/smollm2 $(PY) -m pytest -m real
-
-$(RUNS)/smollm2/model.safetensors: | $(VENV)/.installed
-	$(PY) -m data.smollm2 --out $(@D)
+test-real: $(VENV)/.installed-dev runs/smollm2/model.safetensors  ## the real model against transformers; downloads 93 MB once
+	SMOLLM2=runs/smollm2 $(PY) -m pytest -m real
 
 # The files that teach have 100 columns, the others 120.
 TEACHING := train.py sample.py tests/method \
@@ -130,3 +127,4 @@ sample: $(RUN)/sft.done  ## answers of the toy model, what it took back struck t
 	@printf '\nYour turn: %s sample.py --ckpt %s\n' $(PY) $(RUN)/sft
 
 include results/experiments.mk
+include results/real.mk

@@ -23,7 +23,15 @@ from pathlib import Path
 
 import torch
 
-from backtrack.evaluate import Prompt, adding_to, prompts_digest, read_answers, read_prompts, render
+from backtrack.evaluate import (
+    Prompt,
+    adding_to,
+    choose_prompts,
+    prompts_digest,
+    read_answers,
+    read_prompts,
+    render,
+)
 from backtrack.generate import generate
 from backtrack.judge import load_judge
 from backtrack.results import json_line
@@ -36,6 +44,7 @@ from model.files import check_file, write_text
 
 def collect(args) -> None:
     prompts = [p for path in args.prompts for p in read_prompts(path)]
+    prompts = choose_prompts(prompts, args.sets, args.limit)
     settings = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "seed", "dtype")}
     settings |= {"weights": weights_digest(args.ckpt), "prompts": prompts_digest(prompts)}
     file = Path(f"{args.out}.answers.jsonl")
@@ -144,6 +153,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, help="the model that is asked")
     add("--prompts", nargs="+", required=True, help="prompt files (data.prepare prompts makes them)")
+    add("--sets", nargs="+", help="of the prompts, these sets only")
+    add("--limit", type=positive, help="of each set, so many prompts, evenly spread")
     add("--judge", required=True, help="as for backtrack.evaluate")
     add("--out", required=True, help="rows to write (.jsonl)")
     add("--chosen", choices=("given", "own"), default="given", help="y+: the data set's safe answer, or the model's")

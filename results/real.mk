@@ -1,0 +1,164 @@
+# The experiment on a real model: `make real DATA=DIR`. DIR holds the published files that data/README.md lists,
+# in whatever folders. Included by the Makefile; everything is made under runs/real, and goes on where it was stopped.
+
+DATA    ?= downloads
+SMOLLM2 := runs/smollm2
+JUDGE   := runs/refusal-judge
+REAL    := $(RUNS)/real
+
+ifdef QUICK
+REAL_UNSAFE := 150
+REAL_STEPS  := 30
+REAL_PAIRS  := 8
+REAL_LIMIT  := 12
+REAL_FEW    := 4
+REAL_BUDGET := 16
+else
+REAL_UNSAFE := 410
+REAL_STEPS  := 130
+REAL_PAIRS  := 30
+REAL_LIMIT  := 60
+REAL_FEW    := 24
+REAL_BUDGET := 256
+endif
+
+# The place of a published file in DATA.
+source = $(or $(firstword $(shell find -L $(DATA) -name '$1' 2>/dev/null)),$(error \
+	$1 is not in $(DATA): see "A small chat model" in data/README.md for where it comes from, then make real DATA=DIR))
+
+# Chosen on dev-*: see "Tuning" in results/README.md.
+REAL_RESET_WEIGHT := 8
+REAL_DPO_OURS     := --lr 2e-6
+REAL_DPO_BASELINE := --lr 2e-6
+
+# ── Model, judge, prompts and rows ─────────────────────────────────────────────────────────────────────────────────
+
+$(SMOLLM2)/model.safetensors: | $(VENV)/.installed
+	$(PY) -m data.smollm2 --out $(@D)
+
+$(JUDGE).json: | $(VENV)/.installed
+	$(PY) -m backtrack.judge fit --data $(dir $(call source,xstest_v2_completions_gpt4.csv))*.csv --out $(JUDGE)
+
+UNSAFE_FILES = $(call source,harmful_behaviors.csv) $(call source,SimpleSafetyTests_test_cases.csv) \
+	$(call source,I-MaliciousInstructions.json) $(call source,strongreject_dataset.csv)
+OTHER_FILES = $(call source,safety_only_data_Instructions.json) $(call source,I-Alpaca.json) \
+	$(call source,text_davinci_003.json) $(call source,en_100_tree.jsonl)
+PREPARE = $(PY) -m data.prepare
+
+# test-*: looked at once, by the tables. dev-*: for choosing settings. train: for rows. No question is in two of them.
+$(REAL)/prompts.done: | $(VENV)/.installed
+	$(PREPARE) prompts --in $(UNSAFE_FILES) --forced \
+		--out $(@D)/test-unsafe.jsonl --valid $(@D)/dev-unsafe.jsonl --valid-percent 15
+	$(PREPARE) prompts --in $(OTHER_FILES) \
+		--exclude $(@D)/test-unsafe.jsonl $(@D)/dev-unsafe.jsonl $(call source,xstest_prompts.csv) \
+		$(call source,mt_bench_question.jsonl) --out $(@D)/train.jsonl --valid $(@D)/held.jsonl --valid-percent 30
+	$(PREPARE) prompts --in $(@D)/held.jsonl --out $(@D)/dev.jsonl --valid $(@D)/test.jsonl --valid-percent 15
+	$(PREPARE) prompts --in $(call source,mt_bench_question.jsonl) --out $(@D)/mt-bench.jsonl
+	$(PREPARE) oasst --in $(call source,en_100_tree.jsonl) --exclude $(@D)/held.jsonl --out $(@D)/oasst-rows.jsonl
+	$(PREPARE) hh --in $(call source,harmless-base_test.jsonl.gz) --out $(@D)/hh.jsonl --valid $(@D)/hh-valid.jsonl
+	@touch $@
+
+# Its own answers: to forbidden questions they are what it learns to take back; to harmless ones, where it came to an
+# end, what it learns to leave alone. Half of its style would otherwise be known to it from what it takes back alone.
+COLLECT = $(PY) -m backtrack.collect --ckpt $(SMOLLM2) --judge $(JUDGE) --dtype bfloat16 --batch-size 64
+
+$(REAL)/train-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
+	$(COLLECT) --prompts $(@D)/train.jsonl --sets safety_tuned --limit $(REAL_UNSAFE) --max-new-tokens 48 \
+		--out $(@D)/train-unsafe.jsonl
+	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst i_alpaca --benign own --max-new-tokens 128 \
+		--out $(@D)/train-benign.jsonl
+	@touch $@
+
+$(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
+	$(COLLECT) --prompts $(@D)/$*.jsonl --sets safety_tuned alpaca_eval oasst --limit 60 --max-new-tokens 48 \
+		--out $(@D)/$*-rows.jsonl
+	@touch $@
+
+# ── Five models from the same rows, in as many steps ───────────────────────────────────────────────────────────────
+
+REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(@D)/train-unsafe.jsonl $(@D)/train-benign.jsonl \
+	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 8 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
+	--log-every 20 --resume --out $(basename $@)
+REAL_DPO = $(PY) train.py dpo --data $(@D)/train-unsafe.jsonl $(@D)/oasst-rows.jsonl --heldout $(@D)/dev-rows.jsonl \
+	--dtype bfloat16 --batch-size 2 --grad-accum 4 --max-length 512 --steps $(REAL_PAIRS) --resume --out $(basename $@)
+REAL_ROWS := $(REAL)/train-rows.done $(REAL)/dev-rows.done
+
+$(REAL)/sft.done: $(REAL_ROWS)
+	$(REAL_SFT) --reset-weight $(REAL_RESET_WEIGHT)
+	@touch $@
+
+$(REAL)/sft-baseline.done: $(REAL_ROWS)
+	$(REAL_SFT) --method baseline
+	@touch $@
+
+$(REAL)/sft-in-place.done: $(REAL_ROWS)
+	$(REAL_SFT) --method in-place
+	@touch $@
+
+$(REAL)/dpo.done: $(REAL)/sft.done
+	$(REAL_DPO) --init $(@D)/sft $(REAL_DPO_OURS)
+	@touch $@
+
+$(REAL)/dpo-baseline.done: $(REAL)/sft-baseline.done
+	$(REAL_DPO) --init $(@D)/sft-baseline --method baseline $(REAL_DPO_BASELINE)
+	@touch $@
+
+# HH-RLHF alone, as in the paper: do its labels teach what to take back?
+$(REAL)/hh.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors
+	$(PY) train.py sft --init $(SMOLLM2) --data $(@D)/hh.jsonl --heldout $(@D)/hh-valid.jsonl --dtype bfloat16 \
+		--batch-size 8 --max-length 512 --lr 2e-4 --steps $(REAL_PAIRS) --reset-weight $(REAL_RESET_WEIGHT) \
+		--resume --out $(basename $@)
+	@touch $@
+
+# ── What it buys and what it costs ─────────────────────────────────────────────────────────────────────────────────
+
+REAL_MODELS := sft-baseline sft-in-place sft dpo-baseline dpo
+REAL_EVAL = $(PY) -m backtrack.evaluate --judge $(JUDGE) --dtype bfloat16 --max-new-tokens 48 --out $(REAL)/$(@F) \
+	--ckpt $(patsubst %.done,%,$(filter %.done,$^)) --prompts $(REAL)/test-unsafe.jsonl $(REAL)/test.jsonl
+PLAIN  := advbench simple_safety_tests malicious_instructions strongreject
+FORCED := $(PLAIN:=-forced)
+KEEP   = @mkdir -p $(@D) && cp $(REAL)/$(@F) $@
+
+$(RESULTS)/real-main.json: $(REAL_MODELS:%=$(REAL)/%.done)
+	$(REAL_EVAL) --sets $(PLAIN) $(FORCED) alpaca_eval oasst --limit $(REAL_LIMIT)
+	$(KEEP)
+
+# At temperature 1: the best and the worst of 8.
+$(RESULTS)/real-sampling.json: $(REAL_MODELS:%=$(REAL)/%.done)
+	$(REAL_EVAL) --sets $(PLAIN) --limit $(REAL_FEW) --temperature 1 --samples 8 --batch-size 128
+	$(KEEP)
+
+# The dial, and what it costs a user: one prompt at a time, so that times are a user's.
+$(RESULTS)/real-bias.json: $(REAL)/sft.done $(REAL)/dpo.done
+	$(REAL_EVAL) --sets advbench-forced alpaca_eval oasst --limit $(REAL_LIMIT) --reset-bias -5 -2 0 2 5
+	$(KEEP)
+
+$(RESULTS)/real-speed.json: $(REAL)/sft-baseline.done $(REAL)/sft.done
+	$(REAL_EVAL) --sets advbench oasst --limit $(REAL_FEW) --reset-bias -5 0 5 --batch-size 1
+	$(KEEP)
+
+$(RESULTS)/real-likelihoods.json: $(REAL_MODELS:%=$(REAL)/%.done) $(REAL)/test-rows.done
+	$(PY) -m backtrack.likelihoods --ckpt $(REAL_MODELS:%=$(REAL)/%) --rows $(REAL)/test-rows.jsonl --out $@
+
+$(RESULTS)/real-hh.json: $(REAL)/hh.done
+	$(PY) -m backtrack.likelihoods --ckpt $(REAL)/hh --rows $(REAL)/hh-valid.jsonl --max-length 512 --out $@
+
+# Answers for FastChat's judge. Nothing here judges them.
+$(REAL)/mt-bench.done: $(REAL)/sft-baseline.done $(REAL)/sft.done
+	$(PY) -m backtrack.evaluate --ckpt $(basename $^) --prompts $(@D)/mt-bench.jsonl --mt-bench $(@D)/mt-bench \
+		--dtype bfloat16 --max-new-tokens 128
+	@touch $@
+
+REAL_ATTACK = $(PY) -m backtrack.attacks $1 --ckpt $(REAL)/$2 --prompts $(REAL)/test-unsafe.jsonl --sets advbench --limit 8 \
+	--judge $(JUDGE) --budget $(REAL_BUDGET) --max-new-tokens 48 --out $(REAL)/attacks/$1-$2.jsonl >/dev/null
+
+$(RESULTS)/real-attacks.json: $(REAL)/sft-baseline.done $(REAL)/sft.done
+	$(call REAL_ATTACK,gcg,sft-baseline)
+	$(call REAL_ATTACK,gcg,sft)
+	$(call REAL_ATTACK,adaptive-gcg,sft-baseline)
+	$(call REAL_ATTACK,adaptive-gcg,sft)
+	$(PY) -m backtrack.attacks table $(REAL)/attacks/*.jsonl --out $@
+
+real: $(VENV)/.installed  ## the experiment on SmolLM2-135M: DATA=DIR with the files of data/README.md. QUICK=1
+	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL)/mt-bench.done \
+		$(patsubst %,$(RESULTS)/real-%.json,main sampling bias speed likelihoods hh attacks)
