@@ -167,6 +167,8 @@ def _read_tensor(file: Path, name: str, out: torch.Tensor) -> None:
 def save_model(model: Transformer, path: str | Path, tokenizer=None, shard_bytes: int = SHARD_BYTES) -> None:
     """Write `model` (and the tokenizer's files) as a Hugging Face directory, atomically.
 
+    With a tokenizer the directory tells others how to use the model: the chat template trained with, and where to stop,
+    which is at [RESET] too (see _where_servers_stop); the rest of the source's generation_config.json stays as it was.
     An existing checkpoint at `path` is replaced as a whole; other files in it stay. Dtype is kept.
     """
     with atomic_directory(path) as directory:
@@ -182,9 +184,13 @@ def write_model(
     raw["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     if tokenizer is not None:
         tokenizer.save(directory)
-        raw |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids)}
-        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids)}
-        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        (directory / "chat_template.jinja").write_text(tokenizer.jinja, encoding="utf-8")
+        file = directory / "generation_config.json"
+        source = json.loads(file.read_bytes()) if file.is_file() else {}  # load_tokenizer has seen that it is JSON
+        stops = _where_servers_stop(tokenizer, source.get("eos_token_id"), config.reset_token_id)
+        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops}
+        raw |= ends
+        file.write_text(json.dumps(source | ends, indent=2) + "\n", encoding="utf-8")
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
     shards, size = [{}], 0
@@ -202,6 +208,18 @@ def write_model(
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(p.nbytes for p in model.parameters())}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _where_servers_stop(tokenizer, before: object, reset_id: int | None) -> list[int]:
+    """eos_token_id: our stop ids, those named before and, in a model that was taught it, [RESET].
+
+    A server that knows nothing of [RESET] stops there: what it shows may be cut short, but is never the retracted
+    answer and the retry in one text. Our own sampler stops at tok.stop_ids, in which [RESET] is not. It comes last, for
+    transformers pads with the first.
+    """
+    named = before if isinstance(before, list) else [before]
+    others = [id for id in named if id in tokenizer.special_ids and id != reset_id]
+    return [*dict.fromkeys([*tokenizer.stop_ids, *others])] + ([] if reset_id is None else [reset_id])
 
 
 def weights_digest(directory: str | Path) -> str:

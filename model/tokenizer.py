@@ -27,6 +27,8 @@ They have the same methods, and share nothing but bpe.py and the functions at th
     special_ids         all of them
     special_tokens      {name: id} of those that have a name, for code that renders a template
     chat_template       the checkpoint's own Jinja template, unrendered; render() does not use it
+    jinja               a Jinja template that writes chats as render() does, for those who have only
+                        that: the checkpoint's own, or one of those below where it has none
 
 It will not train a tokenizer, download one, or parse special tokens out of text: an id such as
 <|eot_id|> can only come from code. That is the point, since a user who could type [RESET] or a turn
@@ -41,8 +43,8 @@ import sentencepiece
 from model.bpe import TIKTOKEN_LINE, read_json, read_tiktoken, read_tokenizer_json
 from model.errors import InputError, refuse_pointer
 
-# What a checkpoint may carry, and save() passes on. Only tokenizer.*, tokenizer_config.json and the
-# chat template are read here; transformers wants the rest.
+# What a checkpoint may carry, and save() passes on. Only tokenizer.*, tokenizer_config.json, the
+# chat template and where generation stops are read here; transformers wants the rest.
 FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -51,6 +53,7 @@ FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "generation_config.json",
 )
 
 
@@ -115,6 +118,12 @@ LLAMA3_SPECIAL = {
     "<|eot_id|>": 9,
     "<|reserved_special_token_250|>": 255,
 }
+LLAMA3_JINJA = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role']"
+    " + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 
 
 class Llama3Tokenizer:
@@ -130,7 +139,9 @@ class Llama3Tokenizer:
                     " ChatML's tokens); use one that is"
                 )
         self._bpe, self._files = bpe, files
-        self.chat_template = _chat_template(directory, files)
+        self.chat_template = own = _chat_template(directory, files)
+        # 3.1's and 3.2's write the date, which render() leaves out.
+        self.jinja = LLAMA3_JINJA if own is None or "date_string" in own else own
         self.vocab_size = max(*bpe.ids, *special.values()) + 1
         self.special_ids = frozenset(range(self.vocab_size)) - bpe.ids
         self.special_tokens: dict[str, int] = special
@@ -179,6 +190,13 @@ class Llama3Tokenizer:
 CHATML_SPECIAL = ("<|im_start|>", "<|im_end|>")
 # SmolLM2-Instruct's template begins a chat with this unless the chat has a system turn.
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+CHATML_JINJA = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n" + SMOLLM2_SYSTEM + "<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'"
+    " + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 class ChatMLTokenizer:
@@ -193,6 +211,7 @@ class ChatMLTokenizer:
             )
         self._bpe, self._files = bpe, files
         self.chat_template = _chat_template(directory, files)
+        self.jinja = CHATML_JINJA if self.chat_template is None else self.chat_template
         self.vocab_size = max(*bpe.ids, *special.values()) + 1
         self.special_ids = frozenset(range(self.vocab_size)) - bpe.ids
         self.special_tokens: dict[str, int] = special
@@ -234,12 +253,11 @@ class ChatMLTokenizer:
 
     def _with_system_turn(self, turns):
         """As the checkpoint's own template does; one that has none gets SmolLM2's."""
-        template = SMOLLM2_SYSTEM if self.chat_template is None else self.chat_template
         if turns[0][0] == "system":
             return turns
-        if SMOLLM2_SYSTEM in template:
+        if SMOLLM2_SYSTEM in self.jinja:
             return [("system", SMOLLM2_SYSTEM), *turns]
-        if "<|im_start|>system" in template:
+        if "<|im_start|>system" in self.jinja:
             raise InputError(
                 "this checkpoint's chat template may begin with a system turn that is not known"
                 " here; begin the chat with a system message"
@@ -259,6 +277,16 @@ MARKERS = r"<(?:pad|eos|bos|unk|mask|2mass|unused\d+|start_of_turn|end_of_turn|r
 # A piece in the model file: protobuf fields 1 (name: tag, length, bytes), 2 (score: a float) and 3
 # (type; 4 is user-defined). github.com/google/sentencepiece, src/sentencepiece_model.proto
 USER_DEFINED = re.compile(rb"(\n.(?:" + MARKERS.encode() + rb")(?:\x15.{4})?\x18)\x04", re.DOTALL)
+ALTERNATE = (  # what the published templates of Gemma and Llama 2 do about other orders
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must go user, assistant, user, …') }}{% endif %}"
+)
+GEMMA_JINJA = (
+    "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{{ '<start_of_turn>'"
+    " + ('model' if message['role'] == 'assistant' else 'user') + '\n'"
+    " + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
 
 
 def _sentencepiece(file, data: bytes):
@@ -304,6 +332,7 @@ class SentencePieceTokenizer:
             )
 
         self._files, self.chat_template = files, _chat_template(directory, files)
+        self.jinja = GEMMA_JINJA if self.chat_template is None else self.chat_template
         self.bos_id = self.text_start_id = special["<bos>"]
         self._turn = special["<start_of_turn>"]
         self.eos_id, self.text_end_id = special["<end_of_turn>"], special["<eos>"]
@@ -356,6 +385,16 @@ class SentencePieceTokenizer:
 # ── Llama 2: SentencePiece, and turns that are marked with text ───────────────────────────────────
 
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+LLAMA2_JINJA = (
+    "{% set system, turns = '', messages %}"
+    "{% if messages[0]['role'] == 'system' and messages | length > 1 %}"
+    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set turns = messages[1:] %}{% endif %}"
+    "{% for message in turns %}" + ALTERNATE + "{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'] | trim"
+    " + ' [/INST]' }}{% else %}"
+    "{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 
 
 def _is_llama2(sp) -> bool:
@@ -386,6 +425,7 @@ class Llama2Tokenizer:
                 f"{file}: no byte pieces, so not every text can be encoded; use Llama 2's"
             )
         self.chat_template = _chat_template(directory, files)
+        self.jinja = LLAMA2_JINJA if self.chat_template is None else self.chat_template
         self.vocab_size = _with_added_reset(directory, len(ids))
         added = range(len(ids), self.vocab_size)
         special = [i for i in ids if sp.is_control(i) or sp.is_unknown(i)]

@@ -239,7 +239,7 @@ def test_tokenizer_goes_with_the_model(tmp_path):
     assert again.encode("Größe") == tok.encode("Größe") and again.reset_id == tok.reset_id
     assert ModelConfig.load(tmp_path / "a").reset_token_id == tok.reset_id
     settings = transformers.GenerationConfig.from_pretrained(tmp_path / "a")
-    assert settings.eos_token_id == list(tok.stop_ids) and settings.bos_token_id == tok.bos_id
+    assert settings.eos_token_id == [*tok.stop_ids, tok.reset_id] and settings.bos_token_id == tok.bos_id
     assert read_transformers(tmp_path / "a", torch.float32).config.bos_token_id == tok.bos_id
     # The model that was trained stays in hand; saving it again, without a tokenizer, keeps the files beside it.
     save_model(model, tmp_path / "a")
@@ -464,7 +464,7 @@ def test_rotary_tables_of_early_llama_files_are_no_extra_tensors(tmp_path):
 class Tokenizer:
     """Enough of one for save_model; what it writes tells which save it was."""
 
-    bos_id, stop_ids, reset_id = 1, (2, 3), 4
+    bos_id, stop_ids, reset_id, special_ids, jinja = 1, (2, 3), 4, {1, 2, 3, 4}, "{{ chat }}"
 
     def __init__(self, name, error=None):
         self.name, self.error = name, error

@@ -113,7 +113,7 @@ def test_what_save_model_writes_loads_in_transformers(model, their_model, tok, t
     ids = their_tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert ids == tok.render(chat) == load_tokenizer(tmp_path).render(chat)
     # Servers stop at these, and at BOS nothing changes: it is the published one.
-    assert again.generation_config.eos_token_id == [*tok.stop_ids]
+    assert again.generation_config.eos_token_id == [*tok.stop_ids, tok.reset_id]
     assert again.config.bos_token_id == tok.bos_id == their_tok.bos_token_id
     assert load_model(tmp_path).config.reset_token_id == tok.reset_id
 

@@ -1,0 +1,157 @@
+"""What a saved directory tells those who do not have this code: transformers, and servers that know nothing of [RESET].
+
+The oracles are transformers' tokenizers and its generate().
+"""
+
+import json
+
+import pytest
+import torch
+from models import LLAMA, network_of, prone_to, random_ids
+from samples import said, user
+from test_chatml import MISSING, trained
+from test_real_files import llama2_model, metas
+from test_tokenizer import GEMMA_MARKERS, GEMMA_TEXT_PIECES, chats, directories, gemma_in_transformers
+
+from backtrack.generate import generate
+from model import load_model, load_tokenizer, save_model
+from model.checkpoint import write_model
+
+transformers = pytest.importorskip("transformers")
+assert directories  # a fixture
+
+NAMES = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+# What Llama 3.1's published template does besides: https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct
+DATED = "{% set date_string = '26 Jul 2024' %}{{ '<|start_header_id|>system<|end_header_id|>' + date_string }}"
+
+
+@pytest.fixture
+def source(directories, tmp_path):
+    """A Llama-3 base: its tokenizer has no chat template."""
+    (tmp_path / "tokenizer.json").write_bytes((directories / "llama-json" / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMES))
+    return tmp_path
+
+
+def saved(source, model=None):
+    tok = load_tokenizer(source)
+    model = network_of(LLAMA, vocab_size=tok.vocab_size) if model is None else model
+    save_model(model, source / "saved", tokenizer=tok)
+    return source / "saved"
+
+
+# ── The chat template ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_chats(directory, system):
+    tok, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    for chat in chats(system):
+        for flag in (True, False):
+            ids = theirs.apply_chat_template(chat, add_generation_prompt=flag, return_dict=False)
+            assert ids == tok.render(chat, add_generation_prompt=flag), chat
+
+
+def test_a_llama3_base_gets_the_template_it_was_trained_with(source):
+    assert load_tokenizer(source).chat_template is None
+    check_chats(saved(source), system=True)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_that_writes_the_date_is_replaced_for_chats_were_trained_without(source, file):
+    (source / "tokenizer_config.json").write_text(json.dumps(NAMES | {"chat_template": DATED}))
+    if file.endswith("jinja"):
+        (source / file).write_text(DATED)
+    check_chats(saved(source), system=True)
+
+
+def test_chatml_without_a_template_gets_smollm2s(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(trained(MISSING)))
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMES | names))
+    check_chats(saved(tmp_path), system=True)
+
+
+def test_the_templates_of_sentencepiece_models(directories, tmp_path):
+    """transformers' fast tokenizers read these files with a library that is not here, so they are built by hand."""
+    tok = load_tokenizer(directories / "gemma")
+    save_model(network_of(LLAMA, vocab_size=tok.vocab_size), tmp_path / "saved", tokenizer=tok)
+    ordinary = [piece for piece in GEMMA_TEXT_PIECES if piece != "▁▁"]
+    theirs = gemma_in_transformers(tmp_path / "saved" / "tokenizer.model", GEMMA_MARKERS, ordinary)
+    theirs.chat_template = (tmp_path / "saved" / "chat_template.jinja").read_text()
+    for chat in chats(system=False):
+        for flag in (True, False):
+            text = theirs.apply_chat_template(chat, add_generation_prompt=flag, tokenize=False)
+            assert theirs.encode(text, add_special_tokens=False) == tok.render(chat, add_generation_prompt=flag)
+    with pytest.raises(Exception, match="roles must go"):
+        theirs.apply_chat_template(said("Hi"), tokenize=False)
+
+
+def test_llama2s_template_writes_metas_chats(source, tmp_path):
+    import sentencepiece
+
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "tokenizer.model").write_bytes(llama2_model())
+    template = load_tokenizer(tmp_path / "two").jinja
+    theirs = transformers.AutoTokenizer.from_pretrained(source, bos_token="<s>", eos_token="</s>")
+    sp = sentencepiece.SentencePieceProcessor()
+    sp.LoadFromSerializedProto(llama2_model())
+    system = [{"role": "system", "content": "wrote it down."}]
+    for chat in (
+        user("the farmer "),
+        [*user("a"), *said(" b "), *user("c")],
+        system + user("a") + said("b") + user(""),
+    ):
+        text = theirs.apply_chat_template(chat, chat_template=template, tokenize=False)
+        ids = []
+        for part in text.split("<s>")[1:]:
+            body, end, _ = part.partition("</s>")
+            ids += [sp.bos_id(), *sp.encode(body), *([sp.eos_id()] if end else [])]
+        assert ids == metas(chat)
+
+
+# ── Where servers stop ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_sources_generation_config_is_merged(source):
+    """Its settings stay; its ids where answers end stay, if they are special; [RESET] is one more, and the last."""
+    tok = load_tokenizer(source)
+    eom, text = tok.bos_id + 8, 65
+    before = {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "eos_token_id": [eom, tok.eos_id, text]}
+    (source / "generation_config.json").write_text(json.dumps(before))
+    directory = saved(source)
+    after = json.loads((directory / "generation_config.json").read_text())
+    stops = [*tok.stop_ids, eom, tok.reset_id]
+    assert after == before | {"bos_token_id": tok.bos_id, "eos_token_id": stops}
+    assert json.loads((directory / "config.json").read_text())["eos_token_id"] == stops
+    again = load_tokenizer(directory)
+    assert again.stop_ids == tok.stop_ids and again.reset_id == tok.reset_id  # ours: [RESET] ends nothing
+    save_model(load_model(directory), source / "twice", tokenizer=again)
+    assert (source / "twice" / "generation_config.json").read_bytes() == (
+        directory / "generation_config.json"
+    ).read_bytes()
+
+
+def test_a_model_that_was_never_taught_to_reset_does_not_stop_there(source):
+    tok = load_tokenizer(source)
+    (source / "new").mkdir()
+    write_model(network_of(LLAMA, vocab_size=tok.vocab_size), source / "new", tok)
+    assert json.loads((source / "new" / "generation_config.json").read_text())["eos_token_id"] == [*tok.stop_ids]
+
+
+@torch.no_grad()
+def test_generate_of_transformers_stops_where_ours_resets(source):
+    tok = load_tokenizer(source)
+    directory = saved(source, prone_to(tok.reset_id, network_of(LLAMA, vocab_size=tok.vocab_size), times=4.0))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ours, tok = load_model(directory), load_tokenizer(directory)
+    options = dict(reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=40)
+    prompts = random_ids(*range(3, 15), vocab=tok.vocab_size)
+    answers = generate(ours, prompts, **options)
+    assert 3 < sum(answer.resets for answer in answers) < len(answers)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        [ids] = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False).tolist()
+        said = ids[len(prompt) :]
+        if answer.resets:
+            assert said == [*answer.discarded[0], tok.reset_id]
+        else:
+            assert said[: len(answer.tokens)] == answer.tokens
