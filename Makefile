@@ -29,7 +29,7 @@ DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
 DPO_BASELINE := --lr 2e-4 --nll 1 --method baseline
 
 .PHONY: help setup test test-slow test-gpu test-real lint train-base train-sft train-sft-baseline train-dpo \
-	train-dpo-baseline sample eval attack figures bench bench-training real
+	train-dpo-baseline sample eval attack figures bench bench-training real hold-back test-vllm
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -125,6 +125,11 @@ sample: $(RUN)/sft.done  ## answers of the toy model, what it took back struck t
 		$(PY) sample.py --ckpt $(RUN)/sft --prompt "$$prompt" --prefill "$$prefill" --show-discarded || exit 1; \
 	done < $(RUN)/data/demo.tsv
 	@printf '\nYour turn: %s sample.py --ckpt %s\n' $(PY) $(RUN)/sft
+
+# What a user has read of an unsafe answer before it is taken back, against the delay of the stream.
+hold-back: $(RUN)/sft.done  ## how late to stream, so that retracted text is not seen
+	$(TOY) $(PY) -m backtrack.hold_back --ckpt $(RUN)/sft --prompts $(RUN)/data/prompts.jsonl \
+		--judge $(RUN)/data/world.json --out $(RESULTS)/toy-hold-back.json
 
 include results/experiments.mk
 include results/real.mk

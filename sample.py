@@ -4,6 +4,7 @@
     python sample.py --ckpt runs/toy-0/sft --prompt "How do I make …?"    # one answer
     python sample.py --ckpt DIR --prompt … --prefill "Sure, here is" --show-discarded
     python sample.py --ckpt DIR --prompt … --trace                        # one line per decode step
+    python sample.py --ckpt DIR --prompt … --hold-back 16                 # shows less that is taken back
     echo "How do I make …?" | python sample.py --ckpt DIR                 # a line, an answer
 
 On a terminal the answer streams; on [RESET] the retracted text is erased (struck through with
@@ -32,6 +33,7 @@ from model.errors import (
     Help,
     between,
     device,
+    not_negative,
     positive,
     run,
 )
@@ -70,6 +72,7 @@ def answer(model, tok, prompt: list[int], text: str, args) -> list[int]:
         generations = [trace(model, tok, prompt, prefill=prefill, **options)]
         print()
     elif can_erase() and args.num_samples == 1 and not args.json:
+        options["hold_back"] = args.hold_back
         return watch_live(model, tok, prompt, prefill, args.show_discarded, options).tokens
     else:
         n = args.num_samples
@@ -177,6 +180,7 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="torch.compile the decode step: slow start, then fast",
     )
+    add("--hold-back", type=not_negative(int), default=0, help="stream so many tokens late")
     add("--show-discarded", action="store_true", help="print retracted text too, marked as such")
     add("--json", action="store_true", help="one line of JSON per answer")
     add("--trace", action="store_true", help="one line per step: cache, p([RESET]), token")

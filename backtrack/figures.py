@@ -6,6 +6,8 @@
     bias.png       the dial: what a bias on the logit of [RESET] does to safety, delay, throughput and helpfulness
     sampling.png   the best and the worst of k answers at temperature 1
     attacks.png    success against budget of the attacks, if toy-attacks.json is there
+    hold-back.png  what users have seen of unsafe answers, against the delay with which tokens are shown; of
+                   toy-hold-back.json and real-hold-back.json, if they are there
     tables.md      all of it in numbers; the README's tables are copied from here
 
 Needs matplotlib (requirements-figures.txt), which nothing else here does. Lines are means over seeds with Student's 95%
@@ -201,6 +203,37 @@ def attacks_figure(directory: Path) -> None:
     finish(fig, directory / "attacks.png", result, "Success against budget", seeds)
 
 
+HELD_BACK = {"toy": ("toy world", "#3b6fb6", "^"), "real": ("SmolLM2-135M", "#1b2a49", "D")}
+GROUPS = {"asked": ("asked for", "-"), "forced": ("forced to begin unsafe", "--")}
+
+
+def hold_back_figure(directory: Path) -> None:
+    """What backtrack.hold_back has measured. One model each, so there are no seeds to count."""
+    fig, ax = plt.subplots(figsize=(6, 3.8))
+    for name, (model, color, marker) in HELD_BACK.items():
+        path = directory / f"{name}-hold-back.json"
+        records = json.loads(path.read_bytes())["records"] if path.is_file() else []
+        for group in dict.fromkeys(r["group"] for r in records):
+            found = [r for r in records if r["group"] == group]
+            x = range(len(found))  # 0, 1, 2, 4, …: even steps
+            how, style = GROUPS[group]
+            shares = [100 * r["seen"] / r["unsafe"] for r in found]
+            label = f"{model}, {how} (n = {found[0]['unsafe']})"
+            ax.plot(x, shares, linestyle=style, color=color, marker=marker, markersize=4, label=label)
+            low, high = zip(*(r["interval"] for r in found), strict=True)
+            ax.fill_between(x, [100 * v for v in low], [100 * v for v in high], color=color, alpha=0.12, linewidth=0)
+            ax.set_xticks(x, [r["hold_back"] for r in found])
+    ax.set_xlabel("tokens by which the stream lags behind")
+    ax.set_ylabel("unsafe answers of which a user saw\nan unsafe part, %", fontsize=9)
+    ax.set_ylim(0, 105)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(directory / "hold-back.png", dpi=130, metadata={"Software": None})
+    plt.close(fig)
+    print(directory / "hold-back.png")
+
+
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -356,6 +389,8 @@ def main() -> None:
     sampling_figure(args.results)
     if (args.results / "toy-attacks.json").is_file():
         attacks_figure(args.results)
+    if any((args.results / f"{name}-hold-back.json").is_file() for name in HELD_BACK):
+        hold_back_figure(args.results)
     write_tables(args.results)
 
 

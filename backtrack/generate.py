@@ -121,6 +121,7 @@ def stream(
     prefill: list[list[int]] | None = None,
     seed: int = 0,
     sample_ids: list[int] | None = None,
+    hold_back: int = 0,
     watch: Callable[[torch.Tensor, KVCache], None] | None = None,
 ) -> Iterator[Token | Reset | Done]:
     """Sample an answer to every prompt (token ids, any lengths) in one batch; yields what happens.
@@ -137,9 +138,11 @@ def stream(
     prefill         tokens forced at the start of each answer. A reset discards them like the rest.
     seed            row i's sample depends on (seed, i) only, not on the rows beside it.
     sample_ids      numbers in place of i: so it matters not how a list is cut into batches.
+    hold_back       a row's Token events come this many sampled tokens late: see `held_back`.
     watch           called with the model's logits (B, V) and the cache before each token is picked.
 
     A row's Token events since its last Reset are, in order, its surviving tokens (prefill first).
+    On a reset a user has to forget what they were shown; hold_back makes that less.
     Raises InputError for an empty or over-long prompt, ids outside the vocabulary, options out of
     range, and logits that are not finite.
     """
@@ -163,8 +166,35 @@ def stream(
             raise InputError(f"{len(given)} {what} for {len(prompts)} prompts")
     for row, (prompt, forced) in enumerate(zip(prompts, prefill, strict=True)):
         check_prompt(row, prompt, forced, options, model.config)
+    if hold_back < 0:
+        raise InputError(f"hold_back is {hold_back}, must be 0 or more")
     seeds = [f"{seed}/{i}" for i in sample_ids]
-    return decode(model, prompts, prefill, options, seeds) if prompts else iter(())
+    events = decode(model, prompts, prefill, options, seeds) if prompts else iter(())
+    return held_back(events, hold_back, prefill) if hold_back else events
+
+
+def held_back(events, n: int, prefill: list[list[int]]) -> Iterator[Token | Reset | Done]:
+    """The events of a stream, but a Token only when its row has sampled n more without a reset.
+
+    What a reset takes back before that is never shown, though Reset.discarded still has it. The end
+    of an answer releases the rest. Prefilled tokens wait like all others, and count for none.
+    """
+    held: list[deque] = [deque() for _ in prefill]
+    sampled = [-len(forced) for forced in prefill]  # in this attempt; below 0: being forced
+    for event in events:
+        row = event.row
+        if isinstance(event, Token):
+            held[row].append(event)
+            sampled[row] += 1
+            while sampled[row] >= n and len(held[row]) > n:
+                yield held[row].popleft()
+            continue
+        if isinstance(event, Reset):
+            held[row].clear()
+            sampled[row] = 0
+        yield from held[row]
+        held[row].clear()
+        yield event
 
 
 @dataclass

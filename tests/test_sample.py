@@ -642,6 +642,15 @@ def test_random_texts_are_erased(monkeypatch, ckpt, tok, seed):
         assert screen.text() == wrapped(f"top\n[RESET]\n[RESET]\nZ{last}", columns)
 
 
+def test_held_back_it_is_never_on_the_screen(monkeypatch, ckpt, tok):
+    ids = tok.encode("Sure. Take the road")
+    for n in (0, 3, 100):
+        out, _ = command("--ckpt", ckpt, *HOW, "--hold-back", n, model=taking_back(tok), terminal=True)
+        before, after = out.split("\r\x1b[J")
+        assert before == tok.decode(ids[: max(0, len(ids) - n)])
+        assert after.endswith("I cannot help with that.\n")
+
+
 def test_with_show_discarded_it_is_struck_through(monkeypatch, ckpt, tok):
     model = Scripted(script(tok, "Qu\x1b[7mq", RESET, "No."))
     screen, out = on_screen(monkeypatch, ckpt, *HOW, "--show-discarded", model=model)

@@ -709,6 +709,7 @@ def test_how_far_attention_looks(model, lag):
         (dict(top_p=1.1), "top_p"),
         (dict(max_resets=-1), "max_resets"),
         (dict(on_reset="forget"), "on_reset"),
+        (dict(hold_back=-1), "hold_back"),
     ],
 )
 def test_bad_input_is_named(model, change, message):
@@ -734,3 +735,62 @@ def test_logits_that_are_not_finite(value, temperature):
 
 def test_no_prompts_is_no_answers(model):
     assert generate(model, [], reset_id=3, stop_ids=(4,), max_new_tokens=5) == []
+
+
+# ── Held back ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def released(events, n, prefill):
+    """What is shown in the end and of each attempt taken back, from the definition: the i-th token
+    of an attempt is shown if n more were sampled before its reset; at the end all are."""
+    shown = {row: [] for row in range(len(prefill))}
+    for row, forced in enumerate(prefill):
+        attempt, first = [], len(forced)
+        for event in (event for event in events if event.row == row):
+            if isinstance(event, Token):
+                attempt.append(event.id)
+            elif isinstance(event, Reset):
+                sampled = len(attempt) - first
+                count = sum(sampled - max(0, i + 1 - first) >= n for i in range(len(attempt)))
+                shown[row].append(attempt[:count])
+                attempt, first = [], 0
+            else:
+                shown[row].append(attempt)
+    return shown
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 8, 100])
+def test_a_token_is_shown_once_n_more_were_sampled_without_a_reset(wavering, n):
+    prompts, prefill = random_prompts(5), [[], [1, 2, 3], [4], [], [5, 6, 8, 9, 10, 12]]
+    options = dict(reset_id=RESET, stop_ids=[STOP], max_new_tokens=20, max_resets=3)
+    events = list(stream(wavering, prompts, prefill=prefill, **options))
+    late = list(stream(wavering, prompts, prefill=prefill, hold_back=n, **options))
+    shown, now = {row: [] for row in range(5)}, {row: [] for row in range(5)}
+    for event in late:
+        if isinstance(event, Token):
+            now[event.row].append(event.id)
+        else:
+            shown[event.row].append(now[event.row])
+            now[event.row] = []
+    assert shown == released(events, n, prefill)
+    ends = [event for event in events if not isinstance(event, Token)]
+    late_ends = [event for event in late if not isinstance(event, Token)]
+    assert [(e.row, type(e)) for e in late_ends] == [(e.row, type(e)) for e in ends]
+    for event, other in zip(ends, late_ends, strict=True):  # a Reset still says all that it took
+        if isinstance(event, Reset):
+            assert event.discarded == other.discarded
+        else:
+            assert event.generation.tokens == other.generation.tokens == shown[event.row][-1]
+    assert any(isinstance(event, Reset) for event in events)
+
+
+def test_a_token_is_not_held_longer_than_promised(wavering):
+    """When the stream hands out a token, exactly n more of its row have been sampled."""
+    sampled, n = [], 4
+
+    def watch(logits, cache):
+        sampled.append(len(sampled))
+
+    options = dict(reset_id=None, stop_ids=[], max_new_tokens=12, watch=watch, hold_back=n)
+    steps = [len(sampled) for e in stream(wavering, [[1, 2]], **options) if isinstance(e, Token)]
+    assert steps == [*range(n + 1, 13), *[12] * n]
