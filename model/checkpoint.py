@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -192,6 +193,9 @@ def write_model(
         raw |= ends
         file.write_text(json.dumps(source | ends, indent=2) + "\n", encoding="utf-8")
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    if config.reset_token_id is not None:  # for users of transformers: how to reset there
+        (directory / "custom_generate").mkdir(exist_ok=True)
+        shutil.copyfile(Path(__file__).parent / "custom_generate.py", directory / "custom_generate" / "generate.py")
 
     shards, size = [{}], 0
     for name, p in model.named_parameters():  # lists a tied head once

@@ -203,6 +203,8 @@ def finish_save(path: str | Path) -> None:
         os.rename(whole, moving)
     if moving.is_dir():
         for entry in sorted(moving.iterdir(), key=lambda entry: entry.name == MARK):
+            if entry.is_dir():  # takes the place of an empty directory only
+                shutil.rmtree(path / entry.name, ignore_errors=True)
             os.replace(entry, path / entry.name)  # … until here, when the last one is config.json
             _fsync(path)
         moving.rmdir()

@@ -155,3 +155,69 @@ def test_generate_of_transformers_stops_where_ours_resets(source):
             assert said == [*answer.discarded[0], tok.reset_id]
         else:
             assert said[: len(answer.tokens)] == answer.tokens
+
+
+# ── Resets in transformers ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def wavering(directories, tmp_path_factory):
+    """A directory whose model says [RESET] now and then, and stops now and then."""
+    source = tmp_path_factory.mktemp("wavering")
+    (source / "tokenizer.json").write_bytes((directories / "llama-json" / "tokenizer.json").read_bytes())
+    (source / "tokenizer_config.json").write_text(json.dumps(NAMES))
+    tok = load_tokenizer(source)
+    model = prone_to(tok.reset_id, network_of(LLAMA, vocab_size=tok.vocab_size), times=4.0)
+    return saved(source, prone_to(tok.eos_id, model, times=3.0))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_resets": 0}, {"max_resets": 4}, {"reset_bias": 3.0, "max_resets": 2}, {"reset_bias": -50.0}]
+)
+@torch.no_grad()
+def test_custom_generate_resets_as_ours_does(wavering, options):
+    """A batch of padded prompts, some with a forced beginning."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(wavering, dtype=torch.float32)
+    ours, tok = load_model(wavering), load_tokenizer(wavering)
+    prompts = random_ids(*range(3, 19), vocab=tok.vocab_size - 256)
+    width, pad = max(map(len, prompts)), tok.text_end_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    for forced in (0, 2):
+        out = theirs.generate(
+            ids,
+            attention_mask=mask,
+            custom_generate=str(wavering),
+            trust_remote_code=True,
+            max_new_tokens=30,
+            do_sample=False,
+            forced=forced,
+            **options,
+        )
+        bare = [p[: len(p) - forced] for p in prompts]
+        prefill = [p[len(p) - forced :] for p in prompts]
+        expected = generate(
+            ours, bare, prefill=prefill, reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=30, **options
+        )
+        for row, (p, g) in enumerate(zip(bare, expected, strict=True)):
+            answer = out[row, width - forced :].tolist()
+            end = next((i for i, id in enumerate(answer) if id in tok.stop_ids), len(answer))
+            assert answer[:end] == g.tokens, (p, g)
+            assert out[row, width - forced - len(p) : width - forced].tolist() == p
+        resets = {g.resets for g in expected}
+        assert resets == {0} if options in ({"max_resets": 0}, {"reset_bias": -50.0}) else len(resets) > 1
+
+
+@torch.no_grad()
+def test_custom_generate_loaded_with_the_model_and_sampling(wavering):
+    """Loaded with trust_remote_code, model.generate itself is ours."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(wavering, trust_remote_code=True, dtype=torch.float32)
+    tok = load_tokenizer(wavering)
+    ids = torch.tensor(random_ids(9, vocab=tok.vocab_size - 256))
+    torch.manual_seed(0)
+    out = model.generate(input_ids=ids, do_sample=True, num_return_sequences=40, max_new_tokens=30, max_resets=3)
+    assert len(out) == 40 and tok.reset_id not in out.tolist()[0] and len({tuple(row) for row in out.tolist()}) > 30
+    assert not (out == tok.reset_id).any()
+    for wrong in ({"num_beams": 2}, {"streamer": object()}, {"return_dict_in_generate": True}):
+        with pytest.raises(ValueError, match="leave"):
+            model.generate(ids, max_new_tokens=5, **wrong)
