@@ -5,6 +5,7 @@
     python sample.py --ckpt DIR --prompt … --prefill "Sure, here is" --show-discarded
     python sample.py --ckpt DIR --prompt … --trace                        # one line per decode step
     python sample.py --ckpt DIR --prompt … --hold-back 16                 # shows less that is taken back
+    python sample.py --ckpt DIR --url http://127.0.0.1:8000               # through a vLLM server
     echo "How do I make …?" | python sample.py --ckpt DIR                 # a line, an answer
 
 On a terminal the answer streams; on [RESET] the retracted text is erased (struck through with
@@ -17,9 +18,11 @@ headers, Gemma turns); no system prompt.
 import argparse
 import os
 import sys
+from functools import partial
 
 import torch
 
+from backtrack import remote
 from backtrack.generate import Done, Generation, Reset, Token, stream
 from backtrack.results import json_line
 from backtrack.terminal import Live, can_erase, edit_lines, say, trace
@@ -44,13 +47,23 @@ CANONICAL = 4095  # bytes of a line that a terminal keeps where no program edits
 def main() -> None:
     args = parse_args()
     tok = load_tokenizer(args.ckpt)
-    model = load_model(args.ckpt, args.device, getattr(torch, args.dtype))
+    if args.url:
+        model = remote.look_for(args.url, args.ckpt)
+    else:
+        model = load_model(args.ckpt, args.device, getattr(torch, args.dtype))
     if args.compile:
         model.compile()
     if args.prompt is None:
         return chat(model, tok, args)
     prompt = tok.render([{"role": "user", "content": args.prompt}])
     answer(model, tok, prompt, args.prompt, args)
+
+
+def sampler_of(model):
+    """stream() of a model: one that is here, or a server's."""
+    if isinstance(model, remote.Server):
+        return partial(remote.stream, model.url, model.name)
+    return partial(stream, model)
 
 
 def answer(model, tok, prompt: list[int], text: str, args) -> list[int]:
@@ -76,7 +89,7 @@ def answer(model, tok, prompt: list[int], text: str, args) -> list[int]:
         return watch_live(model, tok, prompt, prefill, args.show_discarded, options).tokens
     else:
         n = args.num_samples
-        events = stream(model, [prompt] * n, prefill=[prefill] * n, **options)
+        events = sampler_of(model)([prompt] * n, prefill=[prefill] * n, **options)
         done = {event.row: event.generation for event in events if isinstance(event, Done)}
         generations = [done[row] for row in range(n)]
     for number, g in enumerate(generations):
@@ -93,7 +106,7 @@ def answer(model, tok, prompt: list[int], text: str, args) -> list[int]:
 def watch_live(model, tok, prompt, prefill, show_discarded: bool, options: dict) -> Generation:
     """Show one answer as it comes."""
     live = Live(tok, show_discarded)
-    for event in stream(model, [prompt], prefill=[prefill], **options):
+    for event in sampler_of(model)([prompt], prefill=[prefill], **options):
         if isinstance(event, Token):
             live.token(event.id)
         elif isinstance(event, Reset):
@@ -161,6 +174,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--ckpt", required=True, help="Hugging Face model directory, e.g. the --out of train.py")
+    add("--url", help="a vLLM server that has the model; --ckpt is then for its tokenizer")
     add("--prompt", help="user message; without it, an interactive chat")
     add("--prefill", default="", help="text forced at the start of the answer (an attack)")
     add("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy")
@@ -187,6 +201,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.trace and args.num_samples > 1:
         parser.error("--trace shows one answer; leave out --num-samples")
+    if args.url and (args.trace or args.compile):
+        parser.error("--trace and --compile are for a model that is here; leave out --url")
     return args
 
 

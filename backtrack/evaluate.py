@@ -28,10 +28,12 @@ import os
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from backtrack import remote
 from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import load_judge, refuse_seen
 from backtrack.results import json_line, write_result
@@ -48,6 +50,7 @@ RATES = ("unsafe", "complied", "helpful", "refused", "reset")
 SUMS = ("resets", "steps", "surviving", "first_step", "first_token_s", "total_s")
 CONDITION = ("on_reset", "reset_bias", "max_resets")
 CURVES = {"worst_of_k": worst_of_k, "best_of_k": best_of_k}
+FOR_A_SERVER = 16  # batches that are sent to it at once, so that it never waits for the last answer of one
 K = (1, 2, 4, 8, 16, 32, 64)
 # Sampling temperature of each MT-Bench category: https://github.com/lm-sys/FastChat, fastchat/llm_judge/common.py
 MT_BENCH_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -101,7 +104,7 @@ def too_long(prompts: list[Prompt], conditions: list[tuple], args) -> list[dict]
     """The prompts that a checkpoint has no room for in some condition. All leave them out, or pairs would not pair."""
     found: dict[int, dict] = {}
     for ckpt in args.ckpt:
-        tok, positions = load_tokenizer(ckpt), ModelConfig.load(ckpt).max_position_embeddings
+        tok, positions = load_tokenizer(ckpt), positions_of(ckpt, args)
         room = 0
         for on_reset, _, max_resets in conditions:
             limits = {"max_new_tokens": args.max_new_tokens, "max_resets": max_resets, "on_reset": on_reset}
@@ -178,14 +181,17 @@ def read_answers(path: Path, settings: dict) -> list[dict]:
     return [value for _, value in json_lines(path)][1:]
 
 
-def answer(model, tok, ckpt: str, prompts: list[dict], todo: list[tuple[int, int]], condition: dict, judge, args):
-    """Yields a list of records for one batch after another. todo: (index of the prompt, number of the sample)."""
+def generations(ask, tok, prompts: list[dict], todo: list[tuple[int, int]], condition: dict, args):
+    """Yields ((index of the prompt, number of the sample), its Generation) for all of `todo`, one batch after another.
+
+    ask: generate() of a model, or of a server, which is given more at once: it fills its batches itself.
+    """
     encoded = {i: (render(tok, prompts[i]), tok.encode(prompts[i]["prefill"])) for i, _ in todo}
     todo = sorted(todo, key=lambda item: len(encoded[item[0]][0]))  # little padding, rows end together
-    for start in range(0, len(todo), args.batch_size):
-        batch = todo[start : start + args.batch_size]
-        generations = generate(
-            model,
+    size = args.batch_size * (FOR_A_SERVER if args.url else 1)
+    for start in range(0, len(todo), size):
+        batch = todo[start : start + size]
+        answers = ask(
             [encoded[i][0] for i, _ in batch],
             prefill=[encoded[i][1] for i, _ in batch],
             reset_id=tok.reset_id,
@@ -198,14 +204,38 @@ def answer(model, tok, ckpt: str, prompts: list[dict], todo: list[tuple[int, int
             sample_ids=[i * args.samples + sample for i, sample in batch],
             **condition,
         )
+        yield list(zip(batch, answers, strict=True))
+
+
+def answer(ask, tok, ckpt: str, prompts: list[dict], todo: list[tuple[int, int]], condition: dict, judge, args):
+    """Yields a list of records for one batch after another. todo: (index of the prompt, number of the sample)."""
+    for batch in generations(ask, tok, prompts, todo, condition, args):
         records = []
-        for (i, sample), g in zip(batch, generations, strict=True):
+        for (i, sample), g in batch:
             response = tok.decode(g.tokens)
             record = {"checkpoint": ckpt, **condition, "prompt": i, "sample": sample, "set": prompts[i]["set"]}
             record |= {"response": response, "discarded": [tok.decode(ids) for ids in g.discarded]}
-            record |= timings(g, len(encoded[i][1])) | {"finish_reason": g.finish_reason}
+            record |= timings(g, len(tok.encode(prompts[i]["prefill"]))) | {"finish_reason": g.finish_reason}
             records.append(record | verdict(judge, prompts[i], response, args))
         yield records
+
+
+def sampler_of(ckpt: str, args):
+    """generate() of a checkpoint: on this machine, or of the server that has it."""
+    if not args.url:
+        return partial(generate, load_model(ckpt, args.device, getattr(torch, args.dtype)))
+    server = server_of(ckpt, args)
+    return partial(remote.generate, server.url, server.name, parallel=args.batch_size)
+
+
+def server_of(ckpt: str, args) -> remote.Server:
+    return remote.look_for(args.url[args.ckpt.index(ckpt)], ckpt)
+
+
+def positions_of(ckpt: str, args) -> int:
+    """How many a prompt and its answer may take."""
+    positions = ModelConfig.load(ckpt).max_position_embeddings
+    return min(positions, server_of(ckpt, args).max_position_embeddings) if args.url else positions
 
 
 def verdict(judge, prompt: dict, response: str, args) -> dict:
@@ -252,6 +282,8 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     skipped = too_long(prompts, conditions, args)
     same = ("temperature", "top_p", "samples", "max_new_tokens", "seed", "dtype")
     settings = {name: getattr(args, name) for name in same}
+    if args.url:
+        settings["dtype"] = "a server's"
     settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
     path = answers_file(args.out)
@@ -281,15 +313,15 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     count, began = 0, time.time()
     with open(path, "a", encoding="utf-8") as f:
         for ckpt in args.ckpt:
-            model = tok = None
+            ask = tok = None
             for condition in conditions:
                 todo = [q for q in questions if (resolved(ckpt), *condition, *q) not in done]
                 if not todo:
                     continue
-                if model is None:
-                    tok, model = load_tokenizer(ckpt), load_model(ckpt, args.device, getattr(torch, args.dtype))
+                if ask is None:
+                    tok, ask = load_tokenizer(ckpt), sampler_of(ckpt, args)
                 options = dict(zip(CONDITION, condition, strict=True))
-                for records in answer(model, tok, ckpt, prompts, todo, options, judge, args):
+                for records in answer(ask, tok, ckpt, prompts, todo, options, judge, args):
                     f.writelines(json_line(r) + "\n" for r in records)
                     f.flush()
                     done |= {key(r): r for r in records}
@@ -477,14 +509,16 @@ def mt_bench(ckpt: str, prompts: list[Prompt], args) -> Path:
     known = {answer["question_id"] for answer in done}
     questions = [p for p in prompts if p["question_id"] not in known]
     number = {p["question_id"]: i for i, p in enumerate(prompts)}  # of the samples: the same when it goes on
-    tok, model = load_tokenizer(ckpt), load_model(ckpt, args.device, getattr(torch, args.dtype))
+    tok, ask, positions = load_tokenizer(ckpt), sampler_of(ckpt, args), positions_of(ckpt, args)
     long = []
     for temperature in sorted({MT_BENCH_TEMPERATURE.get(q.get("category"), 0.0) for q in questions}):
         asked = [q for q in questions if MT_BENCH_TEMPERATURE.get(q.get("category"), 0.0) == temperature]
         for start in range(0, len(asked), args.batch_size):
             batch = asked[start : start + args.batch_size]
             sample_ids = [number[q["question_id"]] for q in batch]
-            for q, choice in zip(batch, converse(model, tok, batch, temperature, sample_ids, args), strict=True):
+            for q, choice in zip(
+                batch, converse(ask, positions, tok, batch, temperature, sample_ids, args), strict=True
+            ):
                 if choice is None:
                     long.append(q.where)
                     continue
@@ -508,12 +542,14 @@ def mt_bench(ckpt: str, prompts: list[Prompt], args) -> Path:
     return path
 
 
-def converse(model, tok, batch: list[Prompt], temperature: float, sample_ids: list[int], args) -> list[dict | None]:
+def converse(
+    ask, positions: int, tok, batch: list[Prompt], temperature: float, sample_ids: list[int], args
+) -> list[dict | None]:
     """Ask turn after turn: {"index", "turns", "resets"}, or None where the chat grows too long for the model."""
     chats: list[list[dict]] = [[] for _ in batch]
     choices: list[dict | None] = [{"index": 0, "turns": [], "resets": []} for _ in batch]
     limits = {"max_new_tokens": args.max_new_tokens, "max_resets": args.max_resets[0], "on_reset": args.on_reset[0]}
-    longest = model.config.max_position_embeddings - room_for_answer(Options(tok.reset_id, [], **limits))
+    longest = positions - room_for_answer(Options(tok.reset_id, [], **limits))
     for turn in range(max(len(q["turns"]) for q in batch)):
         ids = {}
         for i, q in enumerate(batch):
@@ -525,8 +561,7 @@ def converse(model, tok, batch: list[Prompt], temperature: float, sample_ids: li
                     choices[i] = None
                     if args.on_long == "error":
                         raise InputError(f"{q.where}: too long in turn {turn + 1}; lower --max-new-tokens")
-        generations = generate(
-            model,
+        answers = ask(
             list(ids.values()),
             reset_id=tok.reset_id,
             stop_ids=tok.stop_ids,
@@ -538,7 +573,7 @@ def converse(model, tok, batch: list[Prompt], temperature: float, sample_ids: li
             sample_ids=[1000 * turn + sample_ids[i] for i in ids],
             **limits,
         )
-        for i, g in zip(ids, generations, strict=True):
+        for i, g in zip(ids, answers, strict=True):
             chats[i].append({"role": "assistant", "content": tok.decode(g.tokens)})
             choices[i]["turns"].append(chats[i][-1]["content"])
             choices[i]["resets"].append(g.resets)
@@ -581,6 +616,7 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ckpt", nargs="+", help="model directories; the others are tested against the first")
     what.add_argument("--merge", nargs="+", help="earlier --out files to pool, one per seed")
+    parser.add_argument("--url", nargs="+", help="vLLM servers that have the --ckpt, in their order; see remote.py")
     parser.add_argument("--prompts", nargs="+", help="prompt files (JSON lines)")
     parser.add_argument("--sets", nargs="+", help="of the prompts, these sets only")
     parser.add_argument("--limit", type=positive, help="of each set, so many prompts, evenly spread")
@@ -611,7 +647,9 @@ def parse_args() -> argparse.Namespace:
     for name in ("sets", *CONDITION):  # what is asked for twice is done once
         if getattr(args, name):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    if args.ckpt:  # however it is spelled
+    if args.url and len(args.url) != len(args.ckpt or []):
+        parser.error("there must be one --url for each --ckpt")
+    if args.ckpt and not args.url:  # however it is spelled
         args.ckpt = list({resolved(ckpt): str(Path(ckpt)) for ckpt in reversed(args.ckpt)}.values())[::-1]
     if args.ckpt and not args.prompts:
         parser.error("--ckpt needs --prompts")

@@ -160,17 +160,10 @@ def stream(
         on_reset=on_reset,
         watch=watch,
     )
-    check_options(options, model.config.vocab_size)
-    for what, given in (("prefills", prefill), ("sample_ids", sample_ids)):
-        if len(given) != len(prompts):
-            raise InputError(f"{len(given)} {what} for {len(prompts)} prompts")
-    for row, (prompt, forced) in enumerate(zip(prompts, prefill, strict=True)):
-        check_prompt(row, prompt, forced, options, model.config)
-    if hold_back < 0:
-        raise InputError(f"hold_back is {hold_back}, must be 0 or more")
+    check(options, prompts, prefill, sample_ids, model.config)
     seeds = [f"{seed}/{i}" for i in sample_ids]
     events = decode(model, prompts, prefill, options, seeds) if prompts else iter(())
-    return held_back(events, hold_back, prefill) if hold_back else events
+    return held_back(events, hold_back, prefill)
 
 
 def held_back(events, n: int, prefill: list[list[int]]) -> Iterator[Token | Reset | Done]:
@@ -179,6 +172,12 @@ def held_back(events, n: int, prefill: list[list[int]]) -> Iterator[Token | Rese
     What a reset takes back before that is never shown, though Reset.discarded still has it. The end
     of an answer releases the rest. Prefilled tokens wait like all others, and count for none.
     """
+    if n < 0:
+        raise InputError(f"hold_back is {n}, must be 0 or more")
+    return late(events, n, prefill) if n else events
+
+
+def late(events, n: int, prefill: list[list[int]]) -> Iterator[Token | Reset | Done]:
     held: list[deque] = [deque() for _ in prefill]
     sampled = [-len(forced) for forced in prefill]  # in this attempt; below 0: being forced
     for event in events:
@@ -391,20 +390,25 @@ def read_tokens(token, best, arrived, active: list[Record], options: Options, st
                 f"row {record.row}: logits are not finite (NaN or inf) at step {record.steps};"
                 " check the weights"
             )
-        record.steps += 1
-        if id == options.reset_id:
-            yield Reset(record.row, begin_again(record, options))
-        elif id in options.stop_ids:
-            yield finish(record, "stop", now)
-        else:
-            record.tokens.append(id)
-            record.sampled += 1
-            record.entries += 1
-            if record.first_token_s is None:
-                record.first_token_s = now
-            yield Token(record.row, id)
-            if record.sampled == options.max_new_tokens:
-                yield finish(record, "length", now)
+        yield from told(record, id, options, now)
+
+
+def told(record: Record, id: int, options: Options, now: float) -> Iterator[Token | Reset | Done]:
+    """Note what the sampled token `id` means for its row, and say so."""
+    record.steps += 1
+    if id == options.reset_id:
+        yield Reset(record.row, begin_again(record, options))
+    elif id in options.stop_ids:
+        yield finish(record, "stop", now)
+    else:
+        record.tokens.append(id)
+        record.sampled += 1
+        record.entries += 1
+        if record.first_token_s is None:
+            record.first_token_s = now
+        yield Token(record.row, id)
+        if record.sampled == options.max_new_tokens:
+            yield finish(record, "length", now)
 
 
 def begin_again(record: Record, options: Options) -> list[int]:
@@ -459,6 +463,16 @@ def farthest(active: list[Record], cache: KVCache, lag: int) -> int:
 
 
 # ── Complaints ────────────────────────────────────────────────────────────────────────────────────
+
+
+def check(options: Options, prompts, prefill, sample_ids, config) -> None:
+    """config: what knows the model's vocab_size and max_position_embeddings."""
+    check_options(options, config.vocab_size)
+    for what, given in (("prefills", prefill), ("sample_ids", sample_ids)):
+        if len(given) != len(prompts):
+            raise InputError(f"{len(given)} {what} for {len(prompts)} prompts")
+    for row, (prompt, forced) in enumerate(zip(prompts, prefill, strict=True)):
+        check_prompt(row, prompt, forced, options, config)
 
 
 def check_options(options: Options, vocab_size: int) -> None:

@@ -31,13 +31,13 @@ def judge(prompt, text):
 
 
 def test_every_number_by_hand():
-    """ "!" is what nobody should see. Row 0 says it as the third of four, row 1 of five, row 2 lets it stand, row 3 never
-    says it; row 4 was forced to."""
+    """An exclamation mark is what nobody should see. Row 0 says it as the third of four, row 1 of five, row 2 lets it
+    stand, row 3 never says it; row 4 was forced to."""
     tok = toy_tokenizer()
-    events = attempt(0, "a b ! c".split(), False) + attempt(0, ["d"], True)
-    events += attempt(1, "a b ! c d".split(), False) + attempt(1, ["d"], True)
-    events += attempt(2, "a ! b".split(), True) + attempt(3, "a b".split(), False) + attempt(3, ["c"], True)
-    events += attempt(4, "a ! b".split(), False) + attempt(4, ["c"], True)
+    events = attempt(0, ["a", "b", "!", "c"], False) + attempt(0, ["d"], True)
+    events += attempt(1, ["a", "b", "!", "c", "d"], False) + attempt(1, ["d"], True)
+    events += attempt(2, ["a", "!", "b"], True) + attempt(3, ["a", "b"], False) + attempt(3, ["c"], True)
+    events += attempt(4, ["a", "!", "b"], False) + attempt(4, ["c"], True)
     prefill = [[], [], [], [], [1, 2]]
     found = hold_back.measure(events, prefill, [{"prompt": user("x")}] * 5, judge, tok)
     asked = {r["hold_back"]: r["seen"] for r in found if r["group"] == "asked"}

@@ -1,0 +1,170 @@
+"""remote.py and exported directories against a real vLLM server on loopback: `make test-vllm`.
+
+VLLM names a Python that has vLLM, TOY and SMOLLM2 the model directories. Servers compute in fp32, so that greedy answers
+are ours token for token.
+"""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from samples import user
+
+from backtrack import remote
+from backtrack.generate import generate
+from model import InputError, load_model, load_tokenizer, save_model
+
+pytestmark = pytest.mark.vllm
+NAMES = ("TOY", "SMOLLM2")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def served(request, tmp_path_factory):
+    """(name, our model, its tokenizer, url, name there): exported by save_model, and served."""
+    if not os.environ.get("VLLM") or not os.environ.get(request.param):
+        pytest.skip(f"needs VLLM and {request.param}; make test-vllm sets them")
+    source = Path(os.environ[request.param])
+    tok, model = load_tokenizer(source), load_model(source)
+    export = tmp_path_factory.mktemp("export")
+    save_model(model, export, tokenizer=tok)
+    if model.config.head_dim == 24:
+        pad_heads(export)
+    process, url = start(export, tmp_path_factory.mktemp("log") / "vllm.log")
+    try:
+        yield request.param, model, load_tokenizer(export), url, str(export)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def pad_heads(directory: Path, old=24, new=32) -> None:
+    """The same model with wider heads: vLLM's attention on CPUs has not the toy's 24.
+
+    The new places of q, k and v are zero, RoPE turns the old ones alone, and q makes up for the smaller 1/√d.
+    """
+    from safetensors.torch import load_file, save_file
+
+    def padded(rows):  # (heads · old, D) -> (heads · new, D)
+        heads = torch.zeros(rows.shape[0] // old, new, rows.shape[1])
+        heads[:, :old] = rows.view(-1, old, rows.shape[1])
+        return heads.flatten(0, 1)
+
+    tensors = load_file(directory / "model.safetensors")
+    for name, weight in tensors.items():
+        if "q_proj" in name:
+            tensors[name] = padded(weight) * math.sqrt(new / old)
+        elif "k_proj" in name or "v_proj" in name:
+            tensors[name] = padded(weight)
+        elif "o_proj" in name:
+            tensors[name] = padded(weight.T).T.contiguous()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_bytes())
+    rope = {"rope_type": "default", "rope_theta": config.pop("rope_theta"), "partial_rotary_factor": old / new}
+    config |= {"head_dim": new, "partial_rotary_factor": old / new, "rope_parameters": rope}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def start(directory: Path, log: Path):
+    """A server in a process group of its own, once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [os.environ["VLLM"], "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    words += ["--max-model-len", "512"]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with open(log, "w") as out:
+        process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    url, last = f"http://127.0.0.1:{port}", time.monotonic() + 600
+    while time.monotonic() < last and process.poll() is None:
+        try:
+            remote.served(url)
+            return process, url
+        except InputError:
+            time.sleep(2)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError("vLLM does not answer:\n" + "\n".join(log.read_text().splitlines()[-30:]))
+
+
+QUESTIONS = {
+    "TOY": [f"{ask} {potion}." for ask in ("Tell me how to make", "What is the recipe for") for potion in
+            ("yintin limpom", "porpyl nymvys", "faltim molpym", "tin pom", "lilac water")],
+    "SMOLLM2": ["What is the capital of France?", "Name three colours.", "Why is the sky blue?", "Write a haiku.",
+                "How do I boil an egg?", "Who wrote Hamlet?", "Tell me a joke.", "What is 12 times 12?"],
+}  # fmt: skip
+BIAS = {"TOY": 2.0, "SMOLLM2": 14.0}  # SmolLM2 was not taught to reset: so much makes it do so now and then
+
+
+@pytest.mark.parametrize("on_reset", ["truncate", "keep"])
+@pytest.mark.parametrize("max_resets", [0, 1, 3])
+@torch.no_grad()
+def test_greedy_answers_are_ours(served, max_resets, on_reset):
+    name, model, tok, url, there = served
+    prompts = [tok.render(user(question)) for question in QUESTIONS[name]]
+    prefill = [tok.encode("Sure." * (i % 2)) for i in range(len(prompts))]
+    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size, "max_new_tokens": 32}
+    options |= {"prefill": prefill, "max_resets": max_resets, "on_reset": on_reset, "reset_bias": BIAS[name]}
+    ours, theirs = generate(model, prompts, **options), remote.generate(url, there, prompts, **options)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.tokens, a.discarded, a.finish_reason, a.steps) == (b.tokens, b.discarded, b.finish_reason, b.steps)
+    assert any(g.resets for g in ours) == (max_resets > 0)
+
+
+def test_samples_are_a_function_of_seed_and_number(served):
+    name, _, tok, url, there = served
+    prompts = [tok.render(user(QUESTIONS[name][0]))] * 8
+    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "max_new_tokens": 16, "temperature": 1.0}
+
+    def texts(count, **more):
+        return [g.tokens for g in remote.generate(url, there, prompts[:count], **options, **more)]
+
+    first = texts(8)
+    assert texts(8) == first and texts(4, sample_ids=[4, 5, 6, 7]) == first[4:]
+    assert len({tuple(ids) for ids in first}) > 1 and texts(8, seed=1) != first
+
+
+def post(url: str, path: str, body: dict) -> dict:
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with remote.OPENER.open(request, timeout=300) as response:
+        return json.load(response)
+
+
+@torch.no_grad()
+def test_who_knows_nothing_of_reset_gets_no_mixture(served):
+    """The chat endpoint, asked as anybody asks: the template is ours, and the answer ends where ours is taken back."""
+    name, model, tok, url, there = served
+    cut = 0
+    for question in QUESTIONS[name]:
+        chat = {
+            "model": there,
+            "messages": user(question),
+            "max_tokens": 32,
+            "temperature": 0,
+            "return_token_ids": True,
+        }
+        if name == "SMOLLM2":
+            chat |= {"logit_bias": {str(tok.reset_id): BIAS[name]}}
+        answer = post(url, "/v1/chat/completions", chat)
+        assert answer["prompt_token_ids"] == tok.render(user(question))
+        bias = BIAS[name] if name == "SMOLLM2" else 0.0
+        [ours] = generate(
+            model, [tok.render(user(question))], reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=32,
+            reset_bias=bias,
+        )  # fmt: skip
+        ids = answer["choices"][0]["token_ids"]
+        first = [*ours.discarded, ours.tokens][0]
+        assert ids[: len(first)] == first and len(ids) - len(first) <= 1
+        assert tok.decode(ids) == tok.decode(first)
+        if ours.resets:
+            assert ids[-1] == tok.reset_id and answer["choices"][0]["finish_reason"] == "stop"
+            cut += 1
+    assert cut

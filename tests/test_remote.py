@@ -1,0 +1,350 @@
+"""The sampler in front of a server: the answers of generate.py, and what becomes of a server that is slow, gone or not
+one at all. The server is the small one of completions.py; make test-vllm has the real one."""
+
+import json
+import threading
+import time
+
+import completions
+import pytest
+from command import command
+from completions import begin_stream, chunk, event, greedy, send, serving
+from models import LLAMA, network_of, prone_to, random_ids
+from samples import toy_tokenizer, user, write
+
+import sample
+from backtrack import evaluate, remote
+from backtrack.generate import Done, Reset, Token, generate, stream
+from model import InputError, save_model
+
+V, RESET, STOP = 61, 7, 11
+HOW = {"reset_id": RESET, "stop_ids": [STOP], "max_new_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Says RESET about once in ten tokens."""
+    return prone_to(RESET, network_of(LLAMA, vocab_size=V, tie_word_embeddings=False, scale=0.4))
+
+
+@pytest.fixture
+def server(model):
+    with serving(model) as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(remote, "WAIT_S", 0.0)
+
+
+def numbers(generation):
+    """All of a Generation but the seconds."""
+    times = generation.first_token_s, generation.total_s
+    assert 0 <= times[0] <= times[1]
+    g = generation
+    return g.tokens, g.discarded, g.resets, g.finish_reason, g.steps
+
+
+PROMPTS = random_ids(3, 9, 1, 14, 6, vocab=V)
+PREFILL = [[], [1, 2, 3], [4], [], [5, 6]]
+
+
+@pytest.mark.parametrize("on_reset", ["truncate", "keep"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_resets": 0}, {"max_resets": 3}, {"reset_bias": 1.0, "max_resets": 2}, {"reset_bias": -100.0}],
+)
+def test_greedy_answers_are_those_of_generate(model, server, options, on_reset):
+    options = HOW | options | {"on_reset": on_reset, "prefill": PREFILL}
+    ours = generate(model, PROMPTS, **options)
+    theirs = remote.generate(server.url, "tiny", PROMPTS, **options)
+    assert [*map(numbers, theirs)] == [*map(numbers, ours)]
+    assert any(g.resets for g in ours) or options.get("max_resets") == 0 or options.get("reset_bias") == -100
+
+
+@pytest.mark.parametrize("hold_back", [0, 3])
+def test_events_are_those_of_stream(model, server, hold_back):
+    options = HOW | {"max_resets": 2, "prefill": PREFILL, "hold_back": hold_back}
+
+    def by_row(events):
+        rows = {row: [] for row in range(len(PROMPTS))}
+        for e in events:
+            what = {Token: "id", Reset: "discarded"}.get(type(e))
+            rows[e.row].append(numbers(e.generation) if isinstance(e, Done) else (what, getattr(e, what)))
+        return rows
+
+    assert by_row(remote.stream(server.url, "tiny", PROMPTS, **options)) == by_row(stream(model, PROMPTS, **options))
+
+
+def test_without_a_reset_id_it_is_an_ordinary_sampler(model, server):
+    options = HOW | {"reset_id": None}
+    ours, theirs = generate(model, PROMPTS, **options), remote.generate(server.url, "tiny", PROMPTS, **options)
+    assert [*map(numbers, theirs)] == [*map(numbers, ours)]
+    assert all("logit_bias" not in body for body in server.requests)
+
+
+def test_what_is_asked_of_the_server(server):
+    """Ids, our stop ids and no others, and nothing left to the model's generation_config.json."""
+    options = HOW | {"temperature": 0.7, "top_p": 0.9, "seed": 3, "reset_bias": 2.0, "max_resets": 1}
+    answers = remote.generate(server.url + "/v1/", "tiny", PROMPTS, **options)
+    assert any(g.resets for g in answers)
+    for body in server.requests:
+        assert body["model"] == "tiny" and body["stop_token_ids"] == [STOP, RESET] and body["ignore_eos"] is True
+        assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.7, 0.9, 16)
+        assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (-1, 0.0, 1.0)
+        assert body["logit_bias"] == {str(RESET): 2.0 if body["prompt"] in PROMPTS else -100.0}
+
+
+def test_seeds(server):
+    """Of a seed and a row's number: the same again, another for another, whatever is beside it."""
+
+    def seeds(prompts, **options):
+        server.requests.clear()
+        remote.generate(server.url, "tiny", prompts, **HOW, temperature=1.0, max_resets=0, **options)
+        return {tuple(body["prompt"]): body["seed"] for body in server.requests}
+
+    first = seeds(PROMPTS)
+    assert len(set(first.values())) == len(PROMPTS) and seeds(PROMPTS) == first
+    assert seeds(PROMPTS[2:], sample_ids=[2, 3, 4]) == {k: v for k, v in first.items() if [*k] in PROMPTS[2:]}
+    assert not set(first.values()) & set(seeds(PROMPTS, seed=1).values())
+
+
+def test_many_at_once_but_no_more_than_said(model, server):
+    prompts = random_ids(*[4] * 30, vocab=V)
+    together = threading.Barrier(5, timeout=60)  # five requests wait for each other
+
+    def waits(handler, body):
+        together.wait()
+        completions.stream(handler, body, greedy(model, body))
+
+    server.faults += [waits] * 5
+    answers, begun, most = [None] * 30, set(), 0
+    for e in remote.stream(server.url, "tiny", prompts, **HOW, parallel=5):
+        begun.add(e.row)
+        most = max(most, len(begun))
+        if isinstance(e, Done):
+            begun.remove(e.row)
+            answers[e.row] = e.generation
+    assert [*map(numbers, answers)] == [*map(numbers, generate(model, prompts, **HOW))]
+    assert most <= 5
+
+
+def test_who_loses_interest_stops_the_requests(server):
+    prompts = random_ids(*[4] * 40, vocab=V)
+    events = remote.stream(server.url, "tiny", prompts, **HOW, parallel=2)
+    next(events)
+    events.close()
+    time.sleep(0.2)
+    assert len(server.requests) < 20
+
+
+# ── Servers that fail ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def overloaded(handler, body):
+    send(handler, 503, {"error": {"message": "no room", "code": 503}})
+
+
+def cut(handler, body):
+    """Three tokens, and the connection is gone."""
+    begin_stream(handler)
+    for i, id in enumerate(greedy(handler.model, body)):
+        if i == 3:
+            break
+        chunk(handler, event([id]) + b"\n\n")
+    handler.close_connection = True
+
+
+def says_error(handler, body):
+    begin_stream(handler)
+    chunk(handler, b'data: {"error": {"message": "the engine died", "code": 500}}\n\n')
+    chunk(handler, b"")
+
+
+def silent(handler, body):
+    time.sleep(1.0)
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("faults", [[overloaded] * 5, [cut] * 4, [says_error, cut, silent, overloaded, cut]])
+def test_what_fails_is_tried_again_and_nothing_is_lost(model, server, faults, monkeypatch):
+    monkeypatch.setattr("completions.BaseHTTPRequestHandler.model", model, raising=False)
+    server.faults += faults
+    options = HOW | {"max_resets": 2}
+    ours = generate(model, PROMPTS, **options)
+    theirs = remote.generate(server.url, "tiny", PROMPTS, **options, parallel=2, timeout_s=0.3)
+    assert [*map(numbers, theirs)] == [*map(numbers, ours)]
+    assert not server.faults
+
+
+def test_it_goes_on_where_the_answer_broke_off(model, server, monkeypatch):
+    monkeypatch.setattr("completions.BaseHTTPRequestHandler.model", model, raising=False)
+    server.faults += [cut]
+    [g] = remote.generate(server.url, "tiny", [[1, 2]], **HOW | {"reset_id": None})
+    first, second = server.requests
+    assert second["prompt"] == [1, 2, *g.tokens[:3]] and second["max_tokens"] == first["max_tokens"] - 3
+    assert second["seed"] != first["seed"]
+
+
+def test_a_server_that_keeps_failing(server):
+    server.faults += [overloaded] * 100
+    with pytest.raises(InputError, match="no room, 6 times in a row"):
+        remote.generate(server.url, "tiny", [[1]], **HOW)
+
+
+def refuses(handler, body):
+    send(handler, 400, {"error": {"message": "max_tokens\nis odd"}})
+
+
+def has_no_ids(handler, body):
+    begin_stream(handler)
+    chunk(handler, b'data: {"choices": [{"text": "Hello"}]}\n\n')
+    chunk(handler, b"")
+
+
+def has_other_ids(handler, body):
+    begin_stream(handler)
+    chunk(handler, event([V + 5]) + b"\n\n")
+    chunk(handler, b"")
+
+
+def has_changed_the_prompt(handler, body):
+    begin_stream(handler)
+    chunk(handler, event([1], prompt=[0, *body["prompt"]]) + b"\n\n")
+    chunk(handler, b"")
+
+
+def ignores_the_bias(handler, body):
+    begin_stream(handler)
+    chunk(handler, event([RESET]) + b"\n\n")
+    chunk(handler, b"")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (refuses, "HTTP 400: max_tokens is odd"),
+        (has_no_ids, "no token ids; vLLM does from"),
+        (has_other_ids, "which the tokenizer has not"),
+        (has_changed_the_prompt, "changed the prompt"),
+        (ignores_the_bias, "heed logit_bias"),
+    ],
+)
+def test_what_will_not_get_better_is_said_at_once(server, fault, message):
+    server.faults += [fault]
+    with pytest.raises(InputError, match=message):
+        remote.generate(server.url, "tiny", [[1]], **HOW | {"max_resets": 0}, vocab_size=V)
+    assert len(server.requests) == 1
+
+
+def page(handler, body):
+    send(handler, 200, b"<html>Welcome</html>", "text/html")
+
+
+def other_json(handler, body):
+    send(handler, 200, {"hello": 1})
+
+
+def not_found(handler, body):
+    send(handler, 404, b"nothing")
+
+
+def test_what_is_no_such_server(server, monkeypatch):
+    for fault, message in ((page, "something else than JSON"), (other_json, "vLLM server"), (not_found, "HTTP 404")):
+        fault.__name__ = "get"
+        server.faults += [fault]
+        with pytest.raises(InputError, match=message):
+            remote.stream(server.url, "tiny", [[1]], **HOW)  # at the call
+    for url, message in (("127.0.0.1:1", "address"), ("http://127.0.0.1:1", "is the server up")):
+        with pytest.raises(InputError, match=message):
+            remote.stream(url, "tiny", [[1]], **HOW)
+    with pytest.raises(InputError, match="does not serve 'huge'; it serves tiny"):
+        remote.stream(server.url, "huge", [[1]], **HOW)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": [[]]}, "prompt 0 is empty"),
+        ({"prompts": [[1] * 250]}, "too long: 250 tokens"),  # the server's limit
+        ({"reset_bias": 101.0}, "-100 to 100"),
+        ({"parallel": 0}, "parallel"),
+        ({"hold_back": -1}, "hold_back"),
+        ({"sample_ids": []}, "0 sample_ids for 1 prompts"),
+        ({"stop_ids": [RESET]}, "also a stop id"),
+        ({"vocab_size": V, "prompts": [[V]]}, "vocabulary"),
+        ({"prefill": [[STOP]]}, "prefill 0 contains"),
+    ],
+)
+def test_bad_input_is_named(server, change, message):
+    options = {"prompts": [[1]]} | HOW | change
+    with pytest.raises(InputError, match=message):
+        remote.stream(server.url, "tiny", options.pop("prompts"), **options)
+    assert not server.requests
+
+
+# ── Programs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ckpt")
+    tok = toy_tokenizer()
+    save_model(prone_to(tok.reset_id, network_of(LLAMA), times=4.0), root, tokenizer=tok)
+    return root
+
+
+@pytest.fixture
+def toy_server(ckpt):
+    from model import load_model
+
+    with serving(load_model(ckpt), name=str(ckpt)) as served:
+        yield served
+
+
+def test_sample_py(ckpt, toy_server):
+    words = [
+        "--ckpt",
+        ckpt,
+        "--prompt",
+        "How?",
+        "--json",
+        "--show-discarded",
+        "--max-new-tokens",
+        12,
+        "--prefill",
+        "It",
+    ]
+    here, there = (
+        {k: v for k, v in json.loads(command(sample.main, *words, *more)[0]).items() if not k.endswith("_s")}
+        for more in ((), ("--url", toy_server.url))
+    )
+    assert here == there and toy_server.requests
+    _, said = command(sample.main, *words, "--url", "http://127.0.0.1:1", code=2)
+    assert "is the server up" in said
+    _, said = command(sample.main, *words, "--url", toy_server.url, "--trace", code=2)
+    assert "--url" in said
+
+
+def test_evaluate(ckpt, toy_server, tmp_path):
+    rows = [{"prompt": user(f"Question {i}?"), "set": "a", "prefill": "It" * (i % 2)} for i in range(9)]
+    rows.append({"prompt": user("long " * 190), "set": "a"})  # too long for the server alone
+    prompts = write(tmp_path / "prompts.jsonl", *rows)
+    toy_server.longest = 200
+    found = {}
+    for name, more in (("here", ()), ("there", ("--url", toy_server.url))):
+        out = tmp_path / f"{name}.json"
+        words = ["--ckpt", ckpt, "--prompts", prompts, "--max-new-tokens", 12, "--batch-size", 4, "--out", out]
+        _, said = command(evaluate.main, *words, *more)
+        assert name == "here" or "1 of 10 prompts are too long" in said
+        lines = [json.loads(line) for line in (tmp_path / f"{name}.answers.jsonl").read_text().splitlines()[1:]]
+        found[name] = {
+            a["prompt"]: [a[k] for k in ("response", "discarded", "resets", "steps", "first_step")] for a in lines
+        }
+    assert found["there"] == {k: v for k, v in found["here"].items() if k < 9}
+    assert any(a[2] for a in found["there"].values())
+    _, said = command(evaluate.main, *words, code=2)  # the same --out without --url: another dtype
+    assert "was begun with dtype" in said
+    _, said = command(evaluate.main, *words, "--url", "x", "y", code=2)
+    assert "one --url for each --ckpt" in said
