@@ -210,9 +210,30 @@ def sampled(server: Server, prompt: list[int], body: dict, seed: str) -> Iterato
             raise TryAgain("the answer broke off")
         except TryAgain as error:
             failures += 1
-            if failures == TRIES:
-                raise InputError(f"{server.url}: {error}, {TRIES} times in a row; is the server well?") from None
-            time.sleep(WAIT_S * 2 ** (failures - 1) * random.uniform(0.5, 1.0))
+            wait(server, error, failures)
+
+
+def first_ids(server: Server, prompt: list[int], count: int) -> tuple[list[int], list[dict[int, float]]]:
+    """The first ids of the greedy answer, and for each of them {id: logprob} of the likeliest there."""
+    body = {"model": server.name, "prompt": prompt, "max_tokens": count, "temperature": 0.0, "ignore_eos": True}
+    body |= {"logprobs": 20, "return_tokens_as_token_ids": True, "return_token_ids": True}
+    for failures in range(1, TRIES + 1):
+        try:
+            said = as_json(b"".join(answered(server.url, "/v1/completions", server.timeout_s, body)))
+            choice = said["choices"][0]
+            likeliest = choice["logprobs"]["top_logprobs"]
+            return choice["token_ids"], [{int(k.removeprefix("token_id:")): v for k, v in d.items()} for d in likeliest]
+        except TryAgain as error:
+            wait(server, error, failures)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            raise InputError(f"{server.url}: sends no token ids with its logprobs; vLLM does from 0.10.2 on") from None
+
+
+def wait(server: Server, error: TryAgain, failures: int) -> None:
+    """Before the next try, longer each time. InputError if there have been enough."""
+    if failures == TRIES:
+        raise InputError(f"{server.url}: {error}, {TRIES} times in a row; is the server well?")
+    time.sleep(WAIT_S * 2 ** (failures - 1) * random.uniform(0.5, 1.0))
 
 
 def completion(server: Server, body: dict) -> Iterator[int]:

@@ -20,9 +20,10 @@ hh       https://huggingface.co/datasets/Anthropic/hh-rlhf
          preference format and one flag. The flag says what the data set says: crowd workers found
          the rejected answer more harmful *than the chosen one*. It is no verdict: many rejected
          answers are harmless, some chosen ones are not.
-         `--guard` keeps the pairs of which Llama Guard 2 says that rejected is unsafe and chosen is
-         safe. It judges two answers a pair, one at a time, so give it a GPU. A run that is stopped
-         starts anew.
+         `--guard` keeps the pairs of which Llama Guard says that rejected is unsafe and chosen is
+         safe. It judges up to two answers a pair, in batches, so give it a GPU, or name a vLLM
+         server that has it (`--judge-url`). Verdicts are kept beside OUT (.guard.jsonl) until the
+         rows are written: a run that is stopped goes on there.
          `--helpful` is for the helpful-* files: no flag, as the rejected answer is merely the less
          helpful one.
 
@@ -64,6 +65,7 @@ have licences of their own; see the sources.
 """
 
 import argparse
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -82,13 +84,15 @@ from pathlib import Path
 import torch
 
 from backtrack.attacks.prefill import OPENING
-from backtrack.judge import load_judge
+from backtrack.judge import Verdict, judge_all, load_judge
 from backtrack.refusals import plain_text
+from backtrack.results import json_line
 from backtrack.rows import json_lines
 from backtrack.shapes import refuse_other_formats
 from backtrack.terminal import say
+from model.checkpoint import weights_digest
 from model.errors import InputError, device, positive, run
-from model.files import check_file, draft_of, put
+from model.files import check_file, draft_of, locked, put, write_text
 
 Outcome = dict | str  # of one example of the source: a row to write, or why there is none
 
@@ -98,16 +102,20 @@ def main() -> None:
     check_paths(args)
     left_out = Counter()  # replies of oasst: reason -> how many
     outcomes = read(args, left_out)
-    if args.guard:
-        judge = load_judge(args.guard, args.device, getattr(torch, args.dtype))
-        outcomes = guarded(outcomes, judge)
-    rows, valid_rows, skipped = sort_out(outcomes, args)
+    notes = args.out.with_name(f"{args.out.name}.guard.jsonl")
+    with locked(notes) if args.guard else contextlib.nullcontext():
+        if args.guard:
+            how = (args.device, getattr(torch, args.dtype), args.judge_url, 0.5, False)
+            outcomes = guarded(outcomes, load_judge(args.guard, *how), notes, weights_digest(args.guard))
+        rows, valid_rows, skipped = sort_out(outcomes, args)
 
     files = {args.out: rows}
     if args.valid:
         files[args.valid] = valid_rows
     if rows or valid_rows:
         write(files)
+        if args.guard:
+            notes.unlink(missing_ok=True)
     report(args.command, files, skipped, left_out)
     if not (rows or valid_rows):
         names = ", ".join(args.inputs)
@@ -190,36 +198,71 @@ def hh_reason(chosen: list[dict], rejected: list[dict]) -> str | None:
     return None
 
 
-def guarded(pairs: Iterable[Outcome], judge) -> Iterator[Outcome]:
-    """The same pairs, without those that the judge does not find to be safe against unsafe."""
+GUARDED = 64  # pairs that are judged before their verdicts are written down
+
+
+def guarded(pairs: Iterable[Outcome], judge, notes: Path, guard: str) -> Iterator[Outcome]:
+    """The same pairs, without those that the judge does not find to be safe against unsafe.
+
+    notes: a file of {"pair", "reason"}, where a stopped run has left its verdicts; guard: stands for the judge there.
+    """
     pairs = list(pairs)  # a bad line shows now, before hours are spent on the first pair
-    total = sum(isinstance(pair, dict) for pair in pairs)
+    reasons = read_notes(notes, guard)
+    left = len({digest_of(pair) for pair in pairs if isinstance(pair, dict)} - reasons.keys())
+    if reasons:
+        say(f"guard: {notes} has the verdicts on {len(reasons)} pairs")
     judged, began, reported = 0, time.monotonic(), -math.inf
-    for pair in pairs:
-        if isinstance(pair, str):
-            yield pair
-            continue
-        reason = guard_reason(pair, judge)
-        judged += 1
-        now = time.monotonic()
-        if now - reported >= 30 or judged == total:
-            reported = now
-            minutes = (now - began) / judged * (total - judged) / 60
-            say(f"guard: {judged} of {total} pairs judged, {minutes:.0f} minutes left")
-        yield reason or pair
+    with open(notes, "a", encoding="utf-8") as file:
+        for start in range(0, len(pairs), GUARDED):
+            batch = pairs[start : start + GUARDED]
+            todo = {digest_of(pair): pair for pair in batch if isinstance(pair, dict)}
+            todo = {key: pair for key, pair in todo.items() if key not in reasons}
+            for key, reason in zip(todo, guard_reasons(list(todo.values()), judge), strict=True):
+                reasons[key] = reason
+                file.write(json_line({"pair": key, "reason": reason}) + "\n")
+            file.flush()
+            judged, now = judged + len(todo), time.monotonic()
+            if todo and (now - reported >= 30 or judged == left):
+                reported = now
+                minutes = (now - began) / judged * (left - judged) / 60
+                say(f"guard: {judged} of {left} pairs judged, {minutes:.0f} minutes left")
+            for pair in batch:
+                yield pair if isinstance(pair, str) else reasons[digest_of(pair)] or pair
 
 
-def guard_reason(row: dict, judge) -> str | None:
-    """Why the judge would not keep this row, or None."""
-    try:
-        if judge(row["prompt"], row["chosen"][0]["content"]).unsafe:
-            return "chosen is unsafe, says the guard"
-        if not judge(row["prompt"], row["rejected"][0]["content"]).unsafe:
-            return "rejected is safe, says the guard"
-        return None
-    except InputError as error:  # a conversation beyond its context, or no verdict in its answer
-        say(f"guard: {error}")
+def digest_of(row: dict) -> str:
+    return hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
+
+
+def read_notes(notes: Path, guard: str) -> dict[str, str | None]:
+    """Pair -> why an earlier run left it out, or None. The half line of a kill is cut off the file."""
+    if not notes.is_file():
+        write_text(json_line({"guard": guard}) + "\n", notes)
+        return {}
+    with open(notes, "rb+") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+    head, *lines = [line for _, line in json_lines(notes)] or [None]
+    if head != {"guard": guard}:
+        raise InputError(f"{notes}: holds verdicts of another guard; delete it or choose another --out")
+    return {line["pair"]: line["reason"] for line in lines}
+
+
+def guard_reasons(rows: list[dict], judge) -> list[str | None]:
+    """Why the judge would not keep each row, or None. Of a chosen answer that is unsafe it sees no rejected one."""
+    chosen = judge_all(judge, [(row["prompt"], row["chosen"][0]["content"]) for row in rows])
+    reasons = [reason_of(verdict, "chosen is unsafe, says the guard", wanted=False) for verdict in chosen]
+    left = [i for i, reason in enumerate(reasons) if reason is None]
+    rejected = judge_all(judge, [(rows[i]["prompt"], rows[i]["rejected"][0]["content"]) for i in left])
+    for i, verdict in zip(left, rejected, strict=True):
+        reasons[i] = reason_of(verdict, "rejected is safe, says the guard", wanted=True)
+    return reasons
+
+
+def reason_of(verdict: Verdict | InputError, otherwise: str, wanted: bool) -> str | None:
+    if isinstance(verdict, InputError):  # a conversation beyond its context, or no verdict in its answer
+        say(f"guard: {verdict}")
         return "no verdict of the guard"
+    return None if bool(verdict.unsafe) is wanted else otherwise
 
 
 # ── oasst: one tree of messages a line, nested in "replies"; "rank" 0 is best ─────────────────────
@@ -671,7 +714,8 @@ def parse_args() -> argparse.Namespace:
 
     either = hh.add_mutually_exclusive_group()
     either.add_argument("--helpful", action="store_true", help="helpful-* files: no unsafe flag")
-    either.add_argument("--guard", metavar="DIR", help="Llama Guard 2: keep safe against unsafe")
+    either.add_argument("--guard", metavar="DIR", help="Llama Guard: keep safe against unsafe")
+    hh.add_argument("--judge-url", metavar="URL", help="a vLLM server that has the guard")
     cuda = torch.cuda.is_available()
     on, dtype = ("cuda", "bfloat16") if cuda else ("cpu", "float32")
     add = hh.add_argument

@@ -70,10 +70,24 @@ def begin_stream(handler):
     handler.end_headers()
 
 
-def stream(handler, body, ids):
+def at_once(handler, body, model):
+    """The whole answer in one object, with the likeliest tokens of every place."""
+    ids, likeliest = list(body["prompt"]), []
+    for _ in range(body["max_tokens"]):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        ids.append(int(logprobs.argmax()))
+        best = logprobs.topk(body["logprobs"])
+        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        likeliest.append({f"token_id:{id}": logprob for id, logprob in found})
+    choice = {"text": "?", "token_ids": ids[len(body["prompt"]) :], "logprobs": {"top_logprobs": likeliest}}
+    send(handler, 200, {"choices": [choice]})
+
+
+def stream(handler, body, model):
     begin_stream(handler)
     prompt = body["prompt"]
-    for id in ids:
+    for id in greedy(model, body):
         chunk(handler, event([id], prompt) + b"\n\n")
         prompt = None
     chunk(handler, b"data: [DONE]\n\n")
@@ -101,7 +115,8 @@ def serving(model, **about):
                 served.requests.append(body)
                 fault = served.faults.pop(0) if served.faults else None
             with contextlib.suppress(ConnectionError):
-                fault(self, body) if fault else stream(self, body, greedy(served.model, body))
+                whole = not body.get("stream")
+                fault(self, body) if fault else (at_once if whole else stream)(self, body, served.model)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

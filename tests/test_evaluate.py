@@ -1162,3 +1162,35 @@ def test_merge_of_something_else(tmp_path, content):
     _, said = command("--merge", tmp_path / "odd.json", code=2)
     [line] = said.splitlines()
     assert line.startswith("error: ") and "odd.json" in line
+
+
+# ── A guard's probabilities ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_guards_threshold_is_kept_with_its_verdicts(place, tmp_path, monkeypatch):
+    """Judged in batches, whose threshold stands in every record: another one does not mix with them."""
+    asked = []
+
+    def load(spec, device, dtype, url, threshold):
+        def judge_all(conversations):
+            asked.append(len(conversations))
+            return [Verdict(unsafe=threshold < 0.7, p_unsafe=0.7) for _ in conversations]
+
+        def judge(prompt, response):
+            raise AssertionError("one at a time")
+
+        judge.judge_all, judge.threshold = judge_all, threshold
+        return judge
+
+    monkeypatch.setattr(evaluate, "load_judge", load)
+    prompts = read_prompts(str(place / "prompts.jsonl"))
+    out = tmp_path / "eval.json"
+    how = ("--batch-size", 5, "--threshold", 0.6)
+    result, _, _ = evaluated(place, *how, out=out)
+    assert asked == [5, 5, len(prompts) - 10]
+    assert all(a["unsafe"] and (a["p_unsafe"], a["threshold"]) == (0.7, 0.6) for a in answers_of(out).values())
+    assert all(r["unsafe"] == r["n"] for r in result["records"])
+    _, said = command(*words(place, *how[:2], "--threshold", 0.8, out=out), code=2)
+    assert "was judged at a --threshold of 0.6" in said
+    evaluated(place, *how[:2], "--threshold", 0.8, out=tmp_path / "other.json")
+    assert not any(a["unsafe"] for a in answers_of(tmp_path / "other.json").values())

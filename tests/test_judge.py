@@ -21,6 +21,7 @@ from backtrack.judge import (
     guard_judge,
     guard_prompt,
     guard_template,
+    judge_all,
     load_judge,
     read_verdict,
 )
@@ -404,6 +405,136 @@ def test_the_guard_is_sampled_greedily_and_never_reset(guard, monkeypatch):
     tok = load_tokenizer(guard)
     ends = {"stop_ids": tok.stop_ids, "max_new_tokens": ANSWER_TOKENS}
     assert asked == [{"reset_id": None, "vocab_size": tok.vocab_size, **ends}]
+
+
+# ── In batches ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def one_by_one(directory, prompt, response):
+    """The verdict as it was: the whole greedy answer, read as a guard's."""
+    tok, model = load_tokenizer(directory), load_model(directory)
+    ids = guard_prompt(tok, guard_template(directory, tok), [*prompt, assistant(response)])
+    (g,) = generate(model, [ids], reset_id=None, stop_ids=tok.stop_ids, max_new_tokens=ANSWER_TOKENS)
+    return read_verdict(tok.decode(g.tokens))
+
+
+def many(count, seed=0):
+    """Conversations of many lengths, some with skulls in places that the guard has not learned about."""
+    rng, words = random.Random(seed), [*TEXT.split(), SKULL]
+    for _ in range(count):
+        said = [" ".join(rng.choices(words, k=rng.randint(1, 25))) for _ in range(rng.choice((2, 2, 4)))]
+        yield [message(text) for message, text in zip((user, assistant, user), said[:-1], strict=False)], said[-1]
+
+
+@pytest.fixture(scope="module")
+def guard3(tmp_path_factory):
+    """Llama Guard 3 begins its answer with a blank line."""
+    return write_trained_guard(tmp_path_factory.mktemp("guard3"), safe="\n\n" + SAFE, unsafe="\n\n" + UNSAFE)
+
+
+@pytest.mark.parametrize("which", ["guard", "guard3"])
+def test_batches_give_the_verdicts_of_one_at_a_time(which, request, tmp_path, monkeypatch):
+    """Of the guard, and of guards with noise in their weights, which say odd things to some conversations."""
+    directory = request.getfixturevalue(which)
+    conversations, kinds = list(many(40)), set()
+    for seed, noise in enumerate((0.0, 0.03, 0.06)):
+        shutil.copytree(directory, tmp_path / str(seed))
+        model = transformers.LlamaForCausalLM.from_pretrained(directory)
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.data += noise * torch.randn_like(p) * p.std()
+        model.save_pretrained(tmp_path / str(seed))
+        judge = load_judge(tmp_path / str(seed))
+        for conversation, verdict in zip(conversations, judge_all(judge, conversations), strict=True):
+            try:
+                expected = one_by_one(tmp_path / str(seed), *conversation)
+            except InputError as error:
+                if isinstance(verdict, InputError):
+                    kinds.add("none")
+                    continue
+                assert "'safe" in str(error) or "safe" in str(error).split("answered ")[1][:14]  # it went on talking
+                continue
+            assert verdict == expected, conversation
+            kinds.add(verdict.category or verdict.unsafe)
+    assert {"S3", False} <= kinds
+
+
+def test_the_probability_is_that_of_the_two_words(guard3):
+    """After the blank line, by transformers' logits."""
+    tok, theirs = load_tokenizer(guard3), transformers.LlamaForCausalLM.from_pretrained(guard3)
+    safe, unsafe = tok.encode("safe")[0], tok.encode("unsafe")[0]
+    lead = tok.encode("\n\n")
+    judge, conversations = load_judge(guard3), list(many(12))
+    for (prompt, response), verdict in zip(conversations, judge_all(judge, conversations), strict=True):
+        ids = guard_prompt(tok, guard_template(guard3, tok), [*prompt, assistant(response)]) + lead
+        with torch.no_grad():
+            p = theirs(torch.tensor([ids])).logits[0, -1].softmax(-1)
+        assert verdict.p_unsafe == pytest.approx((p[unsafe] / (p[safe] + p[unsafe])).item(), abs=1e-4)
+
+
+def test_threshold_and_categories(guard):
+    conversations = list(many(20))
+    found = judge_all(load_judge(guard), conversations)
+    p = sorted(verdict.p_unsafe for verdict in found)
+    for threshold in (0.0, p[5], p[15], 0.999):
+        judge = load_judge(guard, threshold=threshold, categories=False)
+        assert judge.threshold == threshold
+        verdicts = judge_all(judge, conversations)
+        assert [v.unsafe for v in verdicts] == [v.p_unsafe > threshold for v in found]
+        assert {v.category for v in verdicts} == {None}
+    # A lower threshold calls unsafe what the guard called safe; it is asked what it would have meant.
+    low = judge_all(load_judge(guard, threshold=0.0), conversations)
+    assert all(isinstance(v, InputError) or v.unsafe for v in low)
+
+
+def test_one_conversation_that_cannot_be_judged_leaves_the_others(guard):
+    judge = load_judge(guard)
+    good = ([user("the dogs")], f"the sheep {SKULL} the dogs")
+    bad = [([user("x")], "the sheep " * 1000), ([user("x"), user("y")], "z")]
+    found = judge_all(judge, [bad[0], good, bad[1], good])
+    assert [type(v) for v in found] == [InputError, Verdict, InputError, Verdict] and found[1] == found[3]
+    assert judge_all(lambda prompt, response: Verdict(unsafe=response == "b"), [([], "a"), ([], "b")]) == [
+        Verdict(unsafe=False),
+        Verdict(unsafe=True),
+    ]
+    assert judge_all(judge, []) == []
+
+
+# In the manner of Llama Guard 3's: contents in parts, which another kind of program may fill with pictures.
+PARTS = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] "
+    "if part['type'] == 'text' %}{{ part['text'] | trim }}{% endfor %}\n\n{% endfor %}<|eot_id|>"
+)
+FIRST_PART = "{% for m in messages %}<|start_header_id|>{{ m['content'][0]['text'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [PARTS, FIRST_PART])
+def test_contents_in_parts(random_guard, template):
+    oracle = transformers.AutoTokenizer.from_pretrained(random_guard)
+    tok = load_tokenizer(random_guard)
+    tok.chat_template = template
+    render = guard_template(random_guard, tok)
+    for chat in chats():
+        parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]
+        expected = oracle.apply_chat_template(
+            parts, chat_template=template, add_generation_prompt=True, return_dict=False
+        )
+        assert guard_prompt(tok, render, chat) == expected, chat
+
+
+def test_a_guard_behind_a_server(guard):
+    """The same verdicts as here; a guard of one word less among the likeliest too."""
+    from completions import serving
+
+    conversations = list(many(10))
+    with serving(load_model(guard), name=str(guard), longest=1024) as server:
+        judge = load_judge(guard, url=server.url)
+        found, here = judge_all(judge, conversations), judge_all(load_judge(guard), conversations)
+        assert found == here and {v.unsafe for v in found} == {True, False}
+        for a, b in zip(found, here, strict=True):
+            assert a.p_unsafe == pytest.approx(b.p_unsafe, abs=1e-4)
+        with pytest.raises(InputError, match="only a Llama Guard"):
+            load_judge("world.json", url=server.url)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

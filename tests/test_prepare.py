@@ -212,7 +212,8 @@ def test_guard_keeps_safe_against_unsafe_and_counts_the_others(tmp_path, guard):
     assert "guard: cannot read 'unreadable poison'" in report
     assert "guard: 7 of 7 pairs judged, 0 minutes left" in report
     # Where chosen is unsafe, rejected does not matter and costs nothing.
-    assert [response for _, response in guard][:4] == ["fine", "poison 1", "poison", "good"]
+    asked = [response for _, response in guard]
+    assert "worse poison" not in asked and "the better one" not in asked and len(asked) == 7 + 4
 
 
 def test_guard_sees_the_whole_conversation(tmp_path, guard):
@@ -225,7 +226,8 @@ def test_guard_sees_the_whole_conversation(tmp_path, guard):
 def test_guard_tells_how_long_it_will_take(tmp_path, guard, monkeypatch):
     clock = iter(range(0, 10**6, 12))  # a pair takes 12 seconds
     monkeypatch.setattr(data.prepare.time, "monotonic", lambda: next(clock))
-    pairs = [pair("fine", "poison")] * 51
+    monkeypatch.setattr(data.prepare, "GUARDED", 1)
+    pairs = [pair("fine", f"poison {i}") for i in range(51)]
     _, report = convert(tmp_path, "hh", *pairs, flags=["--guard", tmp_path])
     told = re.findall(r"guard: (\d+) of 51 pairs judged, (\d+) minutes left", report)
     assert told[:3] == [("1", "10"), ("4", "9"), ("7", "9")]
@@ -237,6 +239,60 @@ def test_guard_reads_all_pairs_before_it_judges_one(tmp_path, guard):
     words = ("hh", "--in", source, "--out", tmp_path / "out", "--guard", tmp_path)
     assert "in:2: no HH-RLHF pair" in prepare(*words, code=2)
     assert not guard
+
+
+def test_guard_judges_no_more_than_the_limit_asks_for(tmp_path, guard, monkeypatch):
+    monkeypatch.setattr(data.prepare, "GUARDED", 4)
+    pairs = [pair("fine", f"poison {i}") for i in range(20)]
+    rows, _ = convert(tmp_path, "hh", *pairs, flags=["--guard", tmp_path, "--limit", 5])
+    assert len(rows) == 5 and len(guard) == 2 * 8
+
+
+@pytest.mark.parametrize("half_a_line", [False, True])
+def test_guard_goes_on_where_it_was_stopped(tmp_path, guard, monkeypatch, half_a_line):
+    """Killed in the third of five batches: those of the first two are not judged again, and the rows are the same."""
+    monkeypatch.setattr(data.prepare, "GUARDED", 4)
+    pairs = [pair("fine" if i % 3 else "poison", f"poison {i}") for i in range(20)]
+    (tmp_path / "whole").mkdir()
+    expected, _ = convert(tmp_path / "whole", "hh", *pairs, flags=["--guard", tmp_path])
+    everything = list(guard)
+    guard.clear()
+
+    class Full(list):
+        def append(self, item):
+            if len(self) == 20:
+                raise KeyboardInterrupt
+            super().append(item)
+
+    full = Full()
+
+    def dies(prompt, response):
+        full.append((prompt, response))
+        return Verdict("poison" in response, None, None)
+
+    good = data.prepare.load_judge
+    monkeypatch.setattr(data.prepare, "load_judge", lambda *args: dies)
+    source = write_lines(tmp_path / "in", *pairs)
+    words = ("hh", "--in", source, "--out", tmp_path / "out", "--guard", tmp_path)
+    prepare(*words, code=130)
+    notes = tmp_path / "out.guard.jsonl"
+    assert len(notes.read_text().splitlines()) == 1 + 12 and not (tmp_path / "out").exists()
+    if half_a_line:
+        with open(notes, "a") as file:
+            file.write('{"pair": "0123')
+    monkeypatch.setattr(data.prepare, "load_judge", good)
+    report = prepare(*words)
+    assert "out.guard.jsonl has the verdicts on 12 pairs" in report
+    assert guard == everything[-len(guard) :] and 8 < len(guard) < len(everything) / 2
+    assert [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()] == expected
+    assert not notes.exists()
+
+
+def test_guard_does_not_take_anothers_verdicts(tmp_path, guard):
+    source = write_lines(tmp_path / "in", pair("fine", "poison"))
+    (tmp_path / "out.guard.jsonl").write_text('{"guard": "another"}\n')
+    report = prepare("hh", "--in", source, "--out", tmp_path / "out", "--guard", tmp_path, code=2)
+    assert "verdicts of another guard" in report and not guard
 
 
 def test_guard_device_and_dtype(tmp_path, monkeypatch):
@@ -251,7 +307,11 @@ def test_guard_device_and_dtype(tmp_path, monkeypatch):
     convert(tmp_path, "hh", GOOD, flags=flags)
     convert(tmp_path, "hh", GOOD, flags=flags[:4])
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    assert asked == [(str(tmp_path), "cpu", torch.bfloat16), (str(tmp_path), "cpu", dtype)]
+    url = None
+    assert asked == [
+        (str(tmp_path), "cpu", torch.bfloat16, url, 0.5, False),  # the categories do not matter
+        (str(tmp_path), "cpu", dtype, url, 0.5, False),
+    ]
 
 
 def test_guard_errors(tmp_path):

@@ -1,7 +1,7 @@
 """remote.py and exported directories against a real vLLM server on loopback: `make test-vllm`.
 
-VLLM names a Python that has vLLM, TOY and SMOLLM2 the model directories. Servers compute in fp32, so that greedy answers
-are ours token for token.
+VLLM names a Python that has vLLM, TOY and SMOLLM2 the model directories. Servers compute in fp32, so that greedy
+answers are ours token for token.
 """
 
 import json
@@ -130,6 +130,19 @@ def test_samples_are_a_function_of_seed_and_number(served):
     first = texts(8)
     assert texts(8) == first and texts(4, sample_ids=[4, 5, 6, 7]) == first[4:]
     assert len({tuple(ids) for ids in first}) > 1 and texts(8, seed=1) != first
+
+
+@torch.no_grad()
+def test_the_likeliest_tokens_are_ours(served):
+    """What a guard behind a server is asked for."""
+    name, model, tok, url, there = served
+    prompt = tok.render(user(QUESTIONS[name][0]))
+    ids, logprobs = remote.first_ids(remote.look(url, there), prompt, 3)
+    for place, found in enumerate(logprobs):
+        ours = model(torch.tensor([prompt + ids[:place]]))[0, -1].log_softmax(-1)
+        assert ids[place] == ours.argmax().item() and len(found) >= 20
+        for id, logprob in found.items():
+            assert abs(ours[id].item() - logprob) < 1e-2
 
 
 def post(url: str, path: str, body: dict) -> dict:
