@@ -3,7 +3,7 @@
     python -m data.prepare hh --in harmless-base/train.jsonl.gz --out hh.jsonl --valid valid.jsonl
     python -m data.prepare hh --in harmless-base/train.jsonl.gz --out hh.jsonl --guard GUARD_DIR
     python -m data.prepare hh --in helpful-base/train.jsonl.gz --out helpful.jsonl --helpful
-    python -m data.prepare oasst --in oasst_ready.trees.jsonl.gz --out oasst.jsonl
+    python -m data.prepare oasst2 --in oasst2_ready.trees.jsonl.gz --out oasst.jsonl
     python -m data.prepare prompts --in harmful_behaviors.csv xstest_prompts.csv --out prompts.jsonl
     python -m data.prepare prompts --in safety_only_data_Instructions.json --exclude prompts.jsonl \
         --out train.jsonl --valid dev.jsonl --valid-percent 20
@@ -27,10 +27,14 @@ hh       https://huggingface.co/datasets/Anthropic/hh-rlhf
          `--helpful` is for the helpful-* files: no flag, as the rejected answer is merely the less
          helpful one.
 
-oasst    https://huggingface.co/datasets/OpenAssistant/oasst1, *_ready.trees.jsonl.gz
+oasst2   https://huggingface.co/datasets/OpenAssistant/oasst2, *_ready.trees.jsonl.gz, which the paper
+oasst    uses; or oasst1, which looks the same
          -> the helpful half of the mix, without the flag. One row for every prompter message on a
          path through the best-ranked replies: chosen is the best reply, rejected the worst ranked
          one. Of replies that nobody ranked, the first is chosen and none rejected.
+         These files do not say what is training and what validation: hold some out with `--valid`.
+         To count false resets on questions that no row has, let `prompts` read the same file with
+         `--exclude OUT`.
 
 prompts  sets of prompts, told apart by their columns and keys
          -> {"prompt": […], "set": "advbench", "benign": false, "target": "Sure, here is …"}, with
@@ -43,6 +47,9 @@ prompts  sets of prompts, told apart by their columns and keys
          SimpleSafetyTests      bertiev/SimpleSafetyTests    SimpleSafetyTests - test cases.csv
          StrongREJECT           alexandrasouly/strongreject  strongreject_dataset.csv
          XSTest                 paul-rottger/xstest          xstest_prompts.csv
+         HarmBench              centerforaisafety/HarmBench  harmbench_behaviors_text_*.csv
+         JailbreakBench         JailbreakBench/JBB-Behaviors harmful-behaviors.csv, and a harmless
+                                                             twin of each: benign-behaviors.csv
          MT-Bench               lm-sys/FastChat              question.jsonl
          safe answers           vinid/safety-tuned-llamas    safety_only_data_Instructions.json
          I-Alpaca, I-CoNa, …    vinid/safety-tuned-llamas    {"instructions": [texts]}
@@ -52,6 +59,10 @@ prompts  sets of prompts, told apart by their columns and keys
 
          --forced adds, for every prompt that is not benign, one of the set "NAME-forced": its answer
          has to begin with the target, or with a phrase that says yes where there is none.
+
+         HarmBench's behaviours with a context are a set of their own (harmbench-contextual), and so
+         are those about copyright, which a judge of safety does not judge (harmbench-copyright).
+         JailbreakBench's twins have the same "id"; the harmless ones are jailbreakbench-benign.
 
          A CSV file with more columns than a set has is another set: it is called as its file is, and
          those columns are kept.
@@ -125,7 +136,7 @@ def main() -> None:
 def read(args, left_out: Counter) -> Iterator[Outcome]:
     """The outcomes of all input files, one after the other."""
     for path in args.inputs:
-        if args.command == "oasst":
+        if args.command in ("oasst", "oasst2"):
             yield from oasst_rows(path, args.lang, left_out)
         elif args.command == "prompts":
             outcomes = prompt_rows(path, args.lang, args.benign)
@@ -366,11 +377,15 @@ CSV_SETS = {  # set -> the column of its prompts, and our name -> column of what
     "advbench": ("goal", {"target": "target"}),
     "simple_safety_tests": ("prompts_final", {"id": "id", "category": "harm_area"}),
     "strongreject": ("forbidden_prompt", {"category": "category"}),
+    "harmbench": ("Behavior", {"id": "BehaviorID", "category": "SemanticCategory", "kind": "FunctionalCategory"}),
+    "jailbreakbench": ("Goal", {"id": "Index", "category": "Category", "target": "Target"}),
     "xstest": ("prompt", {"id": "id", "category": "type", "label": "label"}),
 }
 UNREAD = {  # the other columns of these sets; a file with any besides is another set
     "simple_safety_tests": {"counter", "category"},
     "strongreject": {"source"},
+    "harmbench": {"Tags", "ContextString"},
+    "jailbreakbench": {"Behavior", "Source"},
     "xstest": {"focus", "note"},
 }
 OURS = {"prompt", "set", "benign", "prefill", "turns", "safe_answer", "reference"}  # keys that mean something here
@@ -409,7 +424,7 @@ def prompts_of(path: str, text: str, first: dict, benign: bool | None) -> Iterat
     if text.lstrip().startswith("["):
         return list_prompts(path, text, benign)
     if not first:
-        return csv_prompts(path, text)
+        return csv_prompts(path, text, benign)
     if "instructions" in first and "tags" in first:
         return malicious_prompts(path, first)
     if "instructions" in first:
@@ -426,7 +441,7 @@ def first_object(path: str, text: str) -> dict:
     return item if isinstance(item, dict) else {}
 
 
-def csv_prompts(path: str, text: str) -> Iterator[tuple[str, dict]]:
+def csv_prompts(path: str, text: str, benign: bool | None) -> Iterator[tuple[str, dict]]:
     lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         found = lines.fieldnames or []
@@ -440,20 +455,35 @@ def csv_prompts(path: str, text: str) -> Iterator[tuple[str, dict]]:
             where = f"{path}:{lines.line_num}"
             if None in line or None in line.values():
                 raise InputError(f"{where}: {len(lines.fieldnames)} columns expected; get the file again")
-            rest = {key: line[column] for key, column in columns.items()}
-            benign = False
-            if name == "advbench":
-                rest["target"] = rest["target"].strip()
-            if name == "xstest":
-                label = rest.pop("label")
-                if label not in ("safe", "unsafe"):
-                    raise InputError(f"{where}: {label!r} is no label; get the file again")
-                # The unsafe ones are contrasts: they look like the safe ones, yet must be refused.
-                benign = label == "safe"
+            rest = {"set": called, "benign": False} | {key: line[column] for key, column in columns.items()}
             rest |= {column: line[column] for column in others}
-            yield line[prompt_column], {"set": called, "benign": benign, **rest}
+            yield fitted(name, line[prompt_column], rest, line, where, path, benign)
     except csv.Error as error:
         raise InputError(f"{path}:{lines.reader.line_num}: not CSV ({error}); get the file again") from None
+
+
+def fitted(name: str, prompt: str, rest: dict, line: dict, where: str, path: str, benign: bool | None):
+    """(prompt, the rest of its row), with what is peculiar to a set."""
+    if name in ("advbench", "jailbreakbench"):
+        rest["target"] = rest["target"].strip()
+    if name == "xstest":
+        label = rest.pop("label")
+        if label not in ("safe", "unsafe"):
+            raise InputError(f"{where}: {label!r} is no label; get the file again")
+        # The unsafe ones are contrasts: they look like the safe ones, yet must be refused.
+        rest["benign"] = label == "safe"
+    if name == "harmbench":
+        kind = rest.pop("kind")
+        rest["set"] += "" if kind == "standard" else f"-{kind}"
+        if context := (line.get("ContextString") or "").strip():
+            prompt = f"{context}\n\n---\n\n{prompt}"  # as HarmBench puts them together
+    if name == "jailbreakbench":
+        first = Path(path).name.split("-")[0]
+        known = {"benign": True, "harmful": False}.get(first, benign)
+        if known is None:
+            raise InputError(f"{path}: does not say whether its goals are harmless; add --benign or --unsafe")
+        rest |= {"benign": known, "set": rest["set"] + ("-benign" if known else "")}
+    return prompt, rest
 
 
 def set_of_file(path: str) -> str:
@@ -552,7 +582,8 @@ def tree_prompts(path: str, lang: str) -> Iterator[Outcome]:
         elif reason := oasst_reason(root, lang):
             yield reason
         else:
-            row = {"prompt": [message("user", root["text"])], "set": "oasst", "benign": True}
+            name = "oasst2" if "oasst2" in Path(path).name else "oasst"
+            row = {"prompt": [message("user", root["text"])], "set": name, "benign": True}
             if replies := usable_replies(root, lang, Counter()):
                 row["reference"] = replies[0]["text"].strip()
             yield row
@@ -671,7 +702,7 @@ def write(files: dict[Path, list[bytes]]) -> None:
 
 def report(command: str, files: dict[Path, list[bytes]], skipped: Counter, left_out: Counter):
     """On stderr: how much was read, written, skipped and left out."""
-    unit = {"hh": "pairs", "oasst": "prompter messages", "prompts": "prompts"}[command]
+    unit = {"hh": "pairs", "oasst": "prompter messages", "oasst2": "prompter messages", "prompts": "prompts"}[command]
     written, lost = sum(map(len, files.values())), skipped.total()
     say(f"{command}: {written + lost} {unit} read, {written} rows written, {lost} skipped")
     for path, lines in files.items():
@@ -693,7 +724,7 @@ def parse_args() -> argparse.Namespace:
     parser.set_defaults(guard=None)  # for the commands without it
     commands = parser.add_subparsers(dest="command", required=True)
     hh = commands.add_parser("hh", help="Anthropic HH-RLHF pairs")
-    oasst = commands.add_parser("oasst", help="OpenAssistant trees")
+    oasst = commands.add_parser("oasst2", aliases=["oasst"], help="OpenAssistant trees")
     prompts = commands.add_parser("prompts", help="prompts of safety sets and of harmless ones")
     for command in (hh, oasst, prompts):
         add = command.add_argument

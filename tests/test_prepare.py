@@ -512,6 +512,79 @@ SETS = {  # name -> a source file, the rows made of it without "set"
     ),
 }
 
+HARMBENCH = """Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID
+Do x,standard,illegal,,,do_x
+"Do x, with y",contextual,cybercrime_intrusion,context,"It is y.
+So it is.",do_x_y
+Sing the song,copyright,copyright,"lyrics, hash_check",,sing
+"""
+JAILBREAKBENCH = "Index,Goal,Target,Behavior,Category,Source\n0,Do x,Sure: x ,X,Privacy,Original\n"
+
+
+def test_harmbench(tmp_path):
+    (tmp_path / "harmbench_behaviors_text_all.csv").write_text(HARMBENCH)
+    prepare("prompts", "--in", tmp_path / "harmbench_behaviors_text_all.csv", "--out", tmp_path / "out")
+    harm = {"benign": False}
+    assert read_lines(tmp_path / "out") == [
+        {"prompt": [user("Do x")], "set": "harmbench", **harm, "id": "do_x", "category": "illegal"},
+        {
+            "prompt": [user("It is y.\nSo it is.\n\n---\n\nDo x, with y")],
+            "set": "harmbench-contextual",
+            **harm,
+            "id": "do_x_y",
+            "category": "cybercrime_intrusion",
+        },
+        {
+            "prompt": [user("Sing the song")],
+            "set": "harmbench-copyright",
+            **harm,
+            "id": "sing",
+            "category": "copyright",
+        },
+    ]
+
+
+def test_jailbreakbench_and_its_harmless_twins(tmp_path):
+    files = [tmp_path / "harmful-behaviors.csv", tmp_path / "benign-behaviors.csv"]
+    for file in files:
+        file.write_text(JAILBREAKBENCH)
+    prepare("prompts", "--in", *files, "--out", tmp_path / "out", "--forced")
+    both = {"id": "0", "category": "Privacy", "target": "Sure: x"}
+    bad = {"prompt": [user("Do x")], "set": "jailbreakbench", "benign": False, **both}
+    assert read_lines(tmp_path / "out") == [
+        bad,
+        bad | {"set": "jailbreakbench-forced", "prefill": "Sure: x"},
+        {"prompt": [user("Do x")], "set": "jailbreakbench-benign", "benign": True, **both},
+    ]
+    (tmp_path / "jbb.csv").write_text(JAILBREAKBENCH)
+    words = ("prompts", "--in", tmp_path / "jbb.csv", "--out", tmp_path / "jbb.jsonl")
+    assert "add --benign or --unsafe" in prepare(*words, code=2)
+    prepare(*words, "--benign")
+    assert read_lines(tmp_path / "jbb.jsonl")[0]["set"] == "jailbreakbench-benign"
+
+
+def test_oasst2_is_oasst_with_more_fields_and_its_held_out_questions_are_prompts(tmp_path):
+    """Its messages say more, which is not looked at; false resets are counted on questions that no row has."""
+    more = {"synthetic": False, "model_name": None, "detoxify": {"toxicity": 0.1}, "rank": None}
+    trees = []
+    for i in range(40):
+        answers = [node("assistant", f"good {i}", rank=0), node("assistant", f"bad {i}", rank=1)]
+        root = node("prompter", f"question {i}", *answers, **more)
+        trees.append({"message_tree_id": str(i), "tree_state": "ready_for_export", "prompt": root})
+    source = write_lines(tmp_path / "2023-11-05_oasst2_ready.trees.jsonl", *trees)
+    rows, valid = tmp_path / "oasst2.jsonl", tmp_path / "valid.jsonl"
+    how = ("--in", source, "--out", rows, "--valid", valid, "--valid-percent", 30)
+    report = prepare("oasst2", *how)
+    assert "oasst2: 40 prompter messages read, 40 rows written, 0 skipped" in report
+    written = rows.read_bytes()
+    prepare("oasst", *how)
+    assert rows.read_bytes() == written
+    prepare("prompts", "--in", source, "--exclude", rows, "--out", tmp_path / "prompts.jsonl")
+    found = read_lines(tmp_path / "prompts.jsonl")
+    assert 4 < len(found) < 25 and {(p["set"], p["benign"]) for p in found} == {("oasst2", True)}
+    assert [p["prompt"] for p in found] == [row["prompt"] for row in read_lines(valid)]
+    assert all(p["reference"].startswith("good ") for p in found)
+
 
 def test_prompt_sets(tmp_path):
     """Each set in a file of its own, plain or gzipped; all in one command."""
