@@ -544,6 +544,8 @@ def mt_bench(ckpt: str, prompts: list[Prompt], args) -> Path:
     print(file=sys.stderr)
     if long:
         say(f"{len(long)} questions are left out, for they and their answers are too long: {several(long)}")
+    turns = [resets for answer in done for resets in answer["choices"][0]["resets"]]
+    say(f"{path.stem}: {sum(turns)} resets in {len(turns)} answers")  # false ones: the questions are harmless
     return path
 
 

@@ -1004,8 +1004,10 @@ def benched(tmp_path, name="one"):
 
 def test_mt_bench(place, tmp_path, questions, asked):
     began = time.time()
-    printed, _ = bench(place, tmp_path, "--reset-bias", 4, "--on-reset", "keep", ckpt=("one", "two"))
+    printed, said = bench(place, tmp_path, "--reset-bias", 4, "--on-reset", "keep", ckpt=("one", "two"))
     for name in ("one", "two"):
+        resets = [n for answer in benched(tmp_path, name).values() for n in answer["choices"][0]["resets"]]
+        assert f"{name}: {sum(resets)} resets in 13 answers" in said
         assert f"wrote {tmp_path / 'deep/answers' / name}.jsonl" in printed
     tok = load_tokenizer(place / "one")
     temperature = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "math": 0.0, "coding": 0.0}
