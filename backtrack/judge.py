@@ -46,8 +46,7 @@ from pathlib import Path
 import torch
 
 from backtrack import refusals, remote
-from backtrack.generate import generate
-from model import InputError, load_model, load_tokenizer
+from model import InputError, KVCache, load_model, load_tokenizer
 from model.errors import run
 
 ANSWER_TOKENS = 64  # "unsafe" and all eleven categories are 36
@@ -261,8 +260,8 @@ def guard_verdicts(guard, tok, prompts: list[list[int]], threshold: float, categ
     verdicts: list[Verdict | InputError] = []
     begun = {}  # the answers that say unsafe, as far as that
     for i, (ids, odds) in enumerate(guard.first(prompts, *words)):
-        place = next((n for n, id in enumerate(ids) if id in tok.special_ids or tok.decode([id]).strip()), 0)
-        if ids[place] not in words:
+        place = first_word(tok, ids)
+        if place is None or ids[place] not in words:
             verdicts.append(no_verdict(tok.decode(ids)))
             continue
         p = round(1 / (1 + math.exp(-max(-700.0, min(700.0, odds[place])))), 6)
@@ -280,29 +279,75 @@ def guard_verdicts(guard, tok, prompts: list[list[int]], threshold: float, categ
     return verdicts
 
 
+def first_word(tok, ids) -> int | None:
+    """Where an answer begins with something else than white space."""
+    return next((place for place, id in enumerate(ids) if id in tok.special_ids or tok.decode([id]).strip()), None)
+
+
 class GuardHere:
     """A guard's weights on this machine."""
 
     def __init__(self, model, tok):
-        self.model, self.vocab_size, self.stop_ids = model, tok.vocab_size, tok.stop_ids
+        self.model, self.tok = model, tok
         self.positions = model.config.max_position_embeddings
 
     def first(self, prompts: list[list[int]], safe: int, unsafe: int) -> list[tuple[list[int], list[float]]]:
-        """Of each prompt: the answer's first ids, and at each of them log P(unsafe) - log P(safe)."""
-        odds = []
+        """Of each prompt: the answer's first ids, and at each of them log P(unsafe) - log P(safe).
 
-        def watch(logits, cache):  # (B, V): no row is done before the last of these steps
+        It ends where every answer has begun with something else than a blank line.
+        """
+        ids, odds = [], []
+        for logits, token in self.steps(prompts, FIRST_TOKENS):
             odds.append(logits[:, unsafe] - logits[:, safe])
-
-        how = {"reset_id": None, "stop_ids": (), "vocab_size": self.vocab_size, "max_new_tokens": FIRST_TOKENS}
-        generations = generate(self.model, prompts, watch=watch, **how)
-        odds = torch.stack(odds[:FIRST_TOKENS], dim=1).tolist()  # (B, FIRST_TOKENS)
-        return [(g.tokens, row) for g, row in zip(generations, odds, strict=True)]
+            ids.append(token)
+            begun = zip(*(step.tolist() for step in ids), strict=True)
+            if all(first_word(self.tok, row) is not None for row in begun):
+                break
+        return list(zip(torch.stack(ids, 1).tolist(), torch.stack(odds, 1).tolist(), strict=True))
 
     def answers(self, prompts: list[list[int]]) -> list[list[int]]:
-        """How each prompt goes on, greedily, to its end."""
-        ends = {"stop_ids": self.stop_ids, "max_new_tokens": ANSWER_TOKENS}
-        return [g.tokens for g in generate(self.model, prompts, reset_id=None, vocab_size=self.vocab_size, **ends)]
+        """How each prompt goes on, greedily, to its end; without the stop id."""
+        said = [[] for _ in prompts]
+        for _, token in self.steps(prompts, ANSWER_TOKENS):
+            for row, id in zip(said, token.tolist(), strict=True):
+                if row[-1:] != [None]:
+                    row.append(None if id in self.tok.stop_ids else id)  # None: it has come to its end
+            if all(row[-1] is None for row in said):
+                break
+        return [[id for id in row if id is not None] for row in said]
+
+    def steps(self, prompts: list[list[int]], count: int):
+        """Greedy decoding: yields logits (B, V) and the tokens picked, (B,), `count` times if nobody stops it."""
+        logits, cache = self.read(prompts, count)
+        for _ in range(count):
+            token = logits[:, : self.tok.vocab_size].argmax(dim=-1)
+            yield logits, token
+            with torch.inference_mode():
+                logits = self.model(token[:, None], cache)[:, -1]
+
+    @torch.inference_mode()
+    def read(self, prompts: list[list[int]], room: int) -> tuple[torch.Tensor, KVCache]:
+        """Logits (B, V) behind each prompt. What they all begin with, a guard's instructions, is read once."""
+        model, B = self.model, len(prompts)
+        shared = 0
+        while shared < min(map(len, prompts)) - 1 and len({prompt[shared] for prompt in prompts}) == 1:
+            shared += 1
+        width = max(map(len, prompts)) - shared
+        cache = KVCache(model.config, B, shared + width + room, model.device, model.dtype)
+        if shared:
+            once = KVCache(model.config, 1, shared, model.device, model.dtype)
+            model.forward(torch.tensor([prompts[0][:shared]], device=model.device), once, at=cache.lengths[:1])
+            for many, one in zip(cache.k + cache.v, once.k + once.v, strict=True):
+                many[:, :, :shared] = one
+            cache.lengths = cache.lengths + shared
+        tokens = torch.zeros(B, width, dtype=torch.int64)  # padded on the right: see Decoder.forward
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt) - shared] = torch.tensor(prompt[shared:])
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        last = torch.arange(B, device=model.device) * width + lengths - shared - 1
+        logits = model.forward(tokens.to(model.device), cache, at=last)
+        cache.truncate(lengths)
+        return logits, cache
 
 
 class GuardThere:

@@ -396,17 +396,6 @@ def test_conversations_the_guard_cannot_read(guard):
         assert "\n" not in str(caught.value)
 
 
-def test_the_guard_is_sampled_greedily_and_never_reset(guard, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "backtrack.judge.generate", lambda *a, **options: asked.append(options) or generate(*a, **options)
-    )
-    load_judge(guard)
-    tok = load_tokenizer(guard)
-    ends = {"stop_ids": tok.stop_ids, "max_new_tokens": ANSWER_TOKENS}
-    assert asked == [{"reset_id": None, "vocab_size": tok.vocab_size, **ends}]
-
-
 # ── In batches ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -485,6 +474,7 @@ def test_threshold_and_categories(guard):
     # A lower threshold calls unsafe what the guard called safe; it is asked what it would have meant.
     low = judge_all(load_judge(guard, threshold=0.0), conversations)
     assert all(isinstance(v, InputError) or v.unsafe for v in low)
+    assert "S3" in {v.category for v, before in zip(low, found, strict=True) if not before.unsafe}
 
 
 def test_one_conversation_that_cannot_be_judged_leaves_the_others(guard):
