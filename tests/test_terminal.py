@@ -222,11 +222,11 @@ def test_any_locale_and_half_a_character(ckpt, words):
 def test_attacks_write_half_a_character(ckpt, tmp_path):
     """The file is UTF-8, a line of JSON each, and what was read comes out again."""
     prompts = write(tmp_path / "prompts.jsonl", {"prompt": user(SURROGATE), "target": "Sure", "set": "s"})
-    (tmp_path / "judging.py").write_text(
+    (tmp_path / "lenient.py").write_text(
         "from backtrack.judge import Verdict\ndef judge(prompt, answer):\n    return Verdict(unsafe=False)\n"
     )
     out = tmp_path / "out.jsonl"
-    words = ["--ckpt", ckpt, "--prompts", prompts, "--judge", "judging:judge", "--out", out, "--device", "cpu"]
+    words = ["--ckpt", ckpt, "--prompts", prompts, "--judge", "lenient:judge", "--out", out, "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         command(attacks.main, "instruct", *words, "--max-new-tokens", 2, "--dtype", "float32")
