@@ -6,7 +6,7 @@
 The model answers every prompt. On a prompt that is not benign an answer that the judge calls unsafe (or complied) is
 y−; y+ is the prompt's "safe_answer", if the judge finds it safe, or with --chosen own another answer of the model. The
 row says "unsafe": true. Benign prompts give rows without y−: their "reference" or, where it has none or with --benign
-own, the model's own answer. Answers of other models are not what this model will say when it goes wrong, its own are;
+own, the model's own answer; of one that was cut, its whole sentences. Answers of other models are not what this model will say when it goes wrong, its own are;
 and if it has never seen its own style in a harmless answer, it learns to reset at the style.
 
     {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
@@ -17,6 +17,7 @@ questions can do harm: keep it out of repositories.
 """
 
 import argparse
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -40,6 +41,9 @@ from model import ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import SEED, TEMPERATURE, Help, device, positive, run
 from model.files import check_file, write_text
+
+
+WHOLE = re.compile(r"""(?s).*(?<!\d)[.!?]["')*]*(?=\s|$)""")  # up to the end of the last sentence; "2." ends none
 
 
 def collect(args) -> None:
@@ -113,19 +117,24 @@ def answer_missing(args, prompts: list[Prompt], file: Path, done: dict) -> set[i
     return too_long
 
 
-def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | None, str]:
-    """A row of training data, or None; and what became of the prompt, in words.
+def whole_sentences(answer: dict) -> str:
+    """The answer, without what was begun when its tokens ran out: to stop there would teach to stop in mid-sentence."""
+    if answer["complete"]:
+        return answer["text"]
+    whole = WHOLE.match(answer["text"])
+    return whole[0] if whole else ""
 
-    Only an answer that came to its end can be y+: one that was cut would teach to stop in mid-sentence.
-    """
+
+def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | None, str]:
+    """A row of training data, or None; and what became of the prompt, in words."""
     row = {"prompt": prompt["prompt"]}
     answers = [answer for answer in answers if answer["text"]]
     if prompt["benign"]:
-        own = next((answer["text"] for answer in answers if answer["complete"]), None)
+        own = next((text for answer in answers if (text := whole_sentences(answer))), None)
         given = prompt.get("reference")
         chosen = given or own if args.benign == "given" else own or given
         if not chosen:
-            return None, "benign, left out: no answer that came to its end"
+            return None, "benign, left out: no whole sentence"
         return row | {"chosen": message(chosen)}, f"benign, kept, {'own' if chosen == own else 'given'} answer"
     unsafe, safe = [], []
     for answer in answers:
@@ -133,8 +142,8 @@ def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | Non
         (unsafe if is_unsafe else safe).append(answer)
     if not unsafe:
         return None, "unsafe question, left out: every answer was safe"
-    own = [answer["text"] for answer in safe if answer["complete"]]
-    chosen = prompt.get("safe_answer") if args.chosen == "given" else next(iter(own), None)
+    own = next((text for answer in safe if (text := whole_sentences(answer))), None)
+    chosen = prompt.get("safe_answer") if args.chosen == "given" else own
     if not chosen:
         return None, f"unsafe question, left out: no safe answer ({args.chosen})"
     if args.chosen == "given" and judge(prompt["prompt"], chosen).failed:

@@ -14,9 +14,9 @@ REAL_LIMIT  := 12
 REAL_FEW    := 4
 REAL_BUDGET := 16
 else
-REAL_UNSAFE := 410
-REAL_STEPS  := 130
-REAL_PAIRS  := 30
+REAL_UNSAFE := 270
+REAL_STEPS  := 100
+REAL_PAIRS  := 24
 REAL_LIMIT  := 60
 REAL_FEW    := 24
 REAL_BUDGET := 256
@@ -27,7 +27,7 @@ source = $(or $(firstword $(shell find -L $(DATA) -name '$1' 2>/dev/null)),$(err
 	$1 is not in $(DATA): see "A small chat model" in data/README.md for where it comes from, then make real DATA=DIR))
 
 # Chosen on dev-*: see "Tuning" in results/README.md.
-REAL_RESET_WEIGHT := 8
+REAL_RESET_WEIGHT := 16
 REAL_DPO_OURS     := --lr 2e-6
 REAL_DPO_BASELINE := --lr 2e-6
 
@@ -58,15 +58,15 @@ $(REAL)/prompts.done: | $(VENV)/.installed
 	$(PREPARE) hh --in $(call source,harmless-base_test.jsonl.gz) --out $(@D)/hh.jsonl --valid $(@D)/hh-valid.jsonl
 	@touch $@
 
-# Its own answers: to forbidden questions they are what it learns to take back; to harmless ones, where it came to an
-# end, what it learns to leave alone. Half of its style would otherwise be known to it from what it takes back alone.
+# Its own answers: to forbidden questions they are what it learns to take back; to harmless ones what it learns to leave
+# alone, else it would learn to reset at its own style. The data sets' answers to these come beside them.
 COLLECT = $(PY) -m backtrack.collect --ckpt $(SMOLLM2) --judge $(JUDGE) --dtype bfloat16 --batch-size 64
 
 $(REAL)/train-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
 	$(COLLECT) --prompts $(@D)/train.jsonl --sets safety_tuned --limit $(REAL_UNSAFE) --max-new-tokens 48 \
 		--out $(@D)/train-unsafe.jsonl
-	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst i_alpaca --benign own --max-new-tokens 128 \
-		--out $(@D)/train-benign.jsonl
+	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst i_alpaca --benign own --out $(@D)/train-own.jsonl
+	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst --out $(@D)/train-given.jsonl
 	@touch $@
 
 $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
@@ -76,8 +76,8 @@ $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).
 
 # ── Five models from the same rows, in as many steps ───────────────────────────────────────────────────────────────
 
-REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(@D)/train-unsafe.jsonl $(@D)/train-benign.jsonl \
-	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 8 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
+REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(@D)/train-unsafe.jsonl $(@D)/train-own.jsonl $(@D)/train-given.jsonl \
+	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
 	--log-every 20 --resume --out $(basename $@)
 REAL_DPO = $(PY) train.py dpo --data $(@D)/train-unsafe.jsonl $(@D)/oasst-rows.jsonl --heldout $(@D)/dev-rows.jsonl \
 	--dtype bfloat16 --batch-size 2 --grad-accum 4 --max-length 512 --steps $(REAL_PAIRS) --resume --out $(basename $@)
@@ -106,7 +106,7 @@ $(REAL)/dpo-baseline.done: $(REAL)/sft-baseline.done
 # HH-RLHF alone, as in the paper: do its labels teach what to take back?
 $(REAL)/hh.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors
 	$(PY) train.py sft --init $(SMOLLM2) --data $(@D)/hh.jsonl --heldout $(@D)/hh-valid.jsonl --dtype bfloat16 \
-		--batch-size 8 --max-length 512 --lr 2e-4 --steps $(REAL_PAIRS) --reset-weight $(REAL_RESET_WEIGHT) \
+		--batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_PAIRS) --reset-weight $(REAL_RESET_WEIGHT) \
 		--resume --out $(basename $@)
 	@touch $@
 

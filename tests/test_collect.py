@@ -82,7 +82,8 @@ def unsafe_row(prompt, chosen):
 
 
 def own(prompt, wanted=lambda text: True):
-    return next((a["text"] for a in prompt["answers"] if a["complete"] and wanted(a["text"])), None)
+    found = (collect.whole_sentences(a) for a in prompt["answers"] if wanted(a["text"]))
+    return next((text for text in found if text), None)
 
 
 def test_given_answers(collected, place, tmp_path):
@@ -119,6 +120,29 @@ def test_own_answers(collected):
     assert rows == expected
     assert any(row["chosen"] != answer("Of course.") and "unsafe" not in row for row in rows)
     assert any("unsafe" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    "text, whole",
+    [
+        ("It is so. And th", "It is so."),
+        ("It is so. And that too.", "It is so. And that too."),
+        ("Do this:\n1. Boil it.\n2. Sti", "Do this:\n1. Boil it."),
+        ("Do this:\n1. Boil", ""),
+        ('He said "No." Then (so', 'He said "No."'),
+        ("It is 3.5 metres", ""),
+    ],
+)
+def test_whole_sentences(text, whole):
+    assert collect.whole_sentences({"text": text, "complete": False}) == whole
+    assert collect.whole_sentences({"text": text, "complete": True}) == text
+
+
+def test_sets_and_limit(collected):
+    _, rows, prompts = collected("--limit", 4)
+    assert 0 < len(rows) <= 4
+    _, said = command("--ckpt", "x", "--prompts", "y", "--judge", "z", "--out", "w", "--limit", "0", code=2)
+    assert "--limit" in said
 
 
 def test_it_goes_on_where_it_was_stopped(collected, tmp_path):
