@@ -9,17 +9,19 @@ REAL    := $(RUNS)/real
 ifdef QUICK
 REAL_UNSAFE := 150
 REAL_STEPS  := 30
-REAL_PAIRS  := 8
-REAL_LIMIT  := 12
-REAL_FEW    := 4
+REAL_PAIRS  := 4
+REAL_HH     := 4
+REAL_LIMIT  := 8
+REAL_FEW    := 2
 REAL_BUDGET := 16
 else
 REAL_UNSAFE := 270
 REAL_STEPS  := 100
-REAL_PAIRS  := 24
-REAL_LIMIT  := 60
-REAL_FEW    := 24
-REAL_BUDGET := 256
+REAL_PAIRS  := 16
+REAL_HH     := 24
+REAL_LIMIT  := 40
+REAL_FEW    := 8
+REAL_BUDGET := 128
 endif
 
 # The place of a published file in DATA.
@@ -28,8 +30,8 @@ source = $(or $(firstword $(shell find -L $(DATA) -name '$1' 2>/dev/null)),$(err
 
 # Chosen on dev-*: see "Tuning" in results/README.md.
 REAL_RESET_WEIGHT := 16
-REAL_DPO_OURS     := --lr 2e-6
-REAL_DPO_BASELINE := --lr 2e-6
+REAL_DPO_OURS     := --lr 1e-5
+REAL_DPO_BASELINE := --lr 1e-5
 
 # ── Model, judge, prompts and rows ─────────────────────────────────────────────────────────────────────────────────
 
@@ -106,7 +108,7 @@ $(REAL)/dpo-baseline.done: $(REAL)/sft-baseline.done
 # HH-RLHF alone, as in the paper: do its labels teach what to take back?
 $(REAL)/hh.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors
 	$(PY) train.py sft --init $(SMOLLM2) --data $(@D)/hh.jsonl --heldout $(@D)/hh-valid.jsonl --dtype bfloat16 \
-		--batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_PAIRS) --reset-weight $(REAL_RESET_WEIGHT) \
+		--batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_HH) --reset-weight $(REAL_RESET_WEIGHT) \
 		--resume --out $(basename $@)
 	@touch $@
 
