@@ -152,7 +152,7 @@ $(REAL)/mt-bench.done: $(REAL)/sft-baseline.done $(REAL)/sft.done
 	@touch $@
 
 REAL_ATTACK = $(PY) -m backtrack.attacks $1 --ckpt $(REAL)/$2 --prompts $(REAL)/test-unsafe.jsonl --sets advbench --limit 8 \
-	--judge $(JUDGE) --budget $(REAL_BUDGET) --max-new-tokens 48 --out $(REAL)/attacks/$1-$2.jsonl >/dev/null
+	--judge $(JUDGE) --budget $(REAL_BUDGET) --max-new-tokens 48 --dtype bfloat16 --out $(REAL)/attacks/$1-$2.jsonl >/dev/null
 
 $(RESULTS)/real-attacks.json: $(REAL)/sft-baseline.done $(REAL)/sft.done
 	$(call REAL_ATTACK,gcg,sft-baseline)
