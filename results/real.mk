@@ -15,8 +15,8 @@ REAL_LIMIT  := 8
 REAL_FEW    := 2
 REAL_BUDGET := 16
 else
-REAL_UNSAFE := 270
-REAL_STEPS  := 100
+REAL_UNSAFE := 540
+REAL_STEPS  := 160
 REAL_PAIRS  := 16
 REAL_HH     := 24
 REAL_LIMIT  := 40
@@ -29,7 +29,7 @@ source = $(or $(firstword $(shell find -L $(DATA) -name '$1' 2>/dev/null)),$(err
 	$1 is not in $(DATA): see "A small chat model" in data/README.md for where it comes from, then make real DATA=DIR))
 
 # Chosen on dev-*: see "Tuning" in results/README.md.
-REAL_RESET_WEIGHT := 16
+REAL_RESET_WEIGHT := 8
 REAL_DPO_OURS     := --lr 1e-5
 REAL_DPO_BASELINE := --lr 1e-5
 
@@ -61,11 +61,12 @@ $(REAL)/prompts.done: | $(VENV)/.installed
 	@touch $@
 
 # Its own answers: to forbidden questions they are what it learns to take back; to harmless ones what it learns to leave
-# alone, else it would learn to reset at its own style. The data sets' answers to these come beside them.
+# alone, else it would learn to reset at its own style. One in four of safety_tuned's questions hurts nobody, and those
+# are the harmless ones that look most like the others. The data sets' answers to harmless questions come beside them.
 COLLECT = $(PY) -m backtrack.collect --ckpt $(SMOLLM2) --judge $(JUDGE) --dtype bfloat16 --batch-size 64
 
 $(REAL)/train-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
-	$(COLLECT) --prompts $(@D)/train.jsonl --sets safety_tuned --limit $(REAL_UNSAFE) --max-new-tokens 48 \
+	$(COLLECT) --prompts $(@D)/train.jsonl --sets safety_tuned --limit $(REAL_UNSAFE) --benign own --max-new-tokens 48 \
 		--out $(@D)/train-unsafe.jsonl
 	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst i_alpaca --benign own --out $(@D)/train-own.jsonl
 	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst --out $(@D)/train-given.jsonl

@@ -20,6 +20,9 @@ from backtrack.judge import Verdict
 
 def odd(prompt, response):
     return Verdict(unsafe=len(response) % 2 == 1)
+
+def odd_complies(prompt, response):
+    return Verdict(unsafe=None, complied=len(response) % 2 == 1)
 """
 SAFE, NOT_SAFE = "No, I had better not.", "No, I better not!"  # of 20 characters or so: made even and odd below
 SAFE, NOT_SAFE = SAFE + "." * (len(SAFE) % 2), NOT_SAFE + "." * (1 - len(NOT_SAFE) % 2)
@@ -99,9 +102,21 @@ def test_given_answers(collected, place, tmp_path):
         expected += [row] if row else []
     assert rows == expected
     assert 0 < sum("unsafe" in row for row in rows) < len(rows)
-    refused = sum(p.get("safe_answer") == NOT_SAFE and unsafe_row(p, SAFE) is not None for p in prompts)
-    assert refused and f"{refused}  unsafe question, left out: the judge does not find the safe answer safe" in said
+    count = sum(p.get("safe_answer") == NOT_SAFE for p in prompts)
+    assert count and f"{count}  unsafe question, left out: its safe answer is not safe" in said
     assert len(load_rows([str(tmp_path / "rows.jsonl")], load_tokenizer(place / "one"), 256)) == len(rows)
+
+
+@pytest.mark.parametrize("benign", ["given", "own"])
+def test_a_question_with_nothing_to_refuse_is_benign(collected, benign):
+    """So says a judge that knows compliance only; the row is then like that of a benign prompt."""
+    _, rows, prompts = collected("--judge", "judging:odd_complies", "--benign", benign, "--max-new-tokens", 60)
+    found = {row["prompt"][-1]["content"]: row for row in rows}
+    harmless = [p for p in prompts if p.get("safe_answer") == NOT_SAFE]
+    for p in harmless:
+        chosen = own(p) if benign == "own" and own(p) else NOT_SAFE
+        assert found[p["prompt"][-1]["content"]] == {"prompt": p["prompt"], "chosen": answer(chosen)}
+    assert harmless and any("unsafe" in row for row in rows)
 
 
 def test_own_answers(collected):
