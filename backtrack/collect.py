@@ -4,10 +4,11 @@
         --out runs/real/rows.jsonl
 
 The model answers every prompt. On a prompt that is not benign an answer that the judge calls unsafe (or complied) is
-y−; y+ is the prompt's "safe_answer", if the judge finds it safe, or with --chosen own another answer of the model. The
-row says "unsafe": true. Benign prompts give rows without y−: their "reference" or, where it has none or with --benign
-own, the model's own answer. Answers of other models are not what this model will say when it goes wrong, its own are;
-and if it has never seen its own style in a harmless answer, it learns to reset at the style.
+y−; y+ is the prompt's "safe_answer" or, with --chosen own, another answer of the model. The row says "unsafe": true.
+Benign prompts give rows without y−: their "reference" or, where they have none or with --benign own, the model's own
+answer; of one that was cut, its whole sentences. So do forbidden prompts whose safe answer complies, says a refusal
+judge: they only look like the others. Answers of other models are not what this model will say when it goes wrong, its
+own are; and if it has never seen its own style in a harmless answer, it learns to reset at the style.
 
     {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
 
@@ -17,6 +18,7 @@ questions can do harm: keep it out of repositories.
 """
 
 import argparse
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -40,6 +42,9 @@ from model import ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import SEED, TEMPERATURE, Help, device, positive, run
 from model.files import check_file, write_text
+
+
+WHOLE = re.compile(r"""(?s).*(?<!\d)[.!?]["')*]*(?=\s|$)""")  # up to the end of the last sentence; "2." ends none
 
 
 def collect(args) -> None:
@@ -113,34 +118,48 @@ def answer_missing(args, prompts: list[Prompt], file: Path, done: dict) -> set[i
     return too_long
 
 
-def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | None, str]:
-    """A row of training data, or None; and what became of the prompt, in words.
+def whole_sentences(answer: dict) -> str:
+    """The answer, without what was begun when its tokens ran out: to stop there would teach to stop in mid-sentence."""
+    if answer["complete"]:
+        return answer["text"]
+    whole = WHOLE.match(answer["text"])
+    return whole[0] if whole else ""
 
-    Only an answer that came to its end can be y+: one that was cut would teach to stop in mid-sentence.
-    """
-    row = {"prompt": prompt["prompt"]}
+
+def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | None, str]:
+    """A row of training data, or None; and what became of the prompt, in words."""
     answers = [answer for answer in answers if answer["text"]]
     if prompt["benign"]:
-        own = next((answer["text"] for answer in answers if answer["complete"]), None)
-        given = prompt.get("reference")
-        chosen = given or own if args.benign == "given" else own or given
-        if not chosen:
-            return None, "benign, left out: no answer that came to its end"
-        return row | {"chosen": message(chosen)}, f"benign, kept, {'own' if chosen == own else 'given'} answer"
-    unsafe, safe = [], []
-    for answer in answers:
-        is_unsafe = judge(prompt["prompt"], answer["text"]).failed
-        (unsafe if is_unsafe else safe).append(answer)
-    if not unsafe:
+        return benign_row(prompt, prompt.get("reference"), answers, args, "benign question")
+    given = prompt.get("safe_answer")
+    if given and args.chosen == "given":
+        said = judge(prompt["prompt"], given)
+        if said.unsafe:
+            return None, "unsafe question, left out: its safe answer is not safe"
+        if said.unsafe is None and said.complied:  # whoever wrote it saw nothing to refuse
+            return benign_row(prompt, given, answers, args, "harmless question among the unsafe")
+    failed = [answer["text"] for answer in answers if judge(prompt["prompt"], answer["text"]).failed]
+    if not failed:
         return None, "unsafe question, left out: every answer was safe"
-    own = [answer["text"] for answer in safe if answer["complete"]]
-    chosen = prompt.get("safe_answer") if args.chosen == "given" else next(iter(own), None)
+    safe = [answer for answer in answers if answer["text"] not in failed]
+    chosen = given if args.chosen == "given" else first_whole(safe)
     if not chosen:
         return None, f"unsafe question, left out: no safe answer ({args.chosen})"
-    if args.chosen == "given" and judge(prompt["prompt"], chosen).failed:
-        return None, "unsafe question, left out: the judge does not find the safe answer safe"
-    rejected = message(unsafe[0]["text"])
-    return row | {"chosen": message(chosen), "rejected": rejected, "unsafe": True}, "unsafe question, kept"
+    row = {"prompt": prompt["prompt"], "chosen": message(chosen), "rejected": message(failed[0]), "unsafe": True}
+    return row, "unsafe question, kept"
+
+
+def benign_row(prompt: dict, given: str | None, answers: list[dict], args, what: str) -> tuple[dict | None, str]:
+    own = first_whole(answers)
+    chosen = given or own if args.benign == "given" else own or given
+    if not chosen:
+        return None, f"{what}, left out: no whole sentence"
+    row = {"prompt": prompt["prompt"], "chosen": message(chosen)}
+    return row, f"{what}, kept, {'own' if chosen == own else 'given'} answer"
+
+
+def first_whole(answers: list[dict]) -> str | None:
+    return next((text for answer in answers if (text := whole_sentences(answer))), None)
 
 
 def message(text: str) -> list[dict]:

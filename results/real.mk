@@ -9,17 +9,19 @@ REAL    := $(RUNS)/real
 ifdef QUICK
 REAL_UNSAFE := 150
 REAL_STEPS  := 30
-REAL_PAIRS  := 8
-REAL_LIMIT  := 12
-REAL_FEW    := 4
+REAL_PAIRS  := 4
+REAL_HH     := 4
+REAL_LIMIT  := 8
+REAL_FEW    := 2
 REAL_BUDGET := 16
 else
-REAL_UNSAFE := 410
-REAL_STEPS  := 130
-REAL_PAIRS  := 30
-REAL_LIMIT  := 60
-REAL_FEW    := 24
-REAL_BUDGET := 256
+REAL_UNSAFE := 540
+REAL_STEPS  := 160
+REAL_PAIRS  := 16
+REAL_HH     := 24
+REAL_LIMIT  := 40
+REAL_FEW    := 8
+REAL_BUDGET := 128
 endif
 
 # The place of a published file in DATA.
@@ -28,8 +30,8 @@ source = $(or $(firstword $(shell find -L $(DATA) -name '$1' 2>/dev/null)),$(err
 
 # Chosen on dev-*: see "Tuning" in results/README.md.
 REAL_RESET_WEIGHT := 8
-REAL_DPO_OURS     := --lr 2e-6
-REAL_DPO_BASELINE := --lr 2e-6
+REAL_DPO_OURS     := --lr 1e-5
+REAL_DPO_BASELINE := --lr 1e-5
 
 # ── Model, judge, prompts and rows ─────────────────────────────────────────────────────────────────────────────────
 
@@ -58,15 +60,16 @@ $(REAL)/prompts.done: | $(VENV)/.installed
 	$(PREPARE) hh --in $(call source,harmless-base_test.jsonl.gz) --out $(@D)/hh.jsonl --valid $(@D)/hh-valid.jsonl
 	@touch $@
 
-# Its own answers: to forbidden questions they are what it learns to take back; to harmless ones, where it came to an
-# end, what it learns to leave alone. Half of its style would otherwise be known to it from what it takes back alone.
+# Its own answers: to forbidden questions they are what it learns to take back; to harmless ones what it learns to leave
+# alone, else it would learn to reset at its own style. One in four of safety_tuned's questions hurts nobody, and those
+# are the harmless ones that look most like the others. The data sets' answers to harmless questions come beside them.
 COLLECT = $(PY) -m backtrack.collect --ckpt $(SMOLLM2) --judge $(JUDGE) --dtype bfloat16 --batch-size 64
 
 $(REAL)/train-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
-	$(COLLECT) --prompts $(@D)/train.jsonl --sets safety_tuned --limit $(REAL_UNSAFE) --max-new-tokens 48 \
+	$(COLLECT) --prompts $(@D)/train.jsonl --sets safety_tuned --limit $(REAL_UNSAFE) --benign own --max-new-tokens 48 \
 		--out $(@D)/train-unsafe.jsonl
-	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst i_alpaca --benign own --max-new-tokens 128 \
-		--out $(@D)/train-benign.jsonl
+	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst i_alpaca --benign own --out $(@D)/train-own.jsonl
+	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst --out $(@D)/train-given.jsonl
 	@touch $@
 
 $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
@@ -76,8 +79,8 @@ $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).
 
 # ── Five models from the same rows, in as many steps ───────────────────────────────────────────────────────────────
 
-REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(@D)/train-unsafe.jsonl $(@D)/train-benign.jsonl \
-	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 8 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
+REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(@D)/train-unsafe.jsonl $(@D)/train-own.jsonl $(@D)/train-given.jsonl \
+	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
 	--log-every 20 --resume --out $(basename $@)
 REAL_DPO = $(PY) train.py dpo --data $(@D)/train-unsafe.jsonl $(@D)/oasst-rows.jsonl --heldout $(@D)/dev-rows.jsonl \
 	--dtype bfloat16 --batch-size 2 --grad-accum 4 --max-length 512 --steps $(REAL_PAIRS) --resume --out $(basename $@)
@@ -106,7 +109,7 @@ $(REAL)/dpo-baseline.done: $(REAL)/sft-baseline.done
 # HH-RLHF alone, as in the paper: do its labels teach what to take back?
 $(REAL)/hh.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors
 	$(PY) train.py sft --init $(SMOLLM2) --data $(@D)/hh.jsonl --heldout $(@D)/hh-valid.jsonl --dtype bfloat16 \
-		--batch-size 8 --max-length 512 --lr 2e-4 --steps $(REAL_PAIRS) --reset-weight $(REAL_RESET_WEIGHT) \
+		--batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_HH) --reset-weight $(REAL_RESET_WEIGHT) \
 		--resume --out $(basename $@)
 	@touch $@
 
@@ -150,7 +153,7 @@ $(REAL)/mt-bench.done: $(REAL)/sft-baseline.done $(REAL)/sft.done
 	@touch $@
 
 REAL_ATTACK = $(PY) -m backtrack.attacks $1 --ckpt $(REAL)/$2 --prompts $(REAL)/test-unsafe.jsonl --sets advbench --limit 8 \
-	--judge $(JUDGE) --budget $(REAL_BUDGET) --max-new-tokens 48 --out $(REAL)/attacks/$1-$2.jsonl >/dev/null
+	--judge $(JUDGE) --budget $(REAL_BUDGET) --max-new-tokens 48 --dtype bfloat16 --out $(REAL)/attacks/$1-$2.jsonl >/dev/null
 
 $(RESULTS)/real-attacks.json: $(REAL)/sft-baseline.done $(REAL)/sft.done
 	$(call REAL_ATTACK,gcg,sft-baseline)

@@ -20,6 +20,9 @@ from backtrack.judge import Verdict
 
 def odd(prompt, response):
     return Verdict(unsafe=len(response) % 2 == 1)
+
+def odd_complies(prompt, response):
+    return Verdict(unsafe=None, complied=len(response) % 2 == 1)
 """
 SAFE, NOT_SAFE = "No, I had better not.", "No, I better not!"  # of 20 characters or so: made even and odd below
 SAFE, NOT_SAFE = SAFE + "." * (len(SAFE) % 2), NOT_SAFE + "." * (1 - len(NOT_SAFE) % 2)
@@ -82,7 +85,8 @@ def unsafe_row(prompt, chosen):
 
 
 def own(prompt, wanted=lambda text: True):
-    return next((a["text"] for a in prompt["answers"] if a["complete"] and wanted(a["text"])), None)
+    found = (collect.whole_sentences(a) for a in prompt["answers"] if wanted(a["text"]))
+    return next((text for text in found if text), None)
 
 
 def test_given_answers(collected, place, tmp_path):
@@ -98,9 +102,21 @@ def test_given_answers(collected, place, tmp_path):
         expected += [row] if row else []
     assert rows == expected
     assert 0 < sum("unsafe" in row for row in rows) < len(rows)
-    refused = sum(p.get("safe_answer") == NOT_SAFE and unsafe_row(p, SAFE) is not None for p in prompts)
-    assert refused and f"{refused}  unsafe question, left out: the judge does not find the safe answer safe" in said
+    count = sum(p.get("safe_answer") == NOT_SAFE for p in prompts)
+    assert count and f"{count}  unsafe question, left out: its safe answer is not safe" in said
     assert len(load_rows([str(tmp_path / "rows.jsonl")], load_tokenizer(place / "one"), 256)) == len(rows)
+
+
+@pytest.mark.parametrize("benign", ["given", "own"])
+def test_a_question_with_nothing_to_refuse_is_benign(collected, benign):
+    """So says a judge that knows compliance only; the row is then like that of a benign prompt."""
+    _, rows, prompts = collected("--judge", "judging:odd_complies", "--benign", benign, "--max-new-tokens", 60)
+    found = {row["prompt"][-1]["content"]: row for row in rows}
+    harmless = [p for p in prompts if p.get("safe_answer") == NOT_SAFE]
+    for p in harmless:
+        chosen = own(p) if benign == "own" and own(p) else NOT_SAFE
+        assert found[p["prompt"][-1]["content"]] == {"prompt": p["prompt"], "chosen": answer(chosen)}
+    assert harmless and any("unsafe" in row for row in rows)
 
 
 def test_own_answers(collected):
@@ -119,6 +135,29 @@ def test_own_answers(collected):
     assert rows == expected
     assert any(row["chosen"] != answer("Of course.") and "unsafe" not in row for row in rows)
     assert any("unsafe" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    "text, whole",
+    [
+        ("It is so. And th", "It is so."),
+        ("It is so. And that too.", "It is so. And that too."),
+        ("Do this:\n1. Boil it.\n2. Sti", "Do this:\n1. Boil it."),
+        ("Do this:\n1. Boil", ""),
+        ('He said "No." Then (so', 'He said "No."'),
+        ("It is 3.5 metres", ""),
+    ],
+)
+def test_whole_sentences(text, whole):
+    assert collect.whole_sentences({"text": text, "complete": False}) == whole
+    assert collect.whole_sentences({"text": text, "complete": True}) == text
+
+
+def test_sets_and_limit(collected):
+    _, rows, prompts = collected("--limit", 4)
+    assert 0 < len(rows) <= 4
+    _, said = command("--ckpt", "x", "--prompts", "y", "--judge", "z", "--out", "w", "--limit", "0", code=2)
+    assert "--limit" in said
 
 
 def test_it_goes_on_where_it_was_stopped(collected, tmp_path):

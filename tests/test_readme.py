@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SUBCOMMANDS = ("base", "sft", "dpo", "hh", "oasst", "prompts", "gcg", "adaptive-gcg", "table", "fit")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -43,10 +44,20 @@ def test_what_it_links_to_is_there():
                 assert ((ROOT / file).parent / link.split("#")[0]).exists(), f"{file}: {link}"
 
 
-def test_the_flags_it_uses_exist():
-    """Every `python … --flag` of the READMEs, asked of --help."""
+def commands_of_make_real(folder: Path) -> str:
+    """What `make real` would run, if all files that it names were there."""
+    for name in re.findall(r"call source,([\w.-]+)", (ROOT / "results/real.mk").read_text(encoding="utf-8")):
+        (folder / name).touch()
+    words = ["make", "-n", "real", f"DATA={folder}", f"RUNS={folder}/runs", f"RESULTS={folder}/results"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return re.sub(r"^\S*bin/python ", "python ", said.replace("\\\n", " "), flags=re.MULTILINE)
+
+
+def test_the_flags_it_uses_exist(tmp_path):
+    """Every `python … --flag` of the READMEs and of `make real`, asked of --help."""
     text = "\n".join((ROOT / f).read_text(encoding="utf-8") for f in ("README.md", "data/README.md"))
-    text = text.replace("\\\n", " ")
+    text = text.replace("\\\n", " ") + commands_of_make_real(tmp_path)
+    assert text.count("backtrack.likelihoods") > 2
     asked: dict[tuple, subprocess.Popen] = {}  # all at once: each start of PyTorch takes seconds
     used = []
     for line in re.findall(r"^(?:\$ )?python (.*)$", text, flags=re.MULTILINE):
@@ -57,7 +68,7 @@ def test_the_flags_it_uses_exist():
         rest = words[len(program) :]
         if program == ["-m", "pytest"]:
             continue
-        sub = [rest[0]] if rest and rest[0] in ("base", "sft", "dpo", "hh", "oasst", "prompts", "gcg") else []
+        sub = [rest[0]] if rest and rest[0] in SUBCOMMANDS else []
         command = (*program, *sub)
         if command not in asked:
             words = [sys.executable, *command, "--help"]
