@@ -43,7 +43,6 @@ from model.checkpoint import weights_digest
 from model.errors import SEED, TEMPERATURE, Help, device, positive, run
 from model.files import check_file, write_text
 
-
 WHOLE = re.compile(r"""(?s).*(?<!\d)[.!?]["')*]*(?=\s|$)""")  # up to the end of the last sentence; "2." ends none
 
 

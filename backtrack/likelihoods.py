@@ -7,8 +7,8 @@ back), "worse" (with an answer that is merely less good) and "plain" (without on
 
 logprob   log π of a token of the chosen answer, on average: has fine-tuning cost what the model knew?
 p         the mean of p([RESET]) after 1, 2, … all tokens of an answer.
-AUC       the chance that p is higher for a rejected answer than for a chosen one: 0.5 is a coin, 1 no mistake. It has no
-          threshold, so it separates two questions: has the model learned what to take back, and does it say so.
+AUC       the chance that p is higher for a rejected answer than for a chosen one: 0.5 is a coin, 1 no mistake. It
+          has no threshold, so it separates two questions: has the model learned what to take back, does it say so.
 reset     the answers along which p([RESET]) passes ½ somewhere, where greedy decoding would reset.
 
 Intervals are 95%: Wilson's for shares, Student's for log-probs, of the AUC by drawing the rows anew 1,000 times.

@@ -154,7 +154,7 @@ def test_whole_sentences(text, whole):
 
 
 def test_sets_and_limit(collected):
-    _, rows, prompts = collected("--limit", 4)
+    _, rows, _ = collected("--limit", 4)
     assert 0 < len(rows) <= 4
     _, said = command("--ckpt", "x", "--prompts", "y", "--judge", "z", "--out", "w", "--limit", "0", code=2)
     assert "--limit" in said

@@ -15,16 +15,8 @@ import torch
 from test_tokenizer import LLAMA3_NAMES, NASTY, TEXT, fuzz_texts, train_bpe
 
 from backtrack.generate import generate
-from backtrack.judge import (
-    ANSWER_TOKENS,
-    Verdict,
-    guard_judge,
-    guard_prompt,
-    guard_template,
-    judge_all,
-    load_judge,
-    read_verdict,
-)
+from backtrack.guard import ANSWER_TOKENS, guard_judge, guard_prompt, guard_template, read_verdict
+from backtrack.judge import Verdict, judge_all, load_judge
 from model import InputError, load_model, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -530,7 +522,7 @@ def test_a_guard_behind_a_server(guard):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_and_device_reach_the_model(guard, monkeypatch, dtype):
     asked = []
-    monkeypatch.setattr("backtrack.judge.load_model", lambda *args: asked.append(args) or load_model(*args))
+    monkeypatch.setattr("backtrack.guard.load_model", lambda *args: asked.append(args) or load_model(*args))
     judge = load_judge(guard, torch.device("cpu"), dtype)
     assert asked == [(guard, torch.device("cpu"), dtype)]
     assert judge([user("the dogs")], f"the sheep {SKULL} the dogs").unsafe
