@@ -481,6 +481,13 @@ def home(args) -> str:
     return "cpu" if args.offload else args.device
 
 
+def say_plan(args) -> None:
+    from backtrack.plan import lines, plan  # its imports take a second
+
+    config = ModelConfig.load(args.config if args.command == "base" else args.init)
+    print("\n".join(lines(plan(config, args, CHUNK), args)))
+
+
 def rows_in_order(args, count: int, tree: Callable[[int, int], Tree]) -> Callable:
     """step -> the trees of its rows. Every epoch visits all rows, in a new order."""
     per_step = args.batch_size * args.grad_accum
@@ -534,9 +541,9 @@ def parse_args() -> argparse.Namespace:
     if "prefix" in args and not args.prefix[0] <= args.prefix[1] <= 1:
         low, high = args.prefix
         parser.error(f"--prefix {low} {high}: needs 0 ≤ LOW ≤ HIGH ≤ 1")
-    if not args.data and args.steps != 0:
+    if not args.data and args.steps != 0 and not args.plan:
         parser.error("--data is needed; only --steps 0, which saves the start, goes without")
-    if args.offload and "RANK" not in os.environ:
+    if args.offload and "RANK" not in os.environ and not args.plan:
         parser.error("--offload needs torchrun, for one device too: --nproc-per-node 1")
     return args
 
@@ -619,6 +626,8 @@ def common_arguments(p) -> None:
     p.add_argument("--checkpoint-activations", action="store_true", help=about)
     about = "keep weights and optimizer in the memory of the host; under torchrun"
     p.add_argument("--offload", action="store_true", help=about)
+    about = "say what N devices need of memory for this, from config.json alone, and end"
+    p.add_argument("--plan", type=positive, metavar="N", help=about)
     p.add_argument("--resume", action="store_true", help="go on from what --out holds, if anything")
     p.add_argument("--log-every", type=positive, default=10, help="steps")
     p.add_argument("--save-every", type=positive, default=500, help="steps")
@@ -627,10 +636,13 @@ def common_arguments(p) -> None:
 def main() -> None:
     with parallel.together():
         args = parse_args()
+        if args.plan:
+            say_plan(args)
+            return
         parallel.check_device(args)
         with log.alone(args.out):
             {"base": base, "sft": sft, "dpo": dpo}[args.command](args)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ranks=True)

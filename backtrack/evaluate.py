@@ -8,7 +8,8 @@
 A prompt file is JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}, optionally with "prefill", text
 forced at the start of the answer. --judge is the toy world's world.json, a refusal judge, a Llama Guard 2 directory or
 a module:function of your own (judge.py); it sees surviving text only. Without it nothing is judged; the same command
-with it judges those answers later, when the models' memory is free. --on-reset, --reset-bias and --max-resets take
+with it judges those answers later, when the models' memory is free. torchrun --nproc-per-node N -m backtrack.evaluate …
+shares the prompts out, one model on each device. --on-reset, --reset-bias and --max-resets take
 several values, and every combination of them is run; --samples draws several answers per prompt at a --temperature. A
 prompt that one of the models has no room for is left out for all, and counted as skipped.
 
@@ -24,6 +25,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -32,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+from backtrack import parallel
 from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import load_judge, refuse_seen
 from backtrack.results import json_line, write_result
@@ -145,7 +148,10 @@ def answers_file(out: str) -> Path:
 
 @contextlib.contextmanager
 def adding_to(path: str | Path):
-    """No other process adds to this file meanwhile. On Ctrl-C, say what is kept."""
+    """No other process adds to this file meanwhile. On Ctrl-C, say what is kept. Of several ranks the first adds."""
+    if parallel.rank() > 0:
+        yield
+        return
     check_file(path)
     with locked(path):
         try:
@@ -179,11 +185,18 @@ def read_answers(path: Path, settings: dict) -> list[dict]:
 
 
 def answer(model, tok, ckpt: str, prompts: list[dict], todo: list[tuple[int, int]], condition: dict, judge, args):
-    """Yields a list of records for one batch after another. todo: (index of the prompt, number of the sample)."""
+    """Yields a list of records for one batch after another. todo: (index of the prompt, number of the sample).
+
+    Of several ranks each takes every Nth of them, and yields as often as the others: at the end perhaps nothing.
+    """
     encoded = {i: (render(tok, prompts[i]), tok.encode(prompts[i]["prefill"])) for i, _ in todo}
     todo = sorted(todo, key=lambda item: len(encoded[item[0]][0]))  # little padding, rows end together
-    for start in range(0, len(todo), args.batch_size):
-        batch = todo[start : start + args.batch_size]
+    mine = todo[parallel.rank() :: parallel.size()]
+    for start in range(0, math.ceil(len(todo) / parallel.size()), args.batch_size):
+        batch = mine[start : start + args.batch_size]
+        if not batch:
+            yield []
+            continue
         generations = generate(
             model,
             [encoded[i][0] for i, _ in batch],
@@ -255,7 +268,8 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
     path = answers_file(args.out)
-    done = {key(r): r for r in read_answers(path, settings)}
+    parallel.agree(settings | {"checkpoints": args.ckpt, "batch_size": args.batch_size})
+    done = {key(r): r for r in parallel.from_first(lambda: read_answers(path, settings))}
     spelling = {resolved(ckpt): ckpt for ckpt in args.ckpt}
     for (ckpt, *_), r in done.items():
         r["checkpoint"] = spelling.get(ckpt, r["checkpoint"])
@@ -274,12 +288,13 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     late = [r for r in done.values() if args.judge and "judge" not in r]
     for r in late:
         r |= verdict(judge, prompts[r["prompt"]], r["response"], args)
-    if late:
+    if late and parallel.rank() == 0:
         lines = [{"settings": settings}, *done.values()]
         write_text("".join(json_line(line) + "\n" for line in lines), path)
         print(f"{path}: judged {len(late)} answers that were there already", file=sys.stderr)
     count, began = 0, time.time()
-    with open(path, "a", encoding="utf-8") as f:
+    writes = parallel.rank() == 0
+    with open(path if writes else os.devnull, "a", encoding="utf-8") as f:
         for ckpt in args.ckpt:
             model = tok = None
             for condition in conditions:
@@ -289,14 +304,16 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
                 if model is None:
                     tok, model = load_tokenizer(ckpt), load_model(ckpt, args.device, getattr(torch, args.dtype))
                 options = dict(zip(CONDITION, condition, strict=True))
-                for records in answer(model, tok, ckpt, prompts, todo, options, judge, args):
+                for mine in answer(model, tok, ckpt, prompts, todo, options, judge, args):
+                    records = [r for of_rank in parallel.exchange(mine) for r in of_rank]
                     f.writelines(json_line(r) + "\n" for r in records)
                     f.flush()
                     done |= {key(r): r for r in records}
                     count += len(records)
                     seconds = (time.time() - began) / count * (left - count)
                     sys.stderr.write(f"\r{Path(ckpt).name}: {count}/{left} answers, {seconds:.0f} s left   ")
-        os.fsync(f.fileno())
+        if writes:
+            os.fsync(f.fileno())
     if count:
         print(file=sys.stderr)
     return [done[w] for w in wanted], skipped
@@ -631,7 +648,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_args()
+    with parallel.together():
+        evaluate(parse_args())
+
+
+def evaluate(args) -> None:
+    parallel.check_device(args)
+    if args.mt_bench and parallel.size() > 1:
+        raise InputError("--mt-bench answers in one process; start it without torchrun")
     if args.out:
         check_file(args.out)
     skipped: list[dict] = []
@@ -668,7 +692,7 @@ def main() -> None:
             answers, skipped = answer_all(prompts, args)
         records, paired = count(answers, prompts, skipped)
     records, paired = with_intervals(records, paired)
-    if args.out:
+    if args.out and parallel.rank() == 0:
         write_result(args.out, records=records, paired=paired, **({"skipped": skipped} if skipped else {}))
     print_table(records, paired)
     if args.show and args.ckpt:
@@ -676,4 +700,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ranks=True)

@@ -239,7 +239,7 @@ def cause_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, InputError | OSError | MemoryError | torch.OutOfMemoryError):
         return 2, str(error)
     traceback.print_exception(error, file=sys.__stderr__)
-    return 1, "a bug"
+    return 1, f"{type(error).__name__}, see above"
 
 
 def exit_at_once(code: int) -> None:

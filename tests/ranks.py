@@ -14,6 +14,7 @@ import torch.distributed.fsdp
 from torch.distributed.tensor import DTensor  # noqa: F401
 
 import train
+from backtrack import evaluate
 from model.errors import run
 
 
@@ -45,7 +46,7 @@ class Ranks:
             os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0"}
             sys.argv = [Path(main.__code__.co_filename).name, *map(str, words)]
             before(rank)
-            run(main)
+            run(main, ranks=main in (train.main, evaluate.main))
             code = 0
         except SystemExit as end:
             code = end.code or 0
@@ -74,9 +75,9 @@ class Ranks:
         return self.file.read_text()
 
 
-def trained_on(n: int, *words, code=0, before=lambda rank: None) -> str:
+def trained_on(n: int, *words, code=0, before=lambda rank: None, main=train.main) -> str:
     """`torchrun --nproc-per-node n train.py words`; every process must end with this code. Returns what was said."""
-    ranks = Ranks(n, train.main, words, before)
+    ranks = Ranks(n, main, words, before)
     codes, said = ranks.codes(), ranks.said()
     ranks.file.unlink()
     assert codes == [code] * n, f"{codes}\n{said}"

@@ -6,6 +6,7 @@ One process is the oracle. Processes are forks (ranks.py); that torchrun starts 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,14 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import command
 from models import FAMILIES, LLAMA, network_of
 from ranks import Ranks, trained_on
 from safetensors.torch import load_file
-from samples import row_of, toy_tokenizer, write
+from samples import row_of, toy_tokenizer, user, write
 from training import contents, metrics, steps_of, trained
 
+import sample
 import train
-from backtrack import parallel
+from backtrack import evaluate, parallel
 from backtrack import progress as log
 from backtrack.examples import Tree
 from model import load_model, save_model
@@ -219,7 +222,7 @@ def test_kills_at_random(world, tmp_path, alone):
     while True:
         ranks = Ranks(3, train.main, words(world, "dpo", out, "--save-every", 1, "--resume"))
         victim = draw.randrange(3)
-        until = draw.uniform(0.1, 4.0)
+        until = draw.uniform(0.2, 1.6)
         codes = None
         try:
             codes = ranks.codes(seconds=until, victim=victim)
@@ -282,6 +285,11 @@ def test_trouble_of_one_rank_ends_all(world, tmp_path):
     assert "error: step 1: loss is nan" in said
 
 
+def test_programs_of_one_process_refuse_torchrun(world):
+    said = trained_on(2, "--ckpt", world / "llama", "--prompt", "Hi", code=2, main=sample.main)
+    assert said == "error: this program runs in one process; start it without torchrun\n"
+
+
 def test_offload_needs_torchrun(world, tmp_path):
     assert "torchrun" in trained(*words(world, "sft", tmp_path / "out", "--offload"), code=2)
 
@@ -316,11 +324,11 @@ def test_logits_in_chunks(world, tmp_path, alone, monkeypatch):
 
     monkeypatch.setattr(train.Transformer, "logits", logits)
     monkeypatch.setattr(train, "start_new_tokens", lambda *a: None)
-    for command in ("dpo", "base"):
+    for kind in ("dpo", "base"):
         for n, name in ((0, "one"), (2, "two")):
-            out = tmp_path / f"{command}-{name}"
-            trained(*words(world, command, out)) if n == 0 else trained_on(n, *words(world, command, out))
-            same_result(alone(command), out)
+            out = tmp_path / f"{kind}-{name}"
+            trained(*words(world, kind, out)) if n == 0 else trained_on(n, *words(world, kind, out))
+            same_result(alone(kind), out)
     assert 0 < max(seen) <= 5
 
 
@@ -335,3 +343,78 @@ def test_checkpointed_activations_have_the_same_gradients():
         network(tokens).logsumexp(-1).sum().backward()
         found.append([p.grad.clone() for p in network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ── What fits where ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+# 20 million parameters, enough that Python's own memory does not blur them.
+WIDE = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+WIDE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: peaks of memory cannot be read")
+@pytest.mark.parametrize(
+    "family, number, more",
+    [
+        ("llama", 0, []),
+        pytest.param("llama", 0, ["--checkpoint-activations"], marks=pytest.mark.slow),
+        pytest.param("llama", 2, ["--checkpoint-activations"], marks=pytest.mark.slow),
+        pytest.param("llama", 4, [], marks=pytest.mark.slow),
+        pytest.param("gemma", 0, [], marks=pytest.mark.slow),
+        pytest.param("gemma", 2, ["--checkpoint-activations"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_plan_is_what_is_measured(tmp_path, family, number, more):
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES[family] | WIDE))
+    toy_tokenizer().save(tmp_path)
+    text = " ".join(str(i * i) for i in range(3000))
+    write(tmp_path / "corpus.jsonl", {"text": text})
+    arguments = [
+        "base",
+        "--config",
+        tmp_path / "config.json",
+        "--tokenizer",
+        tmp_path,
+        "--data",
+        tmp_path / "corpus.jsonl",
+    ]
+    arguments += ["--out", tmp_path / "out", "--max-length", 256, "--batch-size", 4, "--steps", 3, "--device", "cpu"]
+    arguments = [*map(str, [*arguments, "--grad-accum", max(1, number), *more])]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "tests/peak.py", str(number), *arguments]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=env)
+    measured = int(re.search(r"peak (\d+)", done.stdout + done.stderr)[1])
+    run = [sys.executable, "train.py", *arguments, "--plan", str(max(1, number))]
+    said = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=env, check=True).stdout
+    planned = 1e9 * float(re.search(r"total per device\s+([\d.]+) GB", said)[1])
+    print(f"planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB\n{said}")
+    assert planned == pytest.approx(measured, rel=0.2)
+
+
+# ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_prompts_are_shared_out(world, tmp_path):
+    """Three ranks give the answers and the summary of one process; begun by two, one process and three go on."""
+    prompts = [
+        {"prompt": [{"role": "user", "content": f"Hi {i} " * (1 + i % 3)}], "set": "ab"[i % 2]} for i in range(11)
+    ]
+    write(tmp_path / "prompts.jsonl", *prompts)
+
+    def evaluated(out, n, *more):
+        arguments = ["--ckpt", world / "llama", world / "gemma", "--prompts", tmp_path / "prompts.jsonl"]
+        arguments += ["--out", out, "--device", "cpu", "--max-new-tokens", 6, "--batch-size", 2, "--temperature", 1.0]
+        arguments = [*arguments, "--samples", 2, *more]
+        command(evaluate.main, *arguments) if n == 0 else trained_on(n, *arguments, main=evaluate.main)
+        result = json.loads(out.read_text())
+        lines = out.with_suffix(".answers.jsonl").read_text().splitlines()[1:]
+        answers = {(a["checkpoint"], a["prompt"], a["sample"]): a["response"] for a in map(json.loads, lines)}
+        assert len(answers) == len(lines) == 2 * 2 * 11
+        return answers, [(r["checkpoint"], r["set"], r["reset"]) for r in result["records"]]
+
+    one = evaluated(tmp_path / "one.json", 0)
+    assert evaluated(tmp_path / "three.json", 3) == one
+    file = tmp_path / "three.answers.jsonl"
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:9]))
+    assert evaluated(tmp_path / "three.json", 2) == one
+    assert trained_on(2, "--ckpt", world / "llama", code=2, main=evaluate.main).endswith("--ckpt needs --prompts\n")
