@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backtrack import parallel
+from backtrack import lora, parallel
 from backtrack import progress as log
 from backtrack.examples import (
     NO_ROW,
@@ -259,8 +259,9 @@ def autocast(args):
 
 
 def make_optimizer(model: Transformer, args) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]  # of the norms: not decayed
+    trained = [p for p in model.parameters() if p.requires_grad]  # all, without --lora
+    matrices = [p for p in trained if p.dim() >= 2]
+    gains = [p for p in trained if p.dim() < 2]  # of the norms: not decayed
     groups = [
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": gains, "weight_decay": 0.0},
@@ -300,7 +301,7 @@ def base(args) -> None:
             heldout.append(window_tree(text, index * length, length))
 
     progress = log.start(args, log.run_settings(args, count, stream))
-    model = load(args.out, args) if progress.step else fresh_model(args)
+    model = load(args.out, tok, args) if progress.step else fresh_model(tok, args)
     check_model(model, tok, args)
 
     def loss(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -329,7 +330,7 @@ def sft(args) -> None:
     heldout_rows = spread(load_rows(args.heldout, tok, args.max_length, args.on_long))
     heldout = [sft_tree(args, tok, row, 0, i, watch=True) for i, row in enumerate(heldout_rows)]
     progress = log.start(args, log.run_settings(args, len(rows), rows))
-    model = load(args.out if progress.step else args.init, args)
+    model = load(args.out if progress.step and not args.lora else args.init, tok, args)
     check_model(model, tok, args)
     trees_of = rows_in_order(args, len(rows), tree)
     if model.config.reset_token_id is None:
@@ -390,7 +391,7 @@ def dpo(args) -> None:
 
     # The model is the reference now. Its log-probs, taken for the whole run at once, spare training
     # a second model.
-    model = load(args.init, args)
+    model = load(args.init, tok, args)
     check_model(model, tok, args)
     plain_trees = rows_in_order(args, len(rows), tree)
 
@@ -403,8 +404,8 @@ def dpo(args) -> None:
 
     reference = log.remembered(args, settings, compute)
     heldout = with_reference(heldout, reference.pop())
-    if progress.step:
-        model = load(args.out, args)
+    if progress.step and not args.lora:
+        model = load(args.out, tok, args)
     model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)
 
     def losses(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -456,23 +457,33 @@ def with_reference(trees: list[Tree], values: list[float]) -> list[Tree]:
 # ── What the commands share ───────────────────────────────────────────────────────────────────────
 
 
-def load(path: str, args) -> Transformer:
-    """A model to train; under torchrun each process reads its slices."""
-    return load_model(path, home(args), prepare=partial(before_weights, args=args))
+def load(path: str, tok, args) -> Transformer:
+    """A model to train; under torchrun each process reads its slices.
+
+    With --lora it is that of --init, also when a run goes on: what is added to it is read later.
+    """
+    prepare = partial(before_weights, tok=tok, args=args)
+    model = load_model(path, home(args), prepare=prepare)
+    lora.start(model, args.seed)
+    return model
 
 
-def fresh_model(args) -> Transformer:
+def fresh_model(tok, args) -> Transformer:
     with torch.device("meta"):
         model = Transformer(ModelConfig.load(args.config))
-    before_weights(model, args)
+    before_weights(model, tok, args)
     take_memory(model, home(args))
     model.init_weights(args.seed)
     return model
 
 
-def before_weights(model: Transformer, args) -> None:
+def before_weights(model: Transformer, tok, args) -> None:
+    """What a model is to be, decided while it is on the meta device."""
     for block in model.model.layers:
         block.recompute = args.checkpoint_activations
+    if args.lora:
+        with torch.device("meta"):
+            lora.adapt(model, args.lora, sorted({tok.reset_id, *tok.template_ids}))
     parallel.shard(model, args)
 
 
@@ -551,7 +562,7 @@ def parse_args() -> argparse.Namespace:
 def base_arguments(p) -> None:
     p.add_argument("--config", required=True, help="a Hugging Face config.json: the model's shape")
     p.add_argument("--tokenizer", required=True, help="directory with tokenizer.model or .json")
-    p.set_defaults(lr=1e-3, weight_decay=0.1)
+    p.set_defaults(lr=1e-3, weight_decay=0.1, lora=None)
 
 
 def sft_arguments(p) -> None:
@@ -587,6 +598,8 @@ def row_arguments(p, *methods: str) -> None:
     p.add_argument("--no-backtrack", **alias, default=argparse.SUPPRESS, help="--method baseline")
     about = "what to do about rows whose prompt leaves no room for an answer"
     p.add_argument("--on-long", choices=("skip", "error"), default="skip", help=about)
+    about = "train factors of this rank beside frozen weights, and rows of special tokens"
+    p.add_argument("--lora", type=positive, metavar="RANK", help=about)
 
 
 def beyond_the_paper(p):

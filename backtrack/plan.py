@@ -61,13 +61,18 @@ def plan(config: ModelConfig, args, chunk: int) -> Plan:
     if args.dtype == "bfloat16" and not in_slices:
         gathered = working * size  # what autocast keeps of the weights until the pass is over
     kept = kept_by_block(config, args)
+    trained = size
+    if args.lora:
+        layers = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+        trained = sum(args.lora * (m.in_features + m.out_features) for m in layers)
+        size += trained  # the rows of special tokens beside it are too few to count
     inputs = 4 * tokens * config.hidden_size * config.num_hidden_layers
     held = min(chunk, tokens * config.vocab_size)
     return Plan(
         parameters=size,
         weights=4 * size / args.plan,
-        gradients=4 * size / args.plan,
-        moments=8 * size / args.plan,
+        gradients=4 * trained / args.plan,
+        moments=8 * trained / args.plan,
         gathered=gathered,
         activations=kept * config.num_hidden_layers,
         checkpointed=inputs + kept,

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from backtrack import parallel
+from backtrack import lora, parallel
 from backtrack.examples import Batch, pairs_of
 from backtrack.parallel import rank
 from backtrack.terminal import say
@@ -97,7 +97,7 @@ def run_settings(args, count: int, data) -> dict:
         "weight_decay",
         "clip",
     ]
-    names += ["method", "resets", "reset_weight", "restart", "prefix"]
+    names += ["method", "resets", "reset_weight", "restart", "prefix", "lora"]
     names += ["beta", "nll", "elicit", "discourage", "restart_weight"]
     settings = {name: getattr(args, name) for name in names if name in args}
     return settings | {"steps": steps, "data": digest(data)}
@@ -169,37 +169,51 @@ def check_saving(out: Path) -> None:
 
 def save(progress: Progress, model, optimizer, tok, out: str) -> None:
     """Replace the checkpoint at `out`. Ranks that hold slices lend them to the first, which writes."""
-    moments = {}
+    weights, state = lora.weights(model), {}
     if progress.step < progress.settings["steps"]:  # a finished run needs no optimizer
-        for name, p in model.named_parameters():
+        state |= {f"adapter/{name}": p for name, p in lora.adapters(model).items()}
+        for name, p in trained(model).items():
             for moment in MOMENTS:
-                moments[f"{moment}/{name}"] = optimizer.state[p][moment]
+                state[f"{moment}/{name}"] = optimizer.state[p][moment]
     if rank() > 0:
-        parallel.lend([*model.parameters(), *moments.values()])
+        parallel.lend([*weights.values(), *state.values()])
         return
     with atomic_directory(out) as directory:
-        write_model(model, directory, tok)
-        if moments:
-            write_tensors(moments | {"rng": torch.get_rng_state()}, directory / STATE)
+        write_model(model, directory, tok, weights=weights)
+        if state:
+            write_tensors(state | {"rng": torch.get_rng_state()}, directory / STATE)
         (directory / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)) + "\n")
 
 
+def trained(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
 def load_optimizer(optimizer, model, out: str, step: int) -> None:
-    """Read the moments that `save` has written, each rank its own rows: (in, out) as the weights."""
+    """Read what `save` has written beside the weights: moments, and the factors of LoRA.
+
+    A rank reads its own rows of each. Raises InputError that names the file if it is not whole.
+    """
     file = Path(out) / STATE
     try:
         with safe_open(file, framework="pt") as f:
             torch.set_rng_state(f.get_tensor("rng"))
-            for name, p in model.named_parameters():
+            for name, p in lora.adapters(model).items():
+                read_own_rows(f, f"adapter/{name}", p)
+            for name, p in trained(model).items():
                 state = optimizer.state[p]
                 state["step"] = torch.tensor(float(step), device=p.device if p.is_cuda else "cpu")
                 for moment in MOMENTS:
                     state[moment] = torch.zeros_like(p, requires_grad=False)
-                    rows, first = own_rows(state[moment])
-                    stored = f.get_slice(f"{moment}/{name}")
-                    rows.copy_(stored[first : first + len(rows)])
+                    read_own_rows(f, f"{moment}/{name}", state[moment])
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: missing or truncated ({error}); choose another --out") from None
+
+
+def read_own_rows(file, name: str, tensor: torch.Tensor) -> None:
+    rows, first = own_rows(tensor)
+    rows.copy_(file.get_slice(name)[first : first + len(rows)])
 
 
 def remembered(

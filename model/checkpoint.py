@@ -40,7 +40,7 @@ def load_model(
     """Read a Hugging Face directory into a Transformer in eval mode, on `device`, in `dtype`.
 
     prepare(model) is called before a weight takes memory. It may make DTensors of the weights (backtrack/parallel.py);
-    of those each process reads its own rows.
+    of those each process reads its own rows. It may add parameters, whose numbers are its own affair.
 
     Raises InputError naming the file and the tensor when anything is missing, unknown, truncated or misshapen.
     """
@@ -74,8 +74,8 @@ def load_model(
     if prepare is not None:
         prepare(model)
     take_memory(model, device)
-    for name, p in model.named_parameters():
-        _read_tensor(files[name], stored_as[name], p.detach())
+    for name, stored in stored_as.items():
+        _read_tensor(files[name], stored, model.get_parameter(name).detach())
     return model.eval()
 
 
@@ -190,9 +190,16 @@ def save_model(model: Transformer, path: str | Path, tokenizer=None, shard_bytes
 
 
 def write_model(
-    model: Transformer, directory: Path, tokenizer=None, shard_bytes: int = SHARD_BYTES, reset_id: int | None = None
+    model: Transformer,
+    directory: Path,
+    tokenizer=None,
+    shard_bytes: int = SHARD_BYTES,
+    reset_id: int | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """save_model's files, written into an existing directory; for callers who add files of their own."""
+    """save_model's files, written into an existing directory; for callers who add files of their own, or have other
+    weights than the model's parameters."""
+    weights = dict(model.named_parameters()) if weights is None else weights  # lists a tied head once
     config = model.config if reset_id is None else dataclasses.replace(model.config, reset_token_id=reset_id)
     raw = config.to_hf()
     raw["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
@@ -204,7 +211,7 @@ def write_model(
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
     shards, size = [{}], 0
-    for name, p in model.named_parameters():  # lists a tied head once
+    for name, p in weights.items():
         if shards[-1] and size + p.nbytes > shard_bytes:
             shards.append({})
             size = 0
@@ -216,7 +223,7 @@ def write_model(
         weight_map.update(dict.fromkeys(tensors, name))
         write_tensors(tensors, directory / name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(p.nbytes for p in model.parameters())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(p.nbytes for p in weights.values())}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

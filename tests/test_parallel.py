@@ -396,9 +396,7 @@ def test_the_plan_is_what_is_measured(tmp_path, family, number, more):
 
 def test_prompts_are_shared_out(world, tmp_path):
     """Three ranks give the answers and the summary of one process; begun by two, one process and three go on."""
-    prompts = [
-        {"prompt": [{"role": "user", "content": f"Hi {i} " * (1 + i % 3)}], "set": "ab"[i % 2]} for i in range(11)
-    ]
+    prompts = [{"prompt": user(f"Hi {i} " * (1 + i % 3)), "set": "ab"[i % 2]} for i in range(11)]
     write(tmp_path / "prompts.jsonl", *prompts)
 
     def evaluated(out, n, *more):

@@ -569,7 +569,7 @@ def test_defaults_and_every_flag(world, tmp_path):
         **{"steps": 6, "max_length": 7, "seed": 8, "device": "cpu", "dtype": "bfloat16", "compile": True},
         **{"prefix": [0.25, 1.0], "on_long": "error"},
         **{"resume": True, "log_every": 9, "save_every": 11, "checkpoint_activations": True, "offload": False},
-        **{"plan": None},
+        **{"plan": None, "lora": None},
     }
     for method in ("backtrack", "baseline", "in-place"):
         assert arguments(["sft", "--init", "i", "--data", "d", "--out", "o", "--method", method]).method == method
