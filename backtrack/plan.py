@@ -8,7 +8,6 @@ micro-batch is full, --batch-size sequences of --max-length tokens, each a targe
 themselves, and what an allocator cannot use, comes on top: leave a tenth.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +84,11 @@ def plan(config: ModelConfig, args, chunk: int) -> Plan:
 def kept_by_block(config: ModelConfig, args) -> float:
     """Bytes that autograd keeps of a block in a full micro-batch, on average over two: Gemma's differ."""
     two = 2 if config.local_layers else 1
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        blocks = [Block(dataclasses.replace(config, num_hidden_layers=two), i) for i in range(two)]
+    dtype = getattr(torch, args.dtype)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        blocks = [Block(config, i) for i in range(two)]
+        for p in (p for block in blocks for p in block.parameters()):
+            p.data = p.data.to(dtype)  # so autocast makes no copies of weights: those are counted elsewhere
         weights = {p.untyped_storage()._cdata for block in blocks for p in block.parameters()}
         B, T = args.batch_size, args.max_length
         x = torch.empty(B, T, config.hidden_size, requires_grad=True)
@@ -105,11 +107,7 @@ def kept_by_block(config: ModelConfig, args) -> float:
             y = x
             for block in blocks:
                 y = block(y, (angles, angles), mask, torch.empty(1, T), None)
-        is_copy = {p.numel() * 2 for block in blocks for p in block.parameters() if p.dim() == 2}
-        sizes = [s.nbytes() for s in kept.values()]
-        if args.dtype == "bfloat16":  # autocast's copies of weights count elsewhere
-            sizes = [n for n in sizes if n not in is_copy]
-        return sum(sizes) / two
+        return sum(storage.nbytes() for storage in kept.values()) / two
 
 
 def lines(p: Plan, args) -> list[str]:

@@ -352,18 +352,10 @@ WIDE = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_
 WIDE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: peaks of memory cannot be read")
-@pytest.mark.parametrize(
-    "family, number, more",
-    [
-        ("llama", 0, []),
-        pytest.param("llama", 0, ["--checkpoint-activations"], marks=pytest.mark.slow),
-        pytest.param("llama", 2, ["--checkpoint-activations"], marks=pytest.mark.slow),
-        pytest.param("llama", 4, [], marks=pytest.mark.slow),
-        pytest.param("gemma", 0, [], marks=pytest.mark.slow),
-        pytest.param("gemma", 2, ["--checkpoint-activations"], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("family, number", [("llama", 0), ("llama", 2), ("llama", 4), ("gemma", 0), ("gemma", 2)])
+@pytest.mark.parametrize("more", [[], ["--checkpoint-activations"]])
 def test_the_plan_is_what_is_measured(tmp_path, family, number, more):
     (tmp_path / "config.json").write_text(json.dumps(FAMILIES[family] | WIDE))
     toy_tokenizer().save(tmp_path)
@@ -416,3 +408,29 @@ def test_prompts_are_shared_out(world, tmp_path):
     file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:9]))
     assert evaluated(tmp_path / "three.json", 2) == one
     assert trained_on(2, "--ckpt", world / "llama", code=2, main=evaluate.main).endswith("--ckpt needs --prompts\n")
+
+
+def test_the_plan_of_llama_3_8b(tmp_path, capsys):
+    """Sums that can be done by hand: 16 bytes a parameter over the devices, 4 with LoRA and its factors beside."""
+    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | shape | {"max_position_embeddings": 8192}))
+
+    def planned(*more):
+        trained("sft", "--init", tmp_path, "--out", tmp_path / "out", "--max-length", 512, "--batch-size", 1, *more)
+        said = capsys.readouterr().out
+        return {name.strip(): float(size) for name, size in re.findall(r"^  (.*?) +([\d.]+) GB", said, re.M)}, said
+
+    eight, said = planned("--plan", 8)
+    assert said.startswith("8,030,261,248 parameters on 8 devices")
+    assert eight["weights, fp32"] == eight["gradients, fp32"] == round(8.030261248 / 2, 3)
+    assert eight["moments, fp32"] == round(8.030261248, 3)
+    one, _ = planned("--plan", 1)
+    kept = one["total per device"] - one["activations"] + one["with --checkpoint-activations"]
+    assert planned("--plan", 1, "--checkpoint-activations")[0]["total per device"] == pytest.approx(kept, abs=2e-3)
+    # Rank 16: 16 numbers for each row and each column of seven matrices in 32 blocks.
+    factors = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)) / 1e9
+    low, _ = planned("--plan", 1, "--lora", 16)
+    assert low["gradients, fp32"] == pytest.approx(4 * factors, abs=1e-3)
+    assert low["weights, fp32"] == pytest.approx(4 * (8.030261248 + factors), abs=1e-3)
+    assert not (tmp_path / "out").exists()
