@@ -483,7 +483,8 @@ def before_weights(model: Transformer, tok, args) -> None:
         block.recompute = args.checkpoint_activations
     if args.lora:
         with torch.device("meta"):
-            lora.adapt(model, args.lora, sorted({tok.reset_id, *tok.template_ids}))
+            ids = {tok.reset_id, *tok.template_ids, *tok.stop_ids}
+            lora.adapt(model, args.lora, sorted(ids))
     parallel.shard(model, args)
 
 

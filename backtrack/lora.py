@@ -1,8 +1,5 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685): train little beside frozen weights, for one small GPU.
 
-    adapt(model, 16, ids)      # before weights are read
-    start(model, seed)         # after: the model computes what it did
-
 A matrix W of a block becomes W + up·down, and the two factors alone are trained. Of the tables the rows of a few ids
 are, in full: of [RESET] and the chat template, which a base may never have seen. Without them the method cannot work.
 What is saved is merged, weight by weight: a plain model. The factors lie in optimizer.state while the run goes on.
@@ -29,20 +26,20 @@ def adapt(model: Transformer, rank: int, ids: list[int]) -> None:
     embedding.rows = nn.Parameter(torch.empty(len(ids), model.config.hidden_size))
     head.rows = embedding.rows if model.config.tie_word_embeddings else nn.Parameter(torch.empty_like(embedding.rows))
     embedding.ids = head.ids = torch.tensor(ids, device="cpu")
-    embedding.register_forward_hook(new_rows_in)
-    head.register_forward_hook(new_rows_out)
+    embedding.register_forward_hook(rows_in)
+    head.register_forward_hook(rows_out)
 
 
-def low_rank(layer, inputs, y):
+def low_rank(layer, inputs, y):  # torch calls it after the layer, and takes what it returns instead of y
     return y + F.linear(F.linear(inputs[0], layer.down), layer.up)
 
 
-def new_rows_in(embedding, inputs, x):
+def rows_in(embedding, inputs, x):
     is_id = inputs[0][..., None] == embedding.ids.to(x.device)  # (B, T, k)
     return x + is_id.to(x) @ embedding.rows
 
 
-def new_rows_out(head, inputs, logits):
+def rows_out(head, inputs, logits):
     return logits.index_add(-1, head.ids.to(logits.device), F.linear(inputs[0], head.rows).to(logits))
 
 
@@ -73,9 +70,6 @@ class Merged:
 
     def __getattr__(self, name: str):  # shape, dtype, nbytes …
         return getattr(self.layer.weight, name)
-
-    def detach(self) -> "Merged":
-        return self
 
     @torch.no_grad()
     def full_tensor(self) -> torch.Tensor:

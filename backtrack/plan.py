@@ -56,7 +56,8 @@ def plan(config: ModelConfig, args, chunk: int) -> Plan:
     in_slices = args.plan > 1 or args.offload
     # A block, the next one on its way, and the same for gradients; the tables in fp32: weight, gradient, and each once
     # more while it is sent.
-    gathered = (4 * working * block + 4 * 4 * tables) if in_slices else 0
+    copies = 2 if args.lora else 4  # frozen weights have no gradients
+    gathered = copies * (working * block + 4 * tables) if in_slices else 0
     if args.dtype == "bfloat16" and not in_slices:
         gathered = working * size  # what autocast keeps of the weights until the pass is over
     kept = kept_by_block(config, args)

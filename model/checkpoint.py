@@ -215,7 +215,7 @@ def write_model(
         if shards[-1] and size + p.nbytes > shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = p.detach()
+        shards[-1][name] = p
         size += p.nbytes
     weight_map = {}
     for i, tensors in enumerate(shards, start=1):

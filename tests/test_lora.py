@@ -1,4 +1,4 @@
-"""LoRA: it begins as the model it is added to, what is saved is what was trained, and full rank is full training."""
+"""LoRA: it begins as the model it is added to, what is saved is what was trained, and it learns to reset."""
 
 from functools import partial
 
@@ -72,16 +72,14 @@ def test_it_goes_on_and_runs_on_two_ranks(world, tmp_path, command, model):
     assert all(torch.equal(weight, start[name]) for name, weight in ours.items() if "norm" in name)
 
 
-def test_full_rank_reaches_the_loss_of_full_training(world, tmp_path):
+def test_it_learns_to_reset(world, tmp_path):
     """From a base that has been trained: a frozen head over random weights could say nothing with confidence."""
     write(tmp_path / "corpus.jsonl", *({"text": f"Hi {i} no word{i} yes other{i}"} for i in range(20)))
     base = ["base", "--config", world / "llama/config.json", "--tokenizer", world / "llama", "--device", "cpu"]
     base += ["--data", tmp_path / "corpus.jsonl", "--out", tmp_path / "base", "--max-length", 32, "--lr", 1e-2]
     trained(*base, "--steps", 60, "--batch-size", 8)
-    for name, more in (("full", []), ("lora", ["--lora", 32])):
-        arguments = words(world, "sft", tmp_path / name, *more, "--steps", 60)
-        trained(*arguments, "--init", tmp_path / "base")
-    first = metrics(tmp_path / "full")[0]["loss"]
-    full, low = (metrics(tmp_path / name)[-1]["loss"] for name in ("full", "lora"))
-    print(first, full, low)
-    assert full < 0.1 * first and low < 0.1 * first
+    trained(
+        *words(world, "sft", tmp_path / "out", "--lora", 8, "--steps", 120, "--lr", 2e-2), "--init", tmp_path / "base"
+    )
+    first, *_, last = metrics(tmp_path / "out")
+    assert last["loss"] < 0.3 * first["loss"] and last["reset_after_unsafe"] > 0.9 > first["reset_after_unsafe"]
