@@ -66,7 +66,7 @@ test-real: $(VENV)/.installed-dev runs/smollm2/model.safetensors  ## the real mo
 
 # The files that teach have 100 columns, the others 120.
 TEACHING := train.py sample.py tests/method \
-	$(addprefix backtrack/,examples.py generate.py rows.py progress.py new_token.py terminal.py) \
+	$(addprefix backtrack/,examples.py generate.py rows.py progress.py parallel.py new_token.py terminal.py) \
 	$(addprefix model/,transformer.py cache.py linear.py tokenizer.py bpe.py)
 
 lint: $(VENV)/.installed-dev  ## ruff: style and common mistakes

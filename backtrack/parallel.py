@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 
 from model import Transformer
-from model.checkpoint import own_rows
 from model.errors import InputError
+from model.transformer import own_rows
 
 
 def rank() -> int:

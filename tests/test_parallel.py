@@ -434,3 +434,47 @@ def test_the_plan_of_llama_3_8b(tmp_path, capsys):
     assert low["gradients, fp32"] == pytest.approx(4 * factors, abs=1e-3)
     assert low["weights, fp32"] == pytest.approx(4 * (8.030261248 + factors), abs=1e-3)
     assert not (tmp_path / "out").exists()
+
+
+# ── On CUDA ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: NCCL and its memory are not tested"
+)
+
+
+def on_cuda(n, *arguments):
+    """torchrun on n GPUs."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "train.py"]
+    done = subprocess.run([*torchrun, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("more", [[], ["--checkpoint-activations"], ["--offload"], ["--lora", 4]])
+def test_nccl_reaches_what_one_device_reaches(world, tmp_path, more):
+    """On as many GPUs as there are, one included; sums on a GPU come in another order, so not to 1e-5."""
+    plain = [word for word in more if word not in ("--offload", "--checkpoint-activations")]
+    trained(*words(world, "sft", tmp_path / "one", *plain, "--device", "cuda"))
+    on_cuda(torch.cuda.device_count(), *words(world, "sft", tmp_path / "all", *more, "--device", "cuda"))
+    same_result(tmp_path / "one", tmp_path / "all", tolerance=1e-3)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("more", [[], ["--checkpoint-activations"]])
+def test_the_plan_is_what_cuda_takes(tmp_path, capsys, more):
+    """Against torch.cuda.max_memory_allocated, on one device, in bf16."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | WIDE | {"hidden_size": 1024, "head_dim": 128}))
+    toy_tokenizer().save(tmp_path)
+    write(tmp_path / "corpus.jsonl", {"text": " ".join(str(i * i) for i in range(3000))})
+    arguments = ["base", "--config", tmp_path / "config.json", "--tokenizer", tmp_path, "--device", "cuda", *more]
+    arguments += ["--data", tmp_path / "corpus.jsonl", "--max-length", 512, "--batch-size", 8, "--dtype", "bfloat16"]
+    arguments += ["--steps", 3, "--out", tmp_path / "out"]
+    torch.cuda.reset_peak_memory_stats()
+    trained(*arguments)
+    measured = torch.cuda.max_memory_allocated()
+    trained(*arguments, "--plan", 1)
+    planned = 1e9 * float(re.search(r"total per device\s+([\d.]+) GB", capsys.readouterr().out)[1])
+    assert planned == pytest.approx(measured, rel=0.2)
