@@ -439,7 +439,7 @@ def test_the_plan_of_llama_3_8b(tmp_path, capsys):
 # ── On CUDA ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device: NCCL and its memory are not tested"
+    not torch.cuda.is_available(), reason="no CUDA device: NCCL and memory are not tested"
 )
 
 
