@@ -57,8 +57,8 @@ class Ranks:
         finally:
             os._exit(code)
 
-    def codes(self, seconds=200.0, victim=None) -> list[int]:
-        """The exit codes, by rank. Who has not ended by then is ended: all, or the victim alone."""
+    def codes(self, seconds=300) -> list[int]:
+        """The exit codes, by rank. Who has not ended by then is stuck, and ended."""
         codes: dict[int, int] = {}
         end = time.monotonic() + seconds
         while len(codes) < len(self.pids):
@@ -66,7 +66,7 @@ class Ranks:
                 pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
                 if pid:
                     codes[rank] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > end and victim in (None, rank):
+                elif time.monotonic() > end:
                     os.kill(self.pids[rank], signal.SIGKILL)
             time.sleep(0.01)
         return [codes[rank] for rank in range(len(self.pids))]
