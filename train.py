@@ -9,9 +9,9 @@ optimisation (section 3.2). Both read rows in TRL's preference format; --method 
 the same rows without backtracking. Which sequences a row gives, and where loss falls, is decided in
 backtrack/examples.py. The rest is here, top to bottom: losses, loop, the three commands, arguments.
 
-One process, one device. Weights and optimizer are fp32; --dtype bfloat16 computes in bf16 by
-autocast. A killed run goes on with --resume. The model directory written to --out loads in
-transformers.
+Weights and optimizer are fp32; --dtype bfloat16 computes in bf16 by autocast. A killed run goes on
+with --resume. The model directory written to --out loads in transformers. On many devices, with the
+same result (backtrack/parallel.py): torchrun --nproc-per-node 8 train.py sft …
 
 Shapes: N targets and S sequences of a batch, P = S / 2 pairs, M nodes that predict, V vocabulary.
 """
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -27,9 +28,12 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from backtrack import lora, parallel
 from backtrack import progress as log
 from backtrack.examples import (
+    NO_ROW,
     Batch,
     Tree,
     count_windows,
@@ -48,10 +52,11 @@ from backtrack.progress import Progress
 from backtrack.rows import Row, describe, load_rows, read_stream
 from backtrack.terminal import say
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer
-from model.checkpoint import weights_digest
+from model.checkpoint import take_memory, weights_digest
 from model.errors import SEED, Help, device, not_negative, positive, run
 
 HELDOUT = 64
+CHUNK = 2**26  # logits that are in memory at once, 256 MiB
 
 # ── Losses ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -60,13 +65,32 @@ def logprobs(model: Transformer, batch: Batch) -> torch.Tensor:
     """log π(target | the nodes its predicting node sees), (N,) fp32.
 
     The only place where log-probabilities are taken. Logits are built for nodes that predict
-    something, each once: a vocabulary of 128,000 makes them dearer than all the rest.
+    something, each once: a vocabulary of 128,000 makes them dearer than all the rest. For the same
+    reason not of all of them at once.
     """
-    logits = model(
-        batch.tokens, positions=batch.positions, visible=batch.visible, at=batch.places
-    )  # (M, V) fp32
-    normalizer = logits.logsumexp(dim=-1)  # (M,)
-    return logits[batch.place, batch.target] - normalizer[batch.place]
+    few = max(1, CHUNK // model.config.vocab_size)
+
+    def read(hidden: torch.Tensor) -> torch.Tensor:  # (M, D) -> (N,)
+        if len(hidden) <= few:
+            return target_logprobs(model, hidden, batch.place, batch.target)
+        values = torch.zeros(len(batch.target), device=hidden.device)
+        for first in range(0, len(hidden), few):
+            here = (batch.place // few == first // few).nonzero()[:, 0]  # these targets
+            some = hidden[first : first + few], batch.place[here] - first, batch.target[here]
+            # Their logits are not kept for the backward pass but computed again.
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            values = values.index_add(0, here, checkpoint(target_logprobs, model, *some, **again))
+        return values
+
+    where = {"positions": batch.positions, "visible": batch.visible, "at": batch.places}
+    return model(batch.tokens, **where, read=read)
+
+
+def target_logprobs(model: Transformer, hidden, place, target) -> torch.Tensor:
+    """log π of targets (n,), each predicted by its place among the hidden states (m, D): (n,)."""
+    logits = model.logits(hidden)  # (m, V) fp32
+    normalizer = logits.logsumexp(dim=-1)  # (m,)
+    return logits[place, target] - normalizer[place]
 
 
 def sft_loss(logprobs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -97,14 +121,17 @@ def dpo_loss(
 def reference_logprobs(model: Transformer, args, groups) -> Iterator[list[float]]:
     """log π_ref of every sequence of each group of trees, by the model as it is."""
     for count, trees in enumerate(groups, start=1):
-        for few in micro_batches(trees, args.batch_size):
+        for few in my_batches(trees, args.batch_size):
             batch = make_batch(few, args.device)
             with torch.no_grad(), autocast(args):
                 sums = batch.by_sequence(logprobs(model, batch))  # (S,)
             parts = sums.split([len(tree.names) for tree in few])
             for tree, part in zip(few, parts, strict=True):
                 tree.reference = part.tolist()
-        yield [value for tree in trees for value in tree.reference]
+        # A tree has its numbers on the rank that computed it, the others have None.
+        by_rank = parallel.exchange([tree.reference for tree in trees])
+        of_trees = [next(filter(None, of_tree)) for of_tree in zip(*by_rank, strict=True)]
+        yield [value for of_tree in of_trees for value in of_tree]
         if count % 50 == 0:
             say(f"reference log-probs: {count} steps")
 
@@ -134,6 +161,7 @@ def fit(
         log.load_optimizer(optimizer, model, args.out, progress.step)
         say(f"{args.out}: resuming after step {progress.step}")
     log.rewind_metrics(args.out, progress.step)
+    parallel.agree({"heldout": log.digest(heldout)})
     size = sum(p.numel() for p in model.parameters())
     say(f"{size:,} parameters; {steps} steps of {args.batch_size * args.grad_accum} rows")
     if steps == 0:
@@ -151,7 +179,8 @@ def fit(
 
         total_loss = accumulate(args, progress, model, trees_of(step), loss, report)
         longest = args.clip or math.inf  # 0 is off
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest)
+        grad_norm = parallel.whole(grad_norm).item()
         if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
             raise InputError(
                 f"step {step + 1}: loss is {total_loss}, gradient norm {grad_norm};"
@@ -181,18 +210,28 @@ def accumulate(
     """
     # The weight is 0 where no pair counts: --discourage 0 and no unsafe row in the step.
     total_weight = max(sum(tree.weight for tree in trees), 1e-9)
-    total_loss = 0.0
-    for few in micro_batches(trees, args.batch_size):
+    found: dict = {}
+    for few in my_batches(trees, args.batch_size):
         batch = make_batch(few, args.device)
         with autocast(args):
             values = logprobs(model, batch)  # (N,)
         batch_loss = loss(values, batch) / total_weight
         batch_loss.backward()
-        total_loss += batch_loss.item()
-        progress.add(report(values.detach(), batch))
-        progress.tokens += sum(map(len, few))
-        progress.computed_tokens += batch.tokens.numel()
+        log.add(found, report(values.detach(), batch))
+        log.add(found, {"of the step": (batch_loss.item(), batch.tokens.numel())})
+    found = parallel.add_up(found)  # over ranks, as the gradients are already
+    total_loss, computed_tokens = found.pop("of the step")
+    progress.add(found)
+    progress.tokens += sum(map(len, trees))
+    progress.computed_tokens += computed_tokens
     return total_loss
+
+
+def my_batches(trees: list[Tree], size: int) -> list[list[Tree]]:
+    """The micro-batches of this rank: of one process all; of several a share, equally many each."""
+    mine, rounds = parallel.share_out(trees, size)
+    batches = micro_batches(mine, size)
+    return batches + [[NO_ROW]] * (rounds - len(batches))
 
 
 def micro_batches(trees: list[Tree], size: int) -> list[list[Tree]]:
@@ -205,12 +244,12 @@ def evaluate(model: Transformer, trees: list[Tree], report: Callable, args) -> d
     """What `report` says of held-out rows."""
     sums: dict = {}
     model.eval()
-    for few in micro_batches(trees, args.batch_size):
+    for few in my_batches(trees, args.batch_size):
         batch = make_batch(few, args.device)
         with torch.no_grad(), autocast(args):
             log.add(sums, report(logprobs(model, batch), batch))
     model.train()
-    return log.means(sums)
+    return log.means(parallel.add_up(sums))
 
 
 def autocast(args):
@@ -220,13 +259,14 @@ def autocast(args):
 
 
 def make_optimizer(model: Transformer, args) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]  # of the norms: not decayed
+    trained = [p for p in model.parameters() if p.requires_grad]  # all, without --lora
+    matrices = [p for p in trained if p.dim() >= 2]
+    gains = [p for p in trained if p.dim() < 2]  # of the norms: not decayed
     groups = [
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": gains, "weight_decay": 0.0},
     ]
-    fused = args.device.startswith("cuda")
+    fused = args.device.startswith("cuda") or args.offload
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)
 
 
@@ -261,11 +301,7 @@ def base(args) -> None:
             heldout.append(window_tree(text, index * length, length))
 
     progress = log.start(args, log.run_settings(args, count, stream))
-    if progress.step:
-        model = load_model(args.out, args.device)
-    else:
-        model = Transformer(ModelConfig.load(args.config)).to(args.device)
-        model.init_weights(args.seed)
+    model = load(args.out, tok, args) if progress.step else fresh_model(tok, args)
     check_model(model, tok, args)
 
     def loss(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -294,7 +330,7 @@ def sft(args) -> None:
     heldout_rows = spread(load_rows(args.heldout, tok, args.max_length, args.on_long))
     heldout = [sft_tree(args, tok, row, 0, i, watch=True) for i, row in enumerate(heldout_rows)]
     progress = log.start(args, log.run_settings(args, len(rows), rows))
-    model = load_model(args.out if progress.step else args.init, args.device)
+    model = load(args.out if progress.step and not args.lora else args.init, tok, args)
     check_model(model, tok, args)
     trees_of = rows_in_order(args, len(rows), tree)
     if model.config.reset_token_id is None:
@@ -355,7 +391,7 @@ def dpo(args) -> None:
 
     # The model is the reference now. Its log-probs, taken for the whole run at once, spare training
     # a second model.
-    model = load_model(args.init, args.device)
+    model = load(args.init, tok, args)
     check_model(model, tok, args)
     plain_trees = rows_in_order(args, len(rows), tree)
 
@@ -368,8 +404,8 @@ def dpo(args) -> None:
 
     reference = log.remembered(args, settings, compute)
     heldout = with_reference(heldout, reference.pop())
-    if progress.step:
-        model = load_model(args.out, args.device)
+    if progress.step and not args.lora:
+        model = load(args.out, tok, args)
     model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)
 
     def losses(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -419,6 +455,49 @@ def with_reference(trees: list[Tree], values: list[float]) -> list[Tree]:
 
 
 # ── What the commands share ───────────────────────────────────────────────────────────────────────
+
+
+def load(path: str, tok, args) -> Transformer:
+    """A model to train; under torchrun each process reads its slices.
+
+    With --lora it is that of --init, also when a run goes on: what is added to it is read later.
+    """
+    prepare = partial(before_weights, tok=tok, args=args)
+    model = load_model(path, home(args), prepare=prepare)
+    lora.start(model, args.seed)
+    return model
+
+
+def fresh_model(tok, args) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.load(args.config))
+    before_weights(model, tok, args)
+    take_memory(model, home(args))
+    model.init_weights(args.seed)
+    return model
+
+
+def before_weights(model: Transformer, tok, args) -> None:
+    """What a model is to be, decided while it is on the meta device."""
+    for block in model.model.layers:
+        block.recompute = args.checkpoint_activations
+    if args.lora:
+        with torch.device("meta"):
+            ids = {tok.reset_id, *tok.template_ids, *tok.stop_ids}
+            lora.adapt(model, args.lora, sorted(ids))
+    parallel.shard(model, args)
+
+
+def home(args) -> str:
+    """Where weights are kept; they are computed with on --device."""
+    return "cpu" if args.offload else args.device
+
+
+def say_plan(args) -> None:
+    from backtrack.plan import lines, plan  # its imports take a second
+
+    config = ModelConfig.load(args.config if args.command == "base" else args.init)
+    print("\n".join(lines(plan(config, args, CHUNK), args)))
 
 
 def rows_in_order(args, count: int, tree: Callable[[int, int], Tree]) -> Callable:
@@ -474,15 +553,17 @@ def parse_args() -> argparse.Namespace:
     if "prefix" in args and not args.prefix[0] <= args.prefix[1] <= 1:
         low, high = args.prefix
         parser.error(f"--prefix {low} {high}: needs 0 ≤ LOW ≤ HIGH ≤ 1")
-    if not args.data and args.steps != 0:
+    if not args.data and args.steps != 0 and not args.plan:
         parser.error("--data is needed; only --steps 0, which saves the start, goes without")
+    if args.offload and "RANK" not in os.environ and not args.plan:
+        parser.error("--offload needs torchrun, for one device too: --nproc-per-node 1")
     return args
 
 
 def base_arguments(p) -> None:
     p.add_argument("--config", required=True, help="a Hugging Face config.json: the model's shape")
     p.add_argument("--tokenizer", required=True, help="directory with tokenizer.model or .json")
-    p.set_defaults(lr=1e-3, weight_decay=0.1)
+    p.set_defaults(lr=1e-3, weight_decay=0.1, lora=None)
 
 
 def sft_arguments(p) -> None:
@@ -518,6 +599,8 @@ def row_arguments(p, *methods: str) -> None:
     p.add_argument("--no-backtrack", **alias, default=argparse.SUPPRESS, help="--method baseline")
     about = "what to do about rows whose prompt leaves no room for an answer"
     p.add_argument("--on-long", choices=("skip", "error"), default="skip", help=about)
+    about = "train factors of this rank beside frozen weights, and rows of special tokens"
+    p.add_argument("--lora", type=positive, metavar="RANK", help=about)
 
 
 def beyond_the_paper(p):
@@ -553,16 +636,27 @@ def common_arguments(p) -> None:
     dtypes = ("float32", "bfloat16")
     p.add_argument("--dtype", choices=dtypes, default="float32", help="of the computation")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    about = "keep the input of each block alone, and compute the rest again: less memory, slower"
+    p.add_argument("--checkpoint-activations", action="store_true", help=about)
+    about = "keep weights and optimizer in the memory of the host; under torchrun"
+    p.add_argument("--offload", action="store_true", help=about)
+    about = "say what N devices need of memory for this, from config.json alone, and end"
+    p.add_argument("--plan", type=positive, metavar="N", help=about)
     p.add_argument("--resume", action="store_true", help="go on from what --out holds, if anything")
     p.add_argument("--log-every", type=positive, default=10, help="steps")
     p.add_argument("--save-every", type=positive, default=500, help="steps")
 
 
 def main() -> None:
-    args = parse_args()
-    with log.alone(args.out):
-        {"base": base, "sft": sft, "dpo": dpo}[args.command](args)
+    with parallel.together():
+        args = parse_args()
+        if args.plan:
+            say_plan(args)
+            return
+        parallel.check_device(args)
+        with log.alone(args.out):
+            {"base": base, "sft": sft, "dpo": dpo}[args.command](args)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ranks=True)

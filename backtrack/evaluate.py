@@ -10,7 +10,8 @@ forced at the start of the answer. --judge is the toy world's world.json, a refu
 a module:function of your own (judge.py); it sees surviving text only. Without it nothing is judged; the same command
 with it judges those answers later, when the models' memory is free. --on-reset, --reset-bias and --max-resets take
 several values, and every combination of them is run; --samples draws several answers per prompt at a --temperature. A
-prompt that one of the models has no room for is left out for all, and counted as skipped.
+prompt that one of the models has no room for is left out for all, and counted as skipped. With torchrun
+--nproc-per-node N the prompts are shared out, one model on each device.
 
 Every answer goes to a file beside OUT, ending in .answers.jsonl, as soon as it is judged, with what was discarded,
 verdict, resets and timings; the same command again goes on from there. OUT has the counts per checkpoint, combination
@@ -24,6 +25,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -33,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-from backtrack import remote
+from backtrack import parallel, remote
 from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import Verdict, judge_all, load_judge, refuse_seen
 from backtrack.results import json_line, write_result
@@ -148,7 +150,10 @@ def answers_file(out: str) -> Path:
 
 @contextlib.contextmanager
 def adding_to(path: str | Path):
-    """No other process adds to this file meanwhile. On Ctrl-C, say what is kept."""
+    """No other process adds to this file meanwhile. On Ctrl-C, say what is kept. Of several ranks the first adds."""
+    if parallel.rank() > 0:
+        yield
+        return
     check_file(path)
     with locked(path):
         try:
@@ -184,13 +189,18 @@ def read_answers(path: Path, settings: dict) -> list[dict]:
 def generations(ask, tok, prompts: list[dict], todo: list[tuple[int, int]], condition: dict, args):
     """Yields ((index of the prompt, number of the sample), its Generation) for all of `todo`, one batch after another.
 
-    ask: generate() of a model, or of a server, which is given more at once: it fills its batches itself.
+    ask: generate() of a model, or of a server, which is given more at once: it fills its batches itself. Of several
+    ranks each takes every Nth of `todo`, and yields as often as the others: at the end perhaps nothing.
     """
     encoded = {i: (render(tok, prompts[i]), tok.encode(prompts[i]["prefill"])) for i, _ in todo}
     todo = sorted(todo, key=lambda item: len(encoded[item[0]][0]))  # little padding, rows end together
+    mine = todo[parallel.rank() :: parallel.size()]
     size = args.batch_size * (FOR_A_SERVER if args.url else 1)
-    for start in range(0, len(todo), size):
-        batch = todo[start : start + size]
+    for start in range(0, math.ceil(len(todo) / parallel.size()), size):
+        batch = mine[start : start + size]
+        if not batch:
+            yield []
+            continue
         answers = ask(
             [encoded[i][0] for i, _ in batch],
             prefill=[encoded[i][1] for i, _ in batch],
@@ -302,7 +312,8 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
     path = answers_file(args.out)
-    done = {key(r): r for r in read_answers(path, settings)}
+    parallel.agree(settings | {"checkpoints": args.ckpt, "batch_size": args.batch_size})
+    done = {key(r): r for r in parallel.from_first(lambda: read_answers(path, settings))}
     spelling = {resolved(ckpt): ckpt for ckpt in args.ckpt}
     for (ckpt, *_), r in done.items():
         r["checkpoint"] = spelling.get(ckpt, r["checkpoint"])
@@ -324,11 +335,13 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     late = [r for r in done.values() if args.judge and "judge" not in r]
     if late:
         add_verdicts(judge, prompts, late, args)
+    if late and parallel.rank() == 0:
         lines = [{"settings": settings}, *done.values()]
         write_text("".join(json_line(line) + "\n" for line in lines), path)
         print(f"{path}: judged {len(late)} answers that were there already", file=sys.stderr)
     count, began = 0, time.time()
-    with open(path, "a", encoding="utf-8") as f:
+    writes = parallel.rank() == 0
+    with open(path if writes else os.devnull, "a", encoding="utf-8") as f:
         for ckpt in args.ckpt:
             ask = tok = None
             for condition in conditions:
@@ -338,14 +351,16 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
                 if ask is None:
                     tok, ask = load_tokenizer(ckpt), sampler_of(ckpt, args)
                 options = dict(zip(CONDITION, condition, strict=True))
-                for records in answer(ask, tok, ckpt, prompts, todo, options, judge, args):
+                for mine in answer(ask, tok, ckpt, prompts, todo, options, judge, args):
+                    records = [r for of_rank in parallel.exchange(mine) for r in of_rank]
                     f.writelines(json_line(r) + "\n" for r in records)
                     f.flush()
                     done |= {key(r): r for r in records}
                     count += len(records)
                     seconds = (time.time() - began) / count * (left - count)
                     sys.stderr.write(f"\r{Path(ckpt).name}: {count}/{left} answers, {seconds:.0f} s left   ")
-        os.fsync(f.fileno())
+        if writes:
+            os.fsync(f.fileno())
     if count:
         print(file=sys.stderr)
     return [done[w] for w in wanted], skipped
@@ -692,7 +707,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_args()
+    with parallel.together():
+        evaluate(parse_args())
+
+
+def evaluate(args) -> None:
+    parallel.check_device(args)
+    if args.mt_bench and parallel.size() > 1:
+        raise InputError("--mt-bench answers in one process; start it without torchrun")
     if args.out:
         check_file(args.out)
     skipped: list[dict] = []
@@ -729,7 +751,7 @@ def main() -> None:
             answers, skipped = answer_all(prompts, args)
         records, paired = count(answers, prompts, skipped)
     records, paired = with_intervals(records, paired)
-    if args.out:
+    if args.out and parallel.rank() == 0:
         write_result(args.out, records=records, paired=paired, **({"skipped": skipped} if skipped else {}))
     print_table(records, paired)
     if args.show and args.ckpt:
@@ -737,4 +759,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ranks=True)

@@ -211,6 +211,10 @@ def window_tree(stream: list[int], first: int, length: int) -> Tree:
     return view_tree([view], length)
 
 
+# For a process that has no row where others have one: it computes as they do, and nothing counts.
+NO_ROW = Tree(names=[], weight=0.0, tokens=[0], depths=[0], last=[0], reference=[])
+
+
 def count_windows(stream: list[int], paths: list[str], length: int) -> int:
     """How many windows a stream has, whatever the offset of the first."""
     if length < 2:
@@ -302,7 +306,7 @@ class Batch:
     weight: torch.Tensor  # (N,) fp32
     sequence: torch.Tensor  # (N,) int64: which of the S sequences a target belongs to
     names: list[str]  # (S)
-    reference: torch.Tensor | None  # (S,) fp32
+    reference: torch.Tensor  # (S,) fp32, in DPO; else (0,)
 
     @property
     def visible(self) -> torch.Tensor | None:
@@ -347,7 +351,8 @@ def make_batch(trees: list[Tree], device="cpu") -> Batch:
         sequence += [len(names) + s for s in tree.target_sequence]
         names += tree.names
         reference += tree.reference or []
-    places, place = torch.unique(torch.tensor(node), return_inverse=True)
+    # dtypes are said for the sake of a batch without targets.
+    places, place = torch.unique(torch.tensor(node, dtype=torch.int64), return_inverse=True)
     no_branch = all(max(tree.depths) + 1 == len(tree) for tree in trees)
     return Batch(
         tokens=tokens.to(device),
@@ -356,11 +361,11 @@ def make_batch(trees: list[Tree], device="cpu") -> Batch:
         is_causal=no_branch and len(lanes) == len(trees),
         places=places.to(device),
         place=place.to(device),
-        target=torch.tensor(target).to(device),
-        weight=torch.tensor(weight).to(device),
-        sequence=torch.tensor(sequence).to(device),
+        target=torch.tensor(target, dtype=torch.int64).to(device),
+        weight=torch.tensor(weight, dtype=torch.float32).to(device),
+        sequence=torch.tensor(sequence, dtype=torch.int64).to(device),
         names=names,
-        reference=torch.tensor(reference).to(device) if reference else None,
+        reference=torch.tensor(reference, dtype=torch.float32).to(device),
     )
 
 

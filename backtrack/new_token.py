@@ -13,6 +13,7 @@ import math
 
 import torch
 
+from backtrack import parallel
 from backtrack.examples import Batch
 from backtrack.terminal import say
 from model import Transformer
@@ -33,7 +34,8 @@ def start_new_tokens(model: Transformer, tok, batches: list[Batch]) -> None:
     if output is not embedding:
         tables["output"] = output
     for name, table in tables.items():
-        fresh = set_untrained_rows(table, tok)
+        with parallel.as_a_whole(table) as rows:
+            fresh = set_untrained_rows(rows, tok)
         say(
             f"untrained {name} rows of special tokens, set to the mean of the trained rows: {fresh}"
         )
@@ -76,14 +78,17 @@ def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
     Where the head is tied it is the input row too.
     """
     hidden, others, before = [], [], []
-    for batch in batches:
-        states = model.model(batch.tokens, None, batch.positions, batch.visible)  # (B, T, D)
-        states = states.flatten(0, 1)[batch.places]
+
+    def read(states: torch.Tensor) -> None:  # (places, D)
         logits = model.logits(states)  # (places, V)
         before.append(logits.log_softmax(dim=-1)[:, reset_id])
         logits[:, reset_id] = -math.inf
         hidden.append(states.float())
         others.append(logits.logsumexp(dim=-1))
+
+    for batch in batches:  # all of them on every rank, so that all find the same row
+        where = {"positions": batch.positions, "visible": batch.visible, "at": batch.places}
+        model(batch.tokens, **where, read=read)
     h = torch.cat(hidden)  # (M, D)
     others = torch.cat(others)  # (M,)
     wanted = others + math.log(LEVEL / (1.0 - LEVEL))  # (M,)
@@ -91,12 +96,12 @@ def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
     if cap is not None:  # the logit before the cap
         wanted = cap * torch.atanh((wanted / cap).clamp(-0.99, 0.99))
 
-    row = model.lm_head.weight[reset_id]
-    w = row.float().clone()
-    gram = h.T @ h  # (D, D)
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(w), device=h.device)
-    w += torch.linalg.solve(gram + ridge, h.T @ (wanted - h @ w))  # (D,)
-    row.copy_(w)
+    with parallel.as_a_whole(model.lm_head.weight) as table:
+        w = table[reset_id].to(h)
+        gram = h.T @ h  # (D, D)
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(w), device=h.device)
+        w = w + torch.linalg.solve(gram + ridge, h.T @ (wanted - h @ w))  # (D,)
+        table[reset_id] = w.to(table)
 
     logit = h @ w  # (M,)
     if cap is not None:

@@ -7,6 +7,9 @@
 
 A save is the whole directory, swapped in at once: model, optimizer, position and random state,
 never a mix of two steps. A run that was killed and goes on ends, on CPU, with the very same bits.
+training.json says where the run stands; optimizer.state is there until it is finished.
+
+Of several processes (parallel.py) the first writes and says everything; all call these functions.
 """
 
 import contextlib
@@ -23,11 +26,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from backtrack import lora, parallel
 from backtrack.examples import Batch, pairs_of
+from backtrack.parallel import rank
 from backtrack.terminal import say
 from model.checkpoint import write_model
 from model.errors import InputError
 from model.files import (
+    STATE,
     atomic_directory,
     finish_save,
     holds_strangers,
@@ -37,19 +43,21 @@ from model.files import (
     try_save,
     write_tensors,
 )
+from model.transformer import own_rows
 
-STATE = "training_state.safetensors"
+PROGRESS = "training.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 PART = 20  # steps of reference log-probs that are written at once
 
 
 @contextlib.contextmanager
 def alone(out: str) -> Iterator[None]:
     """Keep other runs away from --out; on Ctrl-C say what it holds."""
-    with locked(out):
+    with locked(out) if rank() == 0 else contextlib.nullcontext():
         try:
             yield
         except KeyboardInterrupt:
-            how = "; --resume goes on from there" if (Path(out) / STATE).is_file() else ""
+            how = "; --resume goes on from there" if (Path(out) / PROGRESS).is_file() else ""
             say(f"\nstopped: {what_is_kept(out)}{how}")
             raise
 
@@ -89,7 +97,7 @@ def run_settings(args, count: int, data) -> dict:
         "weight_decay",
         "clip",
     ]
-    names += ["method", "resets", "reset_weight", "restart", "prefix"]
+    names += ["method", "resets", "reset_weight", "restart", "prefix", "lora"]
     names += ["beta", "nll", "elicit", "discourage", "restart_weight"]
     settings = {name: getattr(args, name) for name in names if name in args}
     return settings | {"steps": steps, "data": digest(data)}
@@ -103,8 +111,14 @@ def start(args, settings: dict) -> Progress:
     """Where to go on from: what the last save stored, or step 0.
 
     Raises InputError if --out holds anything else than a run with the same settings, or --resume is
-    missing. Ends the program, with success, if that run is finished.
+    missing, or if ranks differ in their settings. Ends the program, with success, if that run is
+    finished.
     """
+    parallel.agree(vars(args) | settings)
+    return Progress(**parallel.from_first(lambda: dataclasses.asdict(_start(args, settings))))
+
+
+def _start(args, settings: dict) -> Progress:
     out = Path(args.out)
     finish_save(out)
     if not (out / "config.json").is_file():
@@ -118,9 +132,9 @@ def start(args, settings: dict) -> Progress:
         raise InputError(
             f"{out}: holds a checkpoint already; continue it with --resume or choose another --out"
         )
-    if not (out / STATE).is_file():
+    if not (out / PROGRESS).is_file():
         raise InputError(
-            f"{out}: holds a model but no {STATE}, so there is no run to resume; choose another"
+            f"{out}: holds a model but no {PROGRESS}, so there is no run to resume; choose another"
             " --out"
         )
     progress = read_progress(out)
@@ -140,11 +154,10 @@ def start(args, settings: dict) -> Progress:
 
 
 def read_progress(out: str | Path) -> Progress:
-    file = Path(out) / STATE
+    file = Path(out) / PROGRESS
     try:
-        with safe_open(file, framework="pt") as f:
-            return Progress(**json.loads(f.metadata()["progress"]))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        return Progress(**json.loads(file.read_bytes()))
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: truncated or not ours ({error}); choose another --out") from None
 
 
@@ -155,26 +168,52 @@ def check_saving(out: Path) -> None:
 
 
 def save(progress: Progress, model, optimizer, tok, out: str) -> None:
+    """Replace the checkpoint at `out`. Ranks that hold slices lend them to the first, which writes."""
+    weights, state = lora.weights(model), {}
+    if progress.step < progress.settings["steps"]:  # a finished run needs no optimizer
+        state |= {f"adapter/{name}": p for name, p in lora.adapters(model).items()}
+        for name, p in trained(model).items():
+            for moment in MOMENTS:
+                state[f"{moment}/{name}"] = optimizer.state[p][moment]
+    if rank() > 0:
+        parallel.lend([*weights.values(), *state.values()])
+        return
     with atomic_directory(out) as directory:
-        write_model(model, directory, tok)
-        tensors = {"rng": torch.get_rng_state()}
-        if progress.step < progress.settings["steps"]:  # a finished run needs no optimizer
-            for name, p in model.named_parameters():
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    tensors[f"{moment}/{name}"] = optimizer.state[p][moment]
-        about = {"progress": json.dumps(dataclasses.asdict(progress))}
-        write_tensors(tensors, directory / STATE, about)
+        write_model(model, directory, tok, weights=weights)
+        if state:
+            write_tensors(state | {"rng": torch.get_rng_state()}, directory / STATE)
+        (directory / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)) + "\n")
 
 
+def trained(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
 def load_optimizer(optimizer, model, out: str, step: int) -> None:
-    with safe_open(Path(out) / STATE, framework="pt") as f:
-        torch.set_rng_state(f.get_tensor("rng"))
-        for name, p in model.named_parameters():
-            optimizer.state[p] = {
-                "step": torch.tensor(float(step), device=p.device if p.is_cuda else "cpu"),
-                "exp_avg": f.get_tensor(f"exp_avg/{name}").to(p.device),
-                "exp_avg_sq": f.get_tensor(f"exp_avg_sq/{name}").to(p.device),
-            }
+    """Read what `save` has written beside the weights: moments, and the factors of LoRA.
+
+    A rank reads its own rows of each. Raises InputError that names the file if it is not whole.
+    """
+    file = Path(out) / STATE
+    try:
+        with safe_open(file, framework="pt") as f:
+            torch.set_rng_state(f.get_tensor("rng"))
+            for name, p in lora.adapters(model).items():
+                read_own_rows(f, f"adapter/{name}", p)
+            for name, p in trained(model).items():
+                state = optimizer.state[p]
+                state["step"] = torch.tensor(float(step), device=p.device if p.is_cuda else "cpu")
+                for moment in MOMENTS:
+                    state[moment] = torch.zeros_like(p, requires_grad=False)
+                    read_own_rows(f, f"{moment}/{name}", state[moment])
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: missing or truncated ({error}); choose another --out") from None
+
+
+def read_own_rows(file, name: str, tensor: torch.Tensor) -> None:
+    rows, first = own_rows(tensor)
+    rows.copy_(file.get_slice(name)[first : first + len(rows)])
 
 
 def remembered(
@@ -192,12 +231,11 @@ def remembered(
     key = [settings[name] for name in names.split()]
     key += [args.device, torch.__version__]
     file = kept_beside(args.out, "reference") / f"{digest(key)}.safetensors"
-    if lists := read_lists(file):
+    lists, is_all = parallel.from_first(lambda: found_lists(file))
+    if is_all:
         say(f"reference log-probs: read from {file}")
         return lists
 
-    while more := read_lists(part_of(file, len(lists))):
-        lists += more
     written = len(lists)
     if lists:
         say(f"reference log-probs: those of {written} steps are there already")
@@ -212,9 +250,18 @@ def remembered(
         say(f"\nreference log-probs: those of {len(lists)} steps are kept")
         raise
     write_lists(lists, file)
-    for old in file.parent.glob(part_of(file, "*").name):
+    for old in file.parent.glob(part_of(file, "*").name) if rank() == 0 else ():
         old.unlink()
     return lists
+
+
+def found_lists(file: Path) -> tuple[list[list[float]], bool]:
+    """The lists that are kept, and whether those are all."""
+    if lists := read_lists(file):
+        return lists, True
+    while more := read_lists(part_of(file, len(lists))):
+        lists += more
+    return lists, False
 
 
 def part_of(file: Path, first: int | str) -> Path:
@@ -235,7 +282,7 @@ def read_lists(file: Path) -> list[list[float]]:
 def write_lists(lists: list[list[float]], file: Path) -> None:
     values = torch.tensor([value for numbers in lists for value in numbers])
     sizes = torch.tensor([len(numbers) for numbers in lists])
-    if not len(values):  # --steps 0
+    if not len(values) or rank() > 0:  # none: --steps 0
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
@@ -247,12 +294,16 @@ def write_lists(lists: list[list[float]], file: Path) -> None:
 
 
 def log_metrics(out: str, record: dict) -> None:
+    if rank() > 0:
+        return
     with open(Path(out) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(record) + "\n")
 
 
 def rewind_metrics(out: str, step: int) -> None:
     """Drop what a killed run logged after its last save."""
+    if rank() > 0:
+        return
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out) / "metrics.jsonl", "ab+") as f:
         f.seek(0)
@@ -310,7 +361,7 @@ def view_report(values: torch.Tensor, batch: Batch, reset_id: int | None = None)
             add(found, {f"loss/{name}": (value, int(count))})
     is_reset = batch.target == reset_id
     after_safe = [name == "safe" for name in batch.names]
-    in_safe = torch.tensor(after_safe, device=values.device)[batch.sequence]
+    in_safe = torch.tensor(after_safe, dtype=torch.bool, device=values.device)[batch.sequence]
     found |= probability("reset_after_unsafe", values[is_reset & ~in_safe])
     found |= probability("reset_after_safe", values[is_reset & in_safe])
     return found

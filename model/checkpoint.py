@@ -15,16 +15,16 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from model.config import ModelConfig
 from model.errors import InputError, refuse_pointer
 from model.files import atomic_directory, is_half_moved, write_tensors
-from model.transformer import Transformer
+from model.transformer import Transformer, own_rows
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 32 << 20
@@ -32,8 +32,16 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor if
 SHARD_BYTES = 5_000_000_000  # what the hub and transformers' writers settled on
 
 
-def load_model(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+def load_model(
+    path: str | Path,
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+    prepare: Callable[[Transformer], None] | None = None,
+) -> Transformer:
     """Read a Hugging Face directory into a Transformer in eval mode, on `device`, in `dtype`.
+
+    prepare(model) is called before a weight takes memory. It may make DTensors of the weights (backtrack/parallel.py);
+    of those each process reads its own rows. It may add parameters, whose numbers are its own affair.
 
     Raises InputError naming the file and the tensor when anything is missing, unknown, truncated or misshapen.
     """
@@ -63,14 +71,20 @@ def load_model(path: str | Path, device="cpu", dtype: torch.dtype = torch.float3
             f"{files[extra[0]]}: tensor {extra[0]!r} is not part of this {config.model_type} model"
             f" ({len(extra)} such); config.json and weights do not belong together"
         )
-    for name, meta in params.items():
-        parent, leaf = name.rsplit(".", 1)
-        weight = torch.empty(meta.shape, device=device, dtype=dtype)
-        _read_tensor(files[name], stored_as[name], weight)
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(weight))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model.to(dtype)
+    if prepare is not None:
+        prepare(model)
+    take_memory(model, device)
+    for name, stored in stored_as.items():
+        _read_tensor(files[name], stored, model.get_parameter(name).detach())
     return model.eval()
+
+
+def take_memory(model: Transformer, device) -> None:
+    """Put a model that was made on the meta device on `device`, its numbers still to be set."""
+    model.to_empty(device=device)
+    if model.config.tie_word_embeddings:  # that made two of them
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def _untied_if_stored_so(path: Path, config: ModelConfig, files: dict[str, Path]) -> ModelConfig:
@@ -147,7 +161,7 @@ def _open(file: Path):
 
 
 def _read_tensor(file: Path, name: str, out: torch.Tensor) -> None:
-    """Copy one stored tensor into `out`, converting the dtype on the way.
+    """Copy one stored tensor into `out`, converting the dtype on the way; of a DTensor the rows that are held here.
 
     The file is memory-mapped, and mapped pages count as ours for as long as the mapping lives. So at most CHUNK_BYTES
     are read per mapping: with one mapping for all, the peak would be the model twice.
@@ -159,10 +173,12 @@ def _read_tensor(file: Path, name: str, out: torch.Tensor) -> None:
         raise InputError(f"{file}: tensor {name!r} has shape {shape}, config.json asks for {tuple(out.shape)}")
     if kind not in ("BF16", "F16", "F32", "F64"):
         raise InputError(f"{file}: tensor {name!r} is stored as {kind}; quantized weights are not supported")
-    rows = max(1, CHUNK_BYTES // (8 * max(1, out[0].numel())))
-    for start in range(0, len(out), rows):
+    here, first = own_rows(out)
+    rows = max(1, CHUNK_BYTES // (8 * max(1, math.prod(shape[1:]))))
+    for start in range(0, len(here), rows):
+        stop = min(start + rows, len(here))
         with _open(file) as f:
-            out[start : start + rows] = f.get_slice(name)[start : start + rows]
+            here[start:stop] = f.get_slice(name)[first + start : first + stop]
 
 
 def save_model(model: Transformer, path: str | Path, tokenizer=None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -177,9 +193,16 @@ def save_model(model: Transformer, path: str | Path, tokenizer=None, shard_bytes
 
 
 def write_model(
-    model: Transformer, directory: Path, tokenizer=None, shard_bytes: int = SHARD_BYTES, reset_id: int | None = None
+    model: Transformer,
+    directory: Path,
+    tokenizer=None,
+    shard_bytes: int = SHARD_BYTES,
+    reset_id: int | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """save_model's files, written into an existing directory; for callers who add files of their own."""
+    """save_model's files, written into an existing directory; for callers who add files of their own, or have other
+    weights than the model's parameters."""
+    weights = dict(model.named_parameters()) if weights is None else weights  # lists a tied head once
     config = model.config if reset_id is None else dataclasses.replace(model.config, reset_token_id=reset_id)
     raw = config.to_hf()
     raw["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
@@ -198,11 +221,11 @@ def write_model(
         shutil.copyfile(Path(__file__).parent / "custom_generate.py", directory / "custom_generate" / "generate.py")
 
     shards, size = [{}], 0
-    for name, p in model.named_parameters():  # lists a tied head once
+    for name, p in weights.items():
         if shards[-1] and size + p.nbytes > shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = p.detach().contiguous()
+        shards[-1][name] = p
         size += p.nbytes
     weight_map = {}
     for i, tensors in enumerate(shards, start=1):
@@ -210,7 +233,7 @@ def write_model(
         weight_map.update(dict.fromkeys(tensors, name))
         write_tensors(tensors, directory / name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(p.nbytes for p in model.parameters())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(p.nbytes for p in weights.values())}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -230,7 +253,7 @@ def weights_digest(directory: str | Path) -> str:
     """16 hex digits that stand for a model: its tensors and its config, without reading either into memory."""
     sha = hashlib.sha256()
     for path in [*sorted(Path(directory).glob("*.safetensors")), Path(directory) / "config.json"]:
-        if path.name != "training_state.safetensors" and path.is_file():
+        if path.name != "training_state.safetensors" and path.is_file():  # of a run by an earlier version
             with open(path, "rb") as f:
                 sha.update(hashlib.file_digest(f, "sha256").digest())
     return sha.hexdigest()[:16]

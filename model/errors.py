@@ -24,8 +24,15 @@ def refuse_pointer(path: str | Path) -> None:
             raise InputError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned")
 
 
-def run(main) -> None:
-    """Call main(); turn what a user can mend into one line on stderr and exit code 2."""
+def run(main, ranks: bool = False) -> None:
+    """Call main(); turn what a user can mend into one line on stderr and exit code 2.
+
+    ranks: whether the program knows what to do in several processes (backtrack/parallel.py). Others refuse torchrun.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ and not ranks:
+        if os.environ["RANK"] == "0":
+            print("error: this program runs in one process; start it without torchrun", file=sys.stderr)
+        sys.exit(2)
     # Whatever the locale, printing never fails: what stdout cannot hold becomes a question mark.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")

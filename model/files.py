@@ -18,17 +18,17 @@ import ctypes
 import errno
 import glob
 import hashlib
+import json
 import os
 import shutil
 import socket
+import struct
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from model.errors import InputError
 
@@ -38,7 +38,8 @@ except ImportError:  # Windows: nothing is locked there
     fcntl = None
 
 MARK = "config.json"  # a directory that has it is a checkpoint
-WEIGHTS = (".safetensors", ".safetensors.index.json")
+STATE = "optimizer.state"  # of a run that goes on: safetensors by another suffix, for servers read all *.safetensors
+WEIGHTS = (".safetensors", ".safetensors.index.json", STATE)
 SAVE = ".save"  # inside the directory: a whole save, to be moved up
 OURS = (SAVE, ".lock", ".reference", "metrics.jsonl")  # names begin so that are no strangers in a directory of ours
 
@@ -99,16 +100,48 @@ def put(draft: Path, path: Path) -> None:
         draft.unlink()
 
 
+# As the format calls them.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+
+
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """safetensors' save_file, with a full disk reported as the OSError that it is."""
+    """Write a safetensors file, one tensor after another. A failure is an OSError that names the file.
+
+    A DTensor, of which every rank holds a slice, is gathered when its turn comes: so no more than one of them is ever
+    whole in memory. All ranks must do so, in the order of `tensors`, whose dtypes are then all alike.
+
+    The format (github.com/huggingface/safetensors): the header's length in 8 bytes, the header in JSON, the numbers.
+    """
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # each begins at a multiple of its size
+    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(file, 0o666 & ~mask)  # save_file makes it readable by its owner alone
+        with open(file, "wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text)
+            for name in names:
+                f.write(_bytes_of(tensors[name]))
         _fsync(file)
-    except SafetensorError as error:
+    except OSError as error:
         raise OSError(f"{file}: cannot write ({error}); the previous checkpoint, if any, is untouched") from None
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return memoryview(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 # ── Directories ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -29,4 +29,4 @@ class Linear(nn.Linear):
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         weight = self.weight.view(self.blocks, -1, x.shape[-1])  # (blocks, out / blocks, in)
         y = torch.bmm(rows.expand(self.blocks, -1, -1), weight.mT)  # (blocks, N, out / blocks)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)

@@ -21,10 +21,12 @@ query heads, K key/value heads, G = H / K query heads per key/value head, hd hea
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.cache import KVCache
 from model.config import ModelConfig
@@ -50,6 +52,7 @@ class Transformer(nn.Module):
         positions: torch.Tensor | None = None,
         visible: torch.Tensor | None = None,
         at: torch.Tensor | None = None,
+        read: Callable | None = None,
     ) -> torch.Tensor:
         """(B, T) int64 -> logits (B, T, V) fp32: those at t are the scores of the token after t.
 
@@ -57,11 +60,13 @@ class Transformer(nn.Module):
         visible    (B, T, T) bool: does token t see token s? Default: all s ≤ t. Not with a cache.
         at         (N,) int64, indices into the flattened B·T: logits are (N, V), of these alone.
                    With a vocabulary of 128,000 they take more memory than all the rest.
+        read       what to return instead of logits, a function of the hidden states (…, D). It may
+                   call `logits`: a model in slices (backtrack/parallel.py) is whole only in here.
         """
         hidden = self.model(tokens, cache, positions, visible)  # (B, T, D)
         if at is not None:
             hidden = hidden.flatten(0, 1)[at]  # (N, D)
-        return self.logits(hidden)
+        return self.logits(hidden) if read is None else read(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (…, D) -> logits (…, V) fp32."""
@@ -83,10 +88,29 @@ class Transformer(nn.Module):
         """Weights to pretrain from: N(0, 0.02), output projections smaller by depth (GPT-2)."""
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # the norms keep their ones (Llama) or zeros (Gemma)
-                adds_to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
-                depth = 2 * self.config.num_hidden_layers if adds_to_stream else 1
-                p.normal_(0.0, 0.02 / math.sqrt(depth), generator=generator)
+            if p.dim() == 1:  # the norms start as if they were not there
+                p.fill_(0.0 if self.config.norm_plus_one else 1.0)
+                continue
+            adds_to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+            depth = 2 * self.config.num_hidden_layers if adds_to_stream else 1
+            # Drawn as a whole, whatever part of it is kept here: so the numbers are the same.
+            drawn = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            drawn.normal_(0.0, 0.02 / math.sqrt(depth), generator=generator)
+            rows, first = own_rows(p)
+            rows.copy_(drawn[first : first + len(rows)])
+
+
+def own_rows(p: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The rows of a weight that lie in this process, and the number of the first.
+
+    All of them, from 0, unless it is a DTensor: of those each process holds a slice, cut as
+    torch.chunk cuts.
+    """
+    if not hasattr(p, "to_local"):
+        return p, 0
+    rows, ranks = p.to_local(), p.device_mesh.size()
+    first = p.device_mesh.get_local_rank() * math.ceil(len(p) / ranks)
+    return rows, min(first, len(p))
 
 
 class Decoder(nn.Module):
@@ -190,11 +214,20 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm()
         self.mlp = MLP(config)
         self.post_norms = config.post_norms
+        self.recompute = False  # in the backward pass, so that only the input of a block is kept
         if config.post_norms:
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
 
     def forward(self, x, *context) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            keep_rng = False  # nothing here is random
+            return checkpoint(
+                self.add, x, *context, use_reentrant=False, preserve_rng_state=keep_rng
+            )
+        return self.add(x, *context)
+
+    def add(self, x, *context) -> torch.Tensor:
         attended = self.self_attn(self.input_layernorm(x), *context)
         if self.post_norms:  # Gemma-2
             x = x + self.post_attention_layernorm(attended)

@@ -738,7 +738,8 @@ def test_digest_is_that_of_weights_and_config(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert checkpoint.weights_digest(tmp_path / "b") == digest
     write_tokenizer(tmp_path / "b")
-    for name in ("training_state.safetensors", "metrics.jsonl", "tokenizer_config.json", "generation_config.json"):
+    names = ["optimizer.state", "training.json", "training_state.safetensors", "metrics.jsonl"]
+    for name in (*names, "tokenizer_config.json", "generation_config.json"):
         (tmp_path / "b" / name).write_bytes(b"{}")
     assert checkpoint.weights_digest(tmp_path / "b") == digest
     seen = {digest}

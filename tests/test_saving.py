@@ -108,7 +108,7 @@ def test_saves_are_built_inside_a_mount(world, tmp_path, monkeypatch, unbroken, 
     said = interrupted(base(world, out), at=4)
     told, first = said.index("saves are built inside it"), said.index("step     1/4")
     assert told < first
-    assert set(contents(out)) == set(contents(unbroken)) and load_model(out)
+    assert set(contents(out)) == {*contents(unbroken), STATE} and load_model(out)
     (out / "notes.txt").write_text("mine")
     trained(*base(world, out, "--resume"))
     assert (out / "notes.txt").read_text() == "mine"
@@ -163,17 +163,17 @@ def test_a_save_that_cannot_work_is_found_out_before_the_first_step(world, tmp_p
     monkeypatch.setattr(train, "accumulate", lambda *a: steps.append(1))
     monkeypatch.setattr(train, "reference_logprobs", lambda *a: steps.append(1))
 
-    def full(*args, **kwargs):
+    def full(tensor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(files, "_bytes_of", full)
     for words in (base(world, out), dpo(world, out)):
         assert "No space left" in trained(*words, code=2)
     assert not steps and not list(tmp_path.iterdir())
     monkeypatch.undo()
     interrupted(base(world, out), at=3)
     monkeypatch.setattr(train, "accumulate", lambda *a: steps.append(1))
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(files, "_bytes_of", full)
     assert "No space left" in trained(*base(world, out, "--resume"), code=2) and not steps
     assert "not a directory" in trained(*base(world, world / "rows.jsonl"), code=2)
 

@@ -1,0 +1,85 @@
+"""LoRA: it begins as the model it is added to, what is saved is what was trained, and it learns to reset."""
+
+from functools import partial
+
+import pytest
+import torch
+from models import FAMILIES, LLAMA, network_of
+from ranks import trained_on
+from safetensors.torch import load_file
+from samples import row_of, toy_tokenizer, write
+from training import contents, interrupted, metrics, steps_of, trained
+
+from backtrack import lora
+from model import load_model, save_model
+from model.checkpoint import write_model
+
+MODELS = {"llama": LLAMA, "llama-untied": LLAMA | {"tie_word_embeddings": False}, "gemma": FAMILIES["gemma"]}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    rows = (row_of(f"Hi {i}", f"no word{i}", f"yes other{i}", unsafe=i % 2 == 0) for i in range(8))
+    write(root / "rows.jsonl", *rows)
+    for name, fields in MODELS.items():
+        save_model(network_of(fields, scale=0.1), root / name, tokenizer=toy_tokenizer())
+    return root
+
+
+def words(world, command, out, *more, model="llama"):
+    arguments = [command, "--init", world / model, "--data", world / "rows.jsonl", "--out", out, "--device", "cpu"]
+    return [*arguments, "--max-length", 64, "--batch-size", 4, "--lr", 1e-2, "--log-every", 1, "--steps", 4, *more]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_merged_is_what_was_trained(world, tmp_path, model):
+    """Untrained it changes nothing; with any factors and rows, the saved model has the logits of the one in parts."""
+    ids = [3, 7]
+    adapted = load_model(world / model, prepare=partial(lora.adapt, rank=3, ids=ids))
+    lora.start(adapted, seed=0)
+    tokens = torch.tensor([[5, 3, 9, 7, 7, 1]])
+    plain = load_model(world / model)
+    torch.testing.assert_close(adapted(tokens), plain(tokens), rtol=0, atol=0)
+    with torch.no_grad():
+        for p in lora.adapters(adapted).values():
+            p.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    write_model(adapted, tmp_path, weights=lora.weights(adapted))
+    merged = load_model(tmp_path)
+    assert not torch.allclose(adapted(tokens), plain(tokens), atol=0.1)
+    torch.testing.assert_close(adapted(tokens), merged(tokens), rtol=1e-4, atol=1e-4)
+    changed = (merged.model.embed_tokens.weight != plain.model.embed_tokens.weight).any(dim=1)
+    assert changed.nonzero()[:, 0].tolist() == ids
+
+
+@pytest.mark.parametrize("command, model", [("sft", "llama-untied"), ("dpo", "gemma")])
+def test_it_goes_on_and_runs_on_two_ranks(world, tmp_path, command, model):
+    arguments = partial(words, world, command, model=model)
+    more = ("--lora", 4, "--save-every", 2)
+    trained(*arguments(tmp_path / "one", *more))
+    interrupted(arguments(tmp_path / "resumed", *more), at=4)
+    assert (tmp_path / "resumed/optimizer.state").exists()
+    assert set(load_file(tmp_path / "resumed/model.safetensors")) == set(load_file(world / model / "model.safetensors"))
+    trained(*arguments(tmp_path / "resumed", *more, "--resume"))
+    assert contents(tmp_path / "resumed")["model.safetensors"] == contents(tmp_path / "one")["model.safetensors"]
+    assert steps_of(tmp_path / "resumed") == steps_of(tmp_path / "one")
+    trained_on(2, *arguments(tmp_path / "two", *more))
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weight in ours.items():
+        assert (weight - theirs[name]).norm() <= 1e-5 * weight.norm(), name
+    start = load_file(world / model / "model.safetensors")
+    assert all(not torch.equal(weight, start[name]) for name, weight in ours.items() if "_proj" in name)
+    assert all(torch.equal(weight, start[name]) for name, weight in ours.items() if "norm" in name)
+
+
+def test_it_learns_to_reset(world, tmp_path):
+    """From a base that has been trained: a frozen head over random weights could say nothing with confidence."""
+    write(tmp_path / "corpus.jsonl", *({"text": f"Hi {i} no word{i} yes other{i}"} for i in range(20)))
+    base = ["base", "--config", world / "llama/config.json", "--tokenizer", world / "llama", "--device", "cpu"]
+    base += ["--data", tmp_path / "corpus.jsonl", "--out", tmp_path / "base", "--max-length", 32, "--lr", 1e-2]
+    trained(*base, "--steps", 60, "--batch-size", 8)
+    trained(
+        *words(world, "sft", tmp_path / "out", "--lora", 8, "--steps", 120, "--lr", 2e-2), "--init", tmp_path / "base"
+    )
+    first, *_, last = metrics(tmp_path / "out")
+    assert last["loss"] < 0.3 * first["loss"] and last["reset_after_unsafe"] > 0.9 > first["reset_after_unsafe"]

@@ -1,0 +1,495 @@
+"""Several processes against one: the same losses, weights, resets of a resumed run, and one line when something fails.
+
+One process is the oracle. Processes are forks (ranks.py); that torchrun starts them alike is seen once, by torchrun.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command import command
+from models import FAMILIES, LLAMA, network_of
+from ranks import Ranks, trained_on
+from safetensors.torch import load_file
+from samples import row_of, toy_tokenizer, user, write
+from training import contents, metrics, steps_of, trained
+
+import sample
+import train
+from backtrack import evaluate, parallel
+from backtrack import progress as log
+from backtrack.examples import Tree
+from model import load_model, save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {"llama": LLAMA, "llama-untied": LLAMA | {"tie_word_embeddings": False}, "gemma": FAMILIES["gemma"]}
+# Counted in ranks of their own, so they may differ.
+OF_RANKS = ("seconds", "tokens_per_s", "computed_tokens")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """rows.jsonl, twelve rows of different lengths; and NAME, a random model with the toy's tokenizer, for each."""
+    root = tmp_path_factory.mktemp("world")
+    rows = []
+    for i in range(12):
+        prompt, chosen, rejected = (
+            f"Hi {i} " * (1 + i % 4),
+            f"no word{i} " * (1 + i % 3),
+            f"yes other{i} " * (1 + i % 5),
+        )
+        rows.append(row_of(prompt, chosen, rejected, unsafe=i % 2 == 0))
+    write(root / "rows.jsonl", *rows)
+    write(root / "corpus.jsonl", *({"text": f"word{i} other{i} thing{i * i}. " * 9} for i in range(9)))
+    for name, fields in MODELS.items():
+        save_model(network_of(fields, scale=0.1), root / name, tokenizer=toy_tokenizer())
+    return root
+
+
+def words(world, command, out, *more, model="llama"):
+    start = ["--init", world / model, "--data", world / "rows.jsonl", "--heldout", world / "rows.jsonl"]
+    if command == "base":
+        start = ["--config", world / model / "config.json", "--tokenizer", world / model]
+        start += ["--data", world / "corpus.jsonl"]
+    sizes = ["--max-length", 96 if command != "base" else 16, "--batch-size", 2, "--grad-accum", 2]
+    steps = ["--steps", 4, "--lr", 1e-3, "--log-every", 1, "--save-every", 2]
+    return [command, *start, *sizes, *steps, "--device", "cpu", "--out", out, *more]
+
+
+def same_result(a, b, tolerance=1e-5):
+    """The same weights and the same log."""
+    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert (weight - theirs[name]).norm() <= tolerance * weight.norm(), name
+    for record, other in zip(metrics(a), metrics(b), strict=True):
+        assert record.keys() == other.keys()
+        for name in record.keys() - set(OF_RANKS):
+            assert other[name] == pytest.approx(record[name], rel=tolerance, abs=1e-5), name
+
+
+# ── The same numbers ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    """(command, model) -> the directory that one process has made; each is made once."""
+
+    def out(command, model="llama"):
+        directory = world / f"one-{command}-{model}"
+        if not directory.exists():
+            trained(*words(world, command, directory, model=model))
+        return directory
+
+    return out
+
+
+CASES = [("base", "gemma"), ("sft", "llama"), ("sft", "gemma"), ("dpo", "llama-untied"), ("dpo", "gemma")]
+
+
+@pytest.mark.parametrize("command, model", CASES)
+def test_two_ranks_reach_what_one_process_reaches(world, tmp_path, alone, command, model):
+    """Losses, gradient norms, held-out losses and weights; dpo's reference too, which its margins hang on."""
+    trained_on(2, *words(world, command, tmp_path / "two", model=model))
+    same_result(alone(command, model), tmp_path / "two")
+    assert contents(tmp_path / "two").keys() == contents(alone(command, model)).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("command", ["base", "sft", "dpo"])
+def test_n_ranks_reach_what_one_process_reaches(world, tmp_path, alone, command, model, n):
+    """Twice, and both times the same bits. Four ranks have two micro-batches: two of them compute on no row."""
+    for name in "ab":
+        trained_on(n, *words(world, command, tmp_path / name, model=model))
+    same_result(alone(command, model), tmp_path / "a")
+    assert contents(tmp_path / "a")["model.safetensors"] == contents(tmp_path / "b")["model.safetensors"]
+    assert steps_of(tmp_path / "a") == steps_of(tmp_path / "b")
+
+
+def test_a_rank_without_rows_takes_part(world, tmp_path):
+    """One row a step for three ranks."""
+    more = ("--batch-size", 1, "--grad-accum", 1)
+    trained(*words(world, "dpo", tmp_path / "one", *more))
+    trained_on(3, *words(world, "dpo", tmp_path / "three", *more))
+    same_result(tmp_path / "one", tmp_path / "three")
+
+
+def test_bfloat16_on_two_ranks(world, tmp_path):
+    """Blocks gathered in bf16 round the gains of their norms, and nothing else."""
+    for n, name in ((1, "one"), (2, "two")):
+        trained_on(n, *words(world, "sft", tmp_path / name, "--dtype", "bfloat16"))
+    same_result(tmp_path / "one", tmp_path / "two", tolerance=0.02)
+
+
+def test_rows_are_shared_out_by_tokens(monkeypatch):
+    """Every row once; equal work where that can be; in as few micro-batches as there can be."""
+    draw = random.Random(0)
+    for _ in range(50):
+        n, size, count = draw.randint(1, 8), draw.randint(1, 4), draw.randint(1, 40)
+        trees = [Tree([str(i)], 1.0, tokens=[0] * draw.randint(1, 90)) for i in range(count)]
+        monkeypatch.setattr(parallel, "size", lambda n=n: n)
+        shares = []
+        for r in range(n):
+            monkeypatch.setattr(parallel, "rank", lambda r=r: r)
+            mine, rounds = parallel.share_out(trees, size)
+            shares.append(mine)
+            assert rounds == -(-count // (size * n)) and len(mine) <= rounds * size
+        assert sorted(int(tree.names[0]) for share in shares for tree in share) == list(range(count))
+        work = [sum(map(len, share)) for share in shares]
+        if count >= 4 * n and size * n * rounds > count + n:  # room to choose
+            assert max(work) - min(work) <= 90
+
+
+# ── Save and resume ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def killed_in_step(number, victim):
+    """SIGKILL for this rank when it has come so far."""
+
+    def before(rank):
+        rate = train.learning_rate
+
+        def learning_rate(step, *more):
+            if step + 1 == number and rank == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rate(step, *more)
+
+        train.learning_rate = learning_rate
+
+    return before
+
+
+def broken_off(n, victim, arguments, before):
+    """A run in which one rank is killed: the others end too, with one line."""
+    ranks = Ranks(n, train.main, arguments, before)
+    codes, said = ranks.codes(), ranks.said()
+    ranks.file.unlink()
+    assert codes[victim] == -signal.SIGKILL and set(codes[:victim] + codes[victim + 1 :]) == {1}, (codes, said)
+    assert "Traceback" not in said and said.count("error: ") == 1 and "killed" in said.splitlines()[-1], said
+
+
+def test_a_run_goes_on_with_as_many_ranks_and_with_more(world, tmp_path, alone):
+    """Killed in step 4. With as many it ends with the bits of the unbroken run, with twice as many close to it."""
+    out = tmp_path / "out"
+    broken_off(2, 1, words(world, "sft", out), killed_in_step(4, victim=1))
+    assert json.loads((out / "training.json").read_text())["step"] == 2 and (out / "optimizer.state").exists()
+    shutil.copytree(out, tmp_path / "four")
+    assert "resuming after step 2" in trained_on(2, *words(world, "sft", out, "--resume"))
+    trained_on(4, *words(world, "sft", tmp_path / "four", "--resume"))
+    trained_on(2, *words(world, "sft", tmp_path / "whole"))  # nothing was broken off
+    assert contents(out)["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]
+    assert steps_of(out) == steps_of(tmp_path / "whole")
+    same_result(tmp_path / "whole", tmp_path / "four")
+    assert not (out / "optimizer.state").exists()
+    assert "already trained for all 4 steps" in trained_on(2, *words(world, "sft", out, "--resume"))
+
+
+def test_a_save_that_is_killed_leaves_the_last_one(world, tmp_path, alone):
+    """Rank 0 is killed while it writes the second save: model and optimizer are those of the first."""
+    out = tmp_path / "out"
+
+    def before(rank):
+        write_tensors = log.write_tensors
+
+        def killed(tensors, file, *more):
+            if rank == 0 and file.name == "optimizer.state" and (out / "config.json").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            write_tensors(tensors, file, *more)
+
+        log.write_tensors = killed
+
+    broken_off(2, 0, words(world, "sft", out, "--save-every", 1), before)
+    assert json.loads((out / "training.json").read_text())["step"] == 1 and load_model(out)
+    trained_on(2, *words(world, "sft", out, "--save-every", 1, "--resume"))
+    same_result(alone("sft"), out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def killed_at_call(number, victim):
+    """SIGKILL for this rank when it talks to the others for the nth time: in an exchange, or for a tensor of a save."""
+
+    def before(rank):
+        calls = iter(range(1, 10**9))
+
+        def counted(function):
+            def call(*args):
+                if rank == victim and next(calls) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args)
+
+            return call
+
+        parallel.exchange, parallel.whole = counted(parallel.exchange), counted(parallel.whole)
+        log.write_tensors = counted(log.write_tensors)
+
+    return before
+
+
+@pytest.mark.slow
+def test_kills_at_random(world, tmp_path, alone):
+    """Any of three ranks, anywhere, again and again: what is there is whole, and the end is the same."""
+    out, draw, deaths = tmp_path / "out", random.Random(0), 0
+    while True:
+        before = killed_at_call(draw.randrange(1, 150), draw.randrange(3))
+        ranks = Ranks(3, train.main, words(world, "dpo", out, "--save-every", 1, "--resume"), before)
+        codes = ranks.codes()
+        ranks.file.unlink()
+        assert not (out / "config.json").exists() or load_model(out)
+        if codes == [0, 0, 0]:
+            break
+        deaths += 1
+    assert deaths > 2
+    same_result(alone("dpo"), out)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "out.reference"}
+
+
+# ── Faults ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_wrong_is_said_once(world, tmp_path):
+    """On all ranks, or on one of them."""
+    write(tmp_path / "bad.jsonl", row_of("Hi", "no"), {"prompt": 1})
+    said = trained_on(2, *words(world, "sft", tmp_path / "out", "--data", tmp_path / "bad.jsonl"), code=2)
+    assert "bad.jsonl:2: " in said.splitlines()[-1]
+    assert "--lr" in trained_on(2, *words(world, "sft", tmp_path / "out", "--lr", "x"), code=2)
+    (tmp_path / "strangers").mkdir()
+    (tmp_path / "strangers/x").touch()
+    said = trained_on(2, *words(world, "sft", tmp_path / "strangers"), code=2)  # rank 0 alone looks there
+    assert "holds files but no checkpoint" in said
+
+    def other_rate(rank):
+        if rank == 1:
+            sys.argv[sys.argv.index("--lr") + 1] = "0.002"
+
+    said = trained_on(2, *words(world, "sft", tmp_path / "out"), code=2, before=other_rate)
+    assert "error: rank 1 has lr = 0.002, rank 0 has 0.001" in said
+
+    def other_rows(rank):
+        if rank == 1:
+            sys.argv[sys.argv.index("--data") + 1] = str(tmp_path / "less.jsonl")
+
+    write(tmp_path / "less.jsonl", row_of("Hi", "no", "yes", unsafe=True))
+    said = trained_on(2, *words(world, "sft", tmp_path / "out"), code=2, before=other_rows)
+    assert "error: rank 1 has data = " in said and "step" not in said
+
+
+def test_trouble_of_one_rank_ends_all(world, tmp_path):
+    """Out of memory on rank 1, a NaN on rank 1: the same line and code as if it had been rank 0."""
+
+    def full(rank):
+        if rank == 1:
+            train.make_batch = lambda *a: (_ for _ in ()).throw(MemoryError("out of memory"))
+
+    said = trained_on(2, *words(world, "sft", tmp_path / "out"), code=2, before=full)
+    assert said.splitlines()[-1] == "error: rank 1: out of memory"
+
+    def not_a_number(rank):
+        if rank == 1:
+            real = train.sft_loss
+            train.sft_loss = lambda *a: real(*a) * float("nan")
+
+    said = trained_on(2, *words(world, "sft", tmp_path / "out"), code=2, before=not_a_number)
+    assert "error: step 1: loss is nan" in said
+
+
+def test_programs_of_one_process_refuse_torchrun(world):
+    said = trained_on(2, "--ckpt", world / "llama", "--prompt", "Hi", code=2, main=sample.main)
+    assert said == "error: this program runs in one process; start it without torchrun\n"
+
+
+def test_offload_needs_torchrun(world, tmp_path):
+    assert "torchrun" in trained(*words(world, "sft", tmp_path / "out", "--offload"), code=2)
+
+
+def test_torchrun_itself(world, tmp_path, alone):
+    """The command as it is typed."""
+    arguments = [*map(str, words(world, "sft", tmp_path / "out"))]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    same_result(alone("sft"), tmp_path / "out")
+
+
+# ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("more", [["--checkpoint-activations"], ["--offload"]])
+def test_what_saves_memory_changes_no_number(world, tmp_path, alone, more):
+    trained_on(2, *words(world, "sft", tmp_path / "out", *more))
+    same_result(alone("sft"), tmp_path / "out")
+
+
+def test_logits_in_chunks(world, tmp_path, alone, monkeypatch):
+    """Some places at a time, on one process and on two: never more logits at once than CHUNK, and the same result."""
+    monkeypatch.setattr(train, "CHUNK", 1024 * 5)
+    seen, real = [], train.Transformer.logits
+
+    def logits(self, hidden):
+        seen.append(hidden.shape[:-1].numel())
+        return real(self, hidden)
+
+    monkeypatch.setattr(train.Transformer, "logits", logits)
+    monkeypatch.setattr(train, "start_new_tokens", lambda *a: None)
+    for kind in ("dpo", "base"):
+        for n, name in ((0, "one"), (2, "two")):
+            out = tmp_path / f"{kind}-{name}"
+            trained(*words(world, kind, out)) if n == 0 else trained_on(n, *words(world, kind, out))
+            same_result(alone(kind), out)
+    assert 0 < max(seen) <= 5
+
+
+def test_checkpointed_activations_have_the_same_gradients():
+    network = network_of(FAMILIES["gemma"])
+    tokens = torch.arange(12)[None]
+    found = []
+    for recompute in (False, True):
+        for block in network.model.layers:
+            block.recompute = recompute
+        network.zero_grad()
+        network(tokens).logsumexp(-1).sum().backward()
+        found.append([p.grad.clone() for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ── What fits where ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+# 20 million parameters, enough that Python's own memory does not blur them.
+WIDE = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+WIDE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: peaks of memory cannot be read")
+@pytest.mark.parametrize("family, number", [("llama", 0), ("llama", 2), ("llama", 4), ("gemma", 0), ("gemma", 2)])
+@pytest.mark.parametrize("more", [[], ["--checkpoint-activations"]])
+def test_the_plan_is_what_is_measured(tmp_path, family, number, more):
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES[family] | WIDE))
+    toy_tokenizer().save(tmp_path)
+    text = " ".join(str(i * i) for i in range(3000))
+    write(tmp_path / "corpus.jsonl", {"text": text})
+    arguments = [
+        "base",
+        "--config",
+        tmp_path / "config.json",
+        "--tokenizer",
+        tmp_path,
+        "--data",
+        tmp_path / "corpus.jsonl",
+    ]
+    arguments += ["--out", tmp_path / "out", "--max-length", 256, "--batch-size", 4, "--steps", 3, "--device", "cpu"]
+    arguments = [*map(str, [*arguments, "--grad-accum", max(1, number), *more])]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "tests/peak.py", str(number), *arguments]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=env)
+    measured = int(re.search(r"peak (\d+)", done.stdout + done.stderr)[1])
+    run = [sys.executable, "train.py", *arguments, "--plan", str(max(1, number))]
+    said = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=env, check=True).stdout
+    planned = 1e9 * float(re.search(r"total per device\s+([\d.]+) GB", said)[1])
+    print(f"planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB\n{said}")
+    assert planned == pytest.approx(measured, rel=0.2)
+
+
+# ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_prompts_are_shared_out(world, tmp_path):
+    """Three ranks give the answers and the summary of one process; begun by two, one process and three go on."""
+    prompts = [{"prompt": user(f"Hi {i} " * (1 + i % 3)), "set": "ab"[i % 2]} for i in range(11)]
+    write(tmp_path / "prompts.jsonl", *prompts)
+
+    def evaluated(out, n, *more):
+        arguments = ["--ckpt", world / "llama", world / "gemma", "--prompts", tmp_path / "prompts.jsonl"]
+        arguments += ["--out", out, "--device", "cpu", "--max-new-tokens", 6, "--batch-size", 2, "--temperature", 1.0]
+        arguments = [*arguments, "--samples", 2, *more]
+        command(evaluate.main, *arguments) if n == 0 else trained_on(n, *arguments, main=evaluate.main)
+        result = json.loads(out.read_text())
+        lines = out.with_suffix(".answers.jsonl").read_text().splitlines()[1:]
+        answers = {(a["checkpoint"], a["prompt"], a["sample"]): a["response"] for a in map(json.loads, lines)}
+        assert len(answers) == len(lines) == 2 * 2 * 11
+        return answers, [(r["checkpoint"], r["set"], r["reset"]) for r in result["records"]]
+
+    one = evaluated(tmp_path / "one.json", 0)
+    assert evaluated(tmp_path / "three.json", 3) == one
+    file = tmp_path / "three.answers.jsonl"
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:9]))
+    assert evaluated(tmp_path / "three.json", 2) == one
+    assert trained_on(2, "--ckpt", world / "llama", code=2, main=evaluate.main).endswith("--ckpt needs --prompts\n")
+
+
+def test_the_plan_of_llama_3_8b(tmp_path, capsys):
+    """Sums that can be done by hand: 16 bytes a parameter over the devices, 4 with LoRA and its factors beside."""
+    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | shape | {"max_position_embeddings": 8192}))
+
+    def planned(*more):
+        trained("sft", "--init", tmp_path, "--out", tmp_path / "out", "--max-length", 512, "--batch-size", 1, *more)
+        said = capsys.readouterr().out
+        return {name.strip(): float(size) for name, size in re.findall(r"^  (.*?) +([\d.]+) GB", said, re.M)}, said
+
+    eight, said = planned("--plan", 8)
+    assert said.startswith("8,030,261,248 parameters on 8 devices")
+    assert eight["weights, fp32"] == eight["gradients, fp32"] == round(8.030261248 / 2, 3)
+    assert eight["moments, fp32"] == round(8.030261248, 3)
+    one, _ = planned("--plan", 1)
+    kept = one["total per device"] - one["activations"] + one["with --checkpoint-activations"]
+    assert planned("--plan", 1, "--checkpoint-activations")[0]["total per device"] == pytest.approx(kept, abs=2e-3)
+    # Rank 16: 16 numbers for each row and each column of seven matrices in 32 blocks.
+    factors = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)) / 1e9
+    low, _ = planned("--plan", 1, "--lora", 16)
+    assert low["gradients, fp32"] == pytest.approx(4 * factors, abs=1e-3)
+    assert low["weights, fp32"] == pytest.approx(4 * (8.030261248 + factors), abs=1e-3)
+    assert not (tmp_path / "out").exists()
+
+
+# ── On CUDA ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: NCCL and memory are not tested")
+
+
+def on_cuda(n, *arguments):
+    """torchrun on n GPUs."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "train.py"]
+    done = subprocess.run([*torchrun, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("more", [[], ["--checkpoint-activations"], ["--offload"], ["--lora", 4]])
+def test_nccl_reaches_what_one_device_reaches(world, tmp_path, more):
+    """On as many GPUs as there are, one included; sums on a GPU come in another order, so not to 1e-5."""
+    plain = [word for word in more if word not in ("--offload", "--checkpoint-activations")]
+    trained(*words(world, "sft", tmp_path / "one", *plain, "--device", "cuda"))
+    on_cuda(torch.cuda.device_count(), *words(world, "sft", tmp_path / "all", *more, "--device", "cuda"))
+    same_result(tmp_path / "one", tmp_path / "all", tolerance=1e-3)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("more", [[], ["--checkpoint-activations"]])
+def test_the_plan_is_what_cuda_takes(tmp_path, capsys, more):
+    """Against torch.cuda.max_memory_allocated, on one device, in bf16."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | WIDE | {"hidden_size": 1024, "head_dim": 128}))
+    toy_tokenizer().save(tmp_path)
+    write(tmp_path / "corpus.jsonl", {"text": " ".join(str(i * i) for i in range(3000))})
+    arguments = ["base", "--config", tmp_path / "config.json", "--tokenizer", tmp_path, "--device", "cuda", *more]
+    arguments += ["--data", tmp_path / "corpus.jsonl", "--max-length", 512, "--batch-size", 8, "--dtype", "bfloat16"]
+    arguments += ["--steps", 3, "--out", tmp_path / "out"]
+    torch.cuda.reset_peak_memory_stats()
+    trained(*arguments)
+    measured = torch.cuda.max_memory_allocated()
+    trained(*arguments, "--plan", 1)
+    planned = 1e9 * float(re.search(r"total per device\s+([\d.]+) GB", capsys.readouterr().out)[1])
+    assert planned == pytest.approx(measured, rel=0.2)
