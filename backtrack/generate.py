@@ -535,6 +535,8 @@ def room_for_answer(options) -> int:
 
 def main() -> None:
     """`one_answer` at work, to be stepped through."""
+    if len(sys.argv) != 3:
+        raise InputError("usage: python -m backtrack.generate CKPT PROMPT")
     ckpt, prompt = sys.argv[1:]
     tok, model = load_tokenizer(ckpt), load_model(ckpt)
     answer, discarded = one_answer(
