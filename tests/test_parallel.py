@@ -445,8 +445,9 @@ def test_the_plan_of_llama_3_8b(tmp_path, capsys):
     one, _ = planned("--plan", 1)
     kept = one["total per device"] - one["activations"] + one["with --checkpoint-activations"]
     assert planned("--plan", 1, "--checkpoint-activations")[0]["total per device"] == pytest.approx(kept, abs=2e-3)
-    # Rank 16: 16 numbers for each row and each column of seven matrices in 32 blocks.
+    # Rank 16: 16 numbers for each row and each column of seven matrices in 32 blocks, and of the head.
     factors = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)) / 1e9
+    factors += 16 * (128256 + 4096) / 1e9
     low, _ = planned("--plan", 1, "--lora", 16)
     assert low["gradients, fp32"] == pytest.approx(4 * factors, abs=1e-3)
     assert low["weights, fp32"] == pytest.approx(4 * (8.030261248 + factors), abs=1e-3)
