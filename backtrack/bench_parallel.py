@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--turns", type=positive, default=2, help="how often each side runs")
     args = parser.parse_args()
     found = measured(args)
-    lines = [["rows per second", "1 process", f"{RANKS} ranks", "ratio (range of the steps)"]]
+    lines = [["rows per second", "1 process", f"{RANKS} ranks", "ratio of medians (range of the steps)"]]
     one, many = (f"{speed:.2f}" for speed in found["rows_per_s"].values())
     spread = "{:.2f} ({:.2f}–{:.2f})".format(found["ratio"], *found["range"])
     lines.append([f"{found['parameters']:,} parameters", one, many, spread])

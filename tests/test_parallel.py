@@ -125,6 +125,7 @@ def test_a_rank_without_rows_takes_part(world, tmp_path):
     same_result(tmp_path / "one", tmp_path / "three")
 
 
+@pytest.mark.slow
 def test_bfloat16_on_two_ranks(world, tmp_path):
     """Blocks gathered in bf16 round the gains of their norms, and nothing else."""
     for n, name in ((1, "one"), (2, "two")):
