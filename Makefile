@@ -29,7 +29,7 @@ DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
 DPO_BASELINE := --lr 2e-4 --nll 1 --method baseline
 
 .PHONY: help setup test test-slow test-gpu test-real lint train-base train-sft train-sft-baseline train-dpo \
-	train-dpo-baseline sample eval attack figures bench bench-training real hold-back test-vllm
+	train-dpo-baseline sample eval attack figures bench bench-training bench-parallel real hold-back test-vllm
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -77,7 +77,7 @@ test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed $(RUN)/sft.done runs/s
 
 # The files that teach have 100 columns, the others 120.
 TEACHING := train.py sample.py tests/method \
-	$(addprefix backtrack/,examples.py generate.py rows.py progress.py parallel.py new_token.py terminal.py) \
+	$(addprefix backtrack/,examples.py generate.py rows.py progress.py parallel.py launch.py new_token.py terminal.py) \
 	$(addprefix model/,transformer.py cache.py linear.py tokenizer.py bpe.py)
 
 lint: $(VENV)/.installed-dev  ## ruff: style and common mistakes
@@ -141,6 +141,9 @@ sample: $(RUN)/sft.done  ## answers of the toy model, what it took back struck t
 hold-back: $(RUN)/sft.done  ## how late to stream, so that retracted text is not seen
 	$(TOY) $(PY) -m backtrack.hold_back --ckpt $(RUN)/sft --prompts $(RUN)/data/prompts.jsonl \
 		--judge $(RUN)/data/world.json --out $(RESULTS)/toy-hold-back.json
+
+bench-parallel: $(RUN)/data/world.json  ## SFT on 2 ranks with a core each against 1 process with 2, and the bytes they move
+	$(PY) -m backtrack.bench_parallel --data $(RUN)/data/sft.jsonl --tokenizer $(RUN)/data/tokenizer
 
 include results/experiments.mk
 include results/real.mk

@@ -63,7 +63,7 @@ def plan(config: ModelConfig, args, chunk: int) -> Plan:
     kept = kept_by_block(config, args)
     trained = size
     if args.lora:
-        layers = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+        layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
         trained = sum(args.lora * (m.in_features + m.out_features) for m in layers)
         size += trained  # the rows of special tokens beside it are too few to count
     inputs = 4 * tokens * config.hidden_size * config.num_hidden_layers

@@ -1,4 +1,4 @@
-"""LoRA: it begins as the model it is added to, what is saved is what was trained, and it learns to reset."""
+"""LoRA: it begins as the model it is added to, what is saved is what was trained, and full width is full training."""
 
 from functools import partial
 
@@ -49,7 +49,8 @@ def test_merged_is_what_was_trained(world, tmp_path, model):
     assert not torch.allclose(adapted(tokens), plain(tokens), atol=0.1)
     torch.testing.assert_close(adapted(tokens), merged(tokens), rtol=1e-4, atol=1e-4)
     changed = (merged.model.embed_tokens.weight != plain.model.embed_tokens.weight).any(dim=1)
-    assert changed.nonzero()[:, 0].tolist() == ids
+    assert changed.all() if "untied" not in model else changed.nonzero()[:, 0].tolist() == ids
+    assert (merged.lm_head.weight != plain.lm_head.weight).any(dim=1).all()
 
 
 @pytest.mark.parametrize("command, model", [("sft", "llama-untied"), ("dpo", "gemma")])
@@ -72,14 +73,17 @@ def test_it_goes_on_and_runs_on_two_ranks(world, tmp_path, command, model):
     assert all(torch.equal(weight, start[name]) for name, weight in ours.items() if "norm" in name)
 
 
-def test_it_learns_to_reset(world, tmp_path):
-    """From a base that has been trained: a frozen head over random weights could say nothing with confidence."""
+def test_full_width_reaches_full_training(world, tmp_path):
+    """Its loss within 5% after 60 steps, [RESET] learned; rank 1 falls behind. From a base that has been trained."""
     write(tmp_path / "corpus.jsonl", *({"text": f"Hi {i} no word{i} yes other{i}"} for i in range(20)))
     base = ["base", "--config", world / "llama/config.json", "--tokenizer", world / "llama", "--device", "cpu"]
     base += ["--data", tmp_path / "corpus.jsonl", "--out", tmp_path / "base", "--max-length", 32, "--lr", 1e-2]
     trained(*base, "--steps", 60, "--batch-size", 8)
-    trained(
-        *words(world, "sft", tmp_path / "out", "--lora", 8, "--steps", 120, "--lr", 2e-2), "--init", tmp_path / "base"
-    )
-    first, *_, last = metrics(tmp_path / "out")
-    assert last["loss"] < 0.3 * first["loss"] and last["reset_after_unsafe"] > 0.9 > first["reset_after_unsafe"]
+    last = {}
+    for name, more in {"full": [], "wide": ["--lora", LLAMA["hidden_size"]], "narrow": ["--lora", 1]}.items():
+        trained(*words(world, "sft", tmp_path / name, "--init", tmp_path / "base", "--steps", 60, *more))
+        first, *_, last[name] = metrics(tmp_path / name)
+        assert first["loss"] > 10 * last["full"]["loss"]
+    assert last["wide"]["loss"] == pytest.approx(last["full"]["loss"], rel=0.05)
+    assert last["narrow"]["loss"] > 2 * last["full"]["loss"]
+    assert last["wide"]["reset_after_unsafe"] > 0.9 > first["reset_after_unsafe"]
