@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backtrack import lora, parallel
+from backtrack import launch, lora, parallel
 from backtrack import progress as log
 from backtrack.examples import (
     NO_ROW,
@@ -648,12 +648,12 @@ def common_arguments(p) -> None:
 
 
 def main() -> None:
-    with parallel.together():
+    with launch.together():
         args = parse_args()
         if args.plan:
             say_plan(args)
             return
-        parallel.check_device(args)
+        launch.check_device(args)
         with log.alone(args.out):
             {"base": base, "sft": sft, "dpo": dpo}[args.command](args)
 

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-from backtrack import parallel, remote
+from backtrack import launch, parallel, remote
 from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import Verdict, judge_all, load_judge, refuse_seen
 from backtrack.results import json_line, write_result
@@ -707,12 +707,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    with parallel.together():
+    with launch.together():
         evaluate(parse_args())
 
 
 def evaluate(args) -> None:
-    parallel.check_device(args)
+    launch.check_device(args)
     if args.mt_bench and parallel.size() > 1:
         raise InputError("--mt-bench answers in one process; start it without torchrun")
     if args.out:

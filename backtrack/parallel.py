@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from backtrack.launch import check_device, together  # noqa: F401 (for programs, as the rest)
 from model import Transformer
 from model.errors import InputError
 from model.transformer import own_rows
