@@ -21,7 +21,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import train
-from backtrack import parallel
+from backtrack import launch, parallel
 from backtrack.bench import random_model, ratio, table
 from backtrack.results import made_by
 from model import InputError, ModelConfig, load_tokenizer, save_model
@@ -56,7 +56,7 @@ def count_bytes() -> dict[str, int]:
 
 def worker() -> None:
     """`train.py sft` with its bytes counted: what the benchmark starts, by torchrun or without."""
-    with parallel.together():
+    with launch.together():
         moved = count_bytes()
         args = train.parse_args()
         train.sft(args)
