@@ -18,7 +18,7 @@ RUN    := $(RUNS)/toy-$(SEED)
 THREADS ?= 2
 TOY     := OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE
 
-BASE   := --steps 540 --lr 4e-3 --batch-size 32 --max-length 128 --log-every 25
+BASE   := --steps 700 --lr 4e-3 --batch-size 32 --max-length 128 --log-every 25
 SFT    := --lr 1e-3 --batch-size 32 --max-length 128 --log-every 25
 EPOCHS := 6
 # Each side has the DPO settings that did best for it of those tried on development seeds: see
