@@ -168,6 +168,7 @@ def test_bad_arguments(tmp_path, capsys):
     assert end.value.code == 2 and "--fast" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_whole_command(tmp_path, monkeypatch, capsys):
     """End to end with everything small: prints the machine and both tables, writes the same numbers as JSON."""
     pytest.importorskip("transformers")

@@ -1,0 +1,59 @@
+"""backtrack/bench_gpu.py: its arithmetic against PyTorch's own count, its step on a CPU; on a GPU, all of it."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from backtrack import bench_gpu
+from backtrack.bench import LLAMA_8B
+from backtrack.plan import plan
+from tests.command import command
+from train import CHUNK
+
+SMALL = dataclasses.replace(
+    LLAMA_8B,
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_are_those_that_pytorch_counts(tied):
+    config = dataclasses.replace(SMALL, tie_word_embeddings=tied)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the fused one
+        seconds = bench_gpu.step_seconds(config, batch=2, length=64, device="cpu", steps=1)
+    assert len(seconds) == 1 and seconds[0] > 0
+    # Three steps. The last token of a window predicts nothing, so it is fed and the head leaves it out.
+    assert counter.get_total_flops() / 3 == pytest.approx(bench_gpu.sft_flops(config, 2, 64), rel=0.02)
+
+
+def test_as_many_layers_as_fit():
+    config = bench_gpu.cut(LLAMA_8B, 80e9, batch=1)
+    more = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers + 1)
+    size = [plan(c, bench_gpu.settings(1, "cuda"), CHUNK).total for c in (config, more)]
+    assert size[0] * 1.1 < 80e9 <= size[1] * 1.1
+    with pytest.raises(bench_gpu.InputError, match="hold no layer"):
+        bench_gpu.cut(LLAMA_8B, 8e9, batch=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so():
+    _, said = command(bench_gpu.main, code=2)
+    assert "no CUDA device" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: MFU is not measured")
+def test_mfu(capsys):
+    record = bench_gpu.measure(batch=1, steps=5)
+    with capsys.disabled():
+        print(record)
+    assert record["flops_per_s"] > 0 and (record["mfu"] is None or record["mfu"] < 1)
