@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from backtrack import bench_gpu
+from backtrack import bench, bench_gpu
 from backtrack.bench import LLAMA_8B
 from backtrack.plan import plan
 from tests.command import command
@@ -57,3 +57,13 @@ def test_mfu(capsys):
     with capsys.disabled():
         print(record)
     assert record["flops_per_s"] > 0 and (record["mfu"] is None or record["mfu"] < 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: decoding is not measured")
+def test_decoding_as_a_share_of_the_bandwidth(capsys):
+    results = bench.on_cuda(repeats=2)
+    with capsys.disabled():
+        print(*results, sep="\n")
+    shares = [r["bandwidth_share"] for r in results if "bandwidth_share" in r]
+    assert all(0 < share < 1.05 for share in shares)
