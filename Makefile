@@ -142,8 +142,5 @@ hold-back: $(RUN)/sft.done  ## how late to stream, so that retracted text is not
 	$(TOY) $(PY) -m backtrack.hold_back --ckpt $(RUN)/sft --prompts $(RUN)/data/prompts.jsonl \
 		--judge $(RUN)/data/world.json --out $(RESULTS)/toy-hold-back.json
 
-bench-parallel: $(RUN)/data/world.json  ## SFT on 2 ranks with a core each against 1 process with 2, and the bytes they move
-	$(PY) -m backtrack.bench_parallel --data $(RUN)/data/sft.jsonl --tokenizer $(RUN)/data/tokenizer
-
 include results/experiments.mk
 include results/real.mk

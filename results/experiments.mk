@@ -160,8 +160,11 @@ figures: $(VENV)/.installed-figures  ## the pictures of results/, from its JSON
 
 # ── Speed ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-bench: $(VENV)/.installed-dev  ## tokens per second against transformers, and what a reset costs
+bench: $(VENV)/.installed-dev bench-parallel  ## tokens per second against transformers, what a reset costs, and ranks
 	$(PY) -m backtrack.bench
+
+bench-parallel: $(RUN)/data/world.json  ## SFT on 2 ranks with a core each against 1 process with 2, and the bytes they move
+	$(PY) -m backtrack.bench_parallel --data $(RUN)/data/sft.jsonl --tokenizer $(RUN)/data/tokenizer
 
 # Preference rows and the tokenizer to cut them with; data/README.md says how to make them.
 ROWS      ?= runs/real/hh.jsonl
