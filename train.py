@@ -55,7 +55,7 @@ from model import InputError, ModelConfig, Transformer, load_model, load_tokeniz
 from model.checkpoint import take_memory, weights_digest
 from model.errors import SEED, Help, device, not_negative, positive, run
 
-HELDOUT = 64
+HELDOUT = 64  # held-out rows that are measured: often, so few
 CHUNK = 2**26  # logits that are in memory at once, 256 MiB
 
 # ── Losses ────────────────────────────────────────────────────────────────────────────────────────

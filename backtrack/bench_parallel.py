@@ -1,9 +1,9 @@
 """What do several processes cost? SFT on 2 ranks with a core each against 1 process with 2 cores.
 
-    python -m backtrack.bench_parallel --data rows.jsonl --tokenizer DIR [--hidden 512] [--layers 8]
+    python -m backtrack.bench_parallel --data rows.jsonl --tokenizer DIR
 
-A Llama of random weights. Both sides run train.py over the same rows, in turns (ABAB), and must log the same losses;
-the first step of a turn warms up. Rows per second would be the same if talking to each other cost nothing.
+A Llama of about 26 million random weights. Both sides run train.py over the same rows in turns (ABAB) and must log the
+same losses; the first step of a turn warms up. Rows per second would be the same if talking to each other cost nothing.
 
 Then the bytes that FSDP2's collectives move in a step beside the theory: every weight gathered twice, forward and
 backward, every gradient scattered once. Whole tensors are counted; of N ranks each sends (N − 1) / N of them.
@@ -28,6 +28,8 @@ from model import InputError, ModelConfig, load_tokenizer, save_model
 from model.errors import positive, run
 
 RANKS = 2
+HIDDEN, LAYERS = 512, 8
+TURNS = 2  # of each side
 MICRO_BATCH = 4
 # As FSDP2 calls them: before torch 2.13, and from then on.
 KINDS = {
@@ -81,12 +83,12 @@ def trained(ranks: int, words: list[str], out: Path) -> tuple[list[float], list[
 def measured(args) -> dict:
     """Both sides, in turns."""
     tok = load_tokenizer(args.tokenizer)
-    heads = max(1, args.hidden // 64)
+    heads = HIDDEN // 64
     config = ModelConfig(
         vocab_size=tok.vocab_size,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 8 // 3,
-        num_hidden_layers=args.layers,
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN * 8 // 3,
+        num_hidden_layers=LAYERS,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=64,
@@ -100,7 +102,7 @@ def measured(args) -> dict:
         save_model(model, f"{folder}/init", tokenizer=tok)
         words = ["sft", "--init", f"{folder}/init", "--data", *args.data, "--device", "cpu", "--log-every", "1"]
         words += ["--batch-size", str(MICRO_BATCH), "--grad-accum", str(RANKS), "--steps", str(args.steps + 1)]
-        for turn in range(args.turns):
+        for turn in range(TURNS):
             for ranks in seconds:
                 out = Path(folder) / f"{ranks}-{turn}"
                 more, losses[ranks], moved[ranks] = trained(ranks, words, out)
@@ -125,10 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="preference rows")
     parser.add_argument("--tokenizer", required=True, help="directory of the tokenizer")
-    parser.add_argument("--hidden", type=positive, default=512, help="width of the model")
-    parser.add_argument("--layers", type=positive, default=8)
     parser.add_argument("--steps", type=positive, default=6, help="timed steps of a turn")
-    parser.add_argument("--turns", type=positive, default=2, help="how often each side runs")
     args = parser.parse_args()
     found = measured(args)
     lines = [["rows per second", "1 process", f"{RANKS} ranks", "ratio of medians (range of the steps)"]]

@@ -89,9 +89,14 @@ def choose_prompts(prompts: list[dict], sets: list[str] | None, limit: int | Non
     chosen = []
     for name in names if sets is None else sets:
         members = [p for p in prompts if p["set"] == name]
-        n = min(limit or len(members), len(members))
-        chosen += [members[i * len(members) // n] for i in range(n)]
+        chosen += evenly(members, limit)
     return chosen
+
+
+def evenly(items: list, limit: int | None) -> list:
+    """At most `limit` of them, spread evenly over their length; all of them for None."""
+    n = min(limit or len(items), len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 def render(tok, prompt: dict) -> list[int]:
@@ -327,18 +332,7 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     how = (args.device, getattr(torch, args.dtype), args.judge_url, args.threshold)
     judge = load_judge(args.judge, *how) if args.judge else None
     refuse_seen(judge, prompts)
-    for r in done.values():
-        if args.judge and resolved(r.get("judge", args.judge)) != resolved(args.judge):
-            raise InputError(f"{path}: was judged by {r['judge']}, not {args.judge}; choose another --out or delete it")
-        if args.judge and r.get("threshold", args.threshold) != args.threshold:
-            raise InputError(f"{path}: was judged at a --threshold of {r['threshold']:g}; choose another --out")
-    late = [r for r in done.values() if args.judge and "judge" not in r]
-    if late:
-        add_verdicts(judge, prompts, late, args)
-    if late and parallel.rank() == 0:
-        lines = [{"settings": settings}, *done.values()]
-        write_text("".join(json_line(line) + "\n" for line in lines), path)
-        print(f"{path}: judged {len(late)} answers that were there already", file=sys.stderr)
+    judge_late(path, settings, done, judge, prompts, args)
     count, began = 0, time.time()
     writes = parallel.rank() == 0
     with open(path if writes else os.devnull, "a", encoding="utf-8") as f:
@@ -364,6 +358,24 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     if count:
         print(file=sys.stderr)
     return [done[w] for w in wanted], skipped
+
+
+def judge_late(path: Path, settings: dict, done: dict, judge, prompts: list[Prompt], args) -> None:
+    """Judge the answers that an earlier run left without a verdict. InputError if another judge gave theirs."""
+    if judge is None:
+        return
+    for r in done.values():
+        if resolved(r.get("judge", args.judge)) != resolved(args.judge):
+            raise InputError(f"{path}: was judged by {r['judge']}, not {args.judge}; choose another --out or delete it")
+        if r.get("threshold", args.threshold) != args.threshold:
+            raise InputError(f"{path}: was judged at a --threshold of {r['threshold']:g}; choose another --out")
+    late = [r for r in done.values() if "judge" not in r]
+    if late:
+        add_verdicts(judge, prompts, late, args)
+    if late and parallel.rank() == 0:
+        lines = [{"settings": settings}, *done.values()]
+        write_text("".join(json_line(line) + "\n" for line in lines), path)
+        print(f"{path}: judged {len(late)} answers that were there already", file=sys.stderr)
 
 
 # ── From answers to counts ───────────────────────────────────────────────────────────────────────────────────────────

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import torch
 
+from backtrack.evaluate import evenly
 from backtrack.refusals import auc
 from backtrack.results import write_result
 from backtrack.rows import Row, load_rows
@@ -130,10 +131,9 @@ def main() -> None:
         model = load_model(ckpt, args.device, getattr(torch, args.dtype))
         for name in ("unsafe", "worse", "plain"):
             some = [cut(row, args.max_length) for row in rows if kind(row) == name]
-            count = min(args.limit or len(some), len(some))
-            some = [some[i * len(some) // count] for i in range(count)]
+            some = evenly(some, args.limit)
             if some:
-                say(f"{ckpt}: {count} {name} rows")
+                say(f"{ckpt}: {len(some)} {name} rows")
                 records.append({"checkpoint": ckpt, "rows": name} | measure(model, some, tok.reset_id))
     write_result(args.out, records=records)
     print_table(records)

@@ -1,4 +1,4 @@
-"""python tests/peak.py N WORDS: what `torchrun --nproc-per-node N train.py WORDS` takes of memory on its first rank, in
+"""python -m tests.peak N WORDS: what `torchrun --nproc-per-node N train.py WORDS` takes of memory on its first rank, in
 bytes beyond what Python and PyTorch take. N = 0: without torchrun. Linux; it wants MALLOC_MMAP_THRESHOLD_=65536, with
 which freed memory is given back at once."""
 
@@ -7,11 +7,10 @@ import re
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
-import torch  # noqa: E402
-from ranks import Ranks  # noqa: E402
+import torch
 
-import train  # noqa: E402
+import train
+from tests.ranks import Ranks
 
 
 def bytes_of(field: str) -> int:

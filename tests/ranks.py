@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
-from torch.distributed.tensor import DTensor  # noqa: F401
+from torch.distributed.tensor import DTensor  # noqa: F401 (loaded once, before the forks)
 
 import train
 from backtrack import bench_parallel, evaluate
@@ -38,7 +38,7 @@ class Ranks:
         code = 70
         try:
             torch.set_num_threads(1)
-            out = open(self.file, "a", buffering=1)  # noqa: SIM115
+            out = open(self.file, "a", buffering=1)  # noqa: SIM115 (open until the process ends)
             sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = out
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": os.read(self.port, 5).decode().strip()}

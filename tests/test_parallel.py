@@ -397,7 +397,7 @@ def test_the_plan_is_what_is_measured(tmp_path, family, number, more):
     arguments += ["--out", tmp_path / "out", "--max-length", 256, "--batch-size", 4, "--steps", 3, "--device", "cpu"]
     arguments = [*map(str, [*arguments, "--grad-accum", max(1, number), *more])]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "tests/peak.py", str(number), *arguments]
+    run = [sys.executable, "-m", "tests.peak", str(number), *arguments]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=env)
     measured = int(re.search(r"peak (\d+)", done.stdout + done.stderr)[1])
     run = [sys.executable, "train.py", *arguments, "--plan", str(max(1, number))]
