@@ -82,87 +82,37 @@ class ModelConfig:
         if model_type not in ("llama", "gemma2"):
             raise InputError(f"model_type {model_type!r} is not supported; use a 'llama' or 'gemma2' checkpoint")
         gemma = model_type == "gemma2"
-
-        def need(name, kind=int):
-            value = raw.get(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                found = f"is {value!r}, expected a number" if name in raw else "is missing"
-                raise InputError(f"field {name!r} {found}; take config.json from the original checkpoint")
-            if not 0 < value < math.inf or (kind is int and value != int(value)):  # json reads NaN and Infinity
-                raise InputError(f"field {name!r} is {value!r}, expected a positive {kind.__name__}")
-            return int(value) if kind is int else value  # as written: transformers insists on an int here and there
-
-        def optional(name, default, kind=int):
-            return default if raw.get(name) is None else need(name, kind)
-
-        def refuse(name, good, default):
-            value = default if raw.get(name) is None else raw[name]
-            if value not in good:
-                raise InputError(f"{name} {value!r} is not supported (only {' or '.join(map(repr, good))})")
-            return value
-
-        refuse("attention_bias", (False,), False)
-        refuse("mlp_bias", (False,), False)
-        refuse("use_bidirectional_attention", (False,), False)
-        tied = refuse("tie_word_embeddings", (False, True), gemma)
+        given = _Fields(raw)
+        given.refuse("attention_bias", (False,), False)
+        given.refuse("mlp_bias", (False,), False)
+        given.refuse("use_bidirectional_attention", (False,), False)
+        tied = given.refuse("tie_word_embeddings", (False, True), gemma)
         if raw.get("quantization_config"):
             raise InputError("the weights are quantized (quantization_config); use the bf16, fp16 or fp32 release")
-        if gemma:  # Gemma-2 files name the activation twice; transformers lets hidden_activation win
-            name = "hidden_activation" if raw.get("hidden_activation") else "hidden_act"
-            act = refuse(name, ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
-        else:
-            act = refuse("hidden_act", ("silu",), "silu")
 
-        heads, layers, width = need("num_attention_heads"), need("num_hidden_layers"), need("hidden_size")
-        kv_heads = optional("num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise InputError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-        if raw.get("head_dim") is None and (gemma or width % heads):
-            raise InputError("field 'head_dim' is missing; take config.json from the original checkpoint")
-        head_dim = optional("head_dim", width // heads)
-        if head_dim % 2:
-            raise InputError(f"head_dim {head_dim} is odd; rotary embeddings need pairs")
-
-        fields = {}
-        if gemma:
-            layer_types = raw.get("layer_types") or ["sliding_attention", "full_attention"] * layers  # even: local
-            known = {"sliding_attention": True, "full_attention": False}
-            layer_types = layer_types[:layers] if isinstance(layer_types, list) else []
-            if len(layer_types) < layers or not all(t in list(known) for t in layer_types):
-                raise InputError(f"layer_types must name sliding_attention or full_attention for {layers} layers")
-            fields = dict(
-                norm_plus_one=True,
-                scale_embeddings=True,
-                post_norms=True,
-                query_pre_attn_scalar=need("query_pre_attn_scalar", float),
-                attn_logit_softcapping=optional("attn_logit_softcapping", None, float),
-                final_logit_softcapping=optional("final_logit_softcapping", None, float),
-                sliding_window=need("sliding_window"),
-                local_layers=tuple(known[t] for t in layer_types),
-            )
+        heads, kv_heads, head_dim = _heads(given, gemma)
         rope_theta, rope_scaling = _rope(raw)
         reset = raw.get("reset_token_id")
-        vocab_size = need("vocab_size")
+        vocab_size = given.need("vocab_size")
         if reset is not None and (isinstance(reset, bool) or not isinstance(reset, int) or not 0 <= reset < vocab_size):
             raise InputError(f"reset_token_id {reset!r} is not a token id below vocab_size {vocab_size}")
         return ModelConfig(
             vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=need("intermediate_size"),
-            num_hidden_layers=layers,
+            hidden_size=given.need("hidden_size"),
+            intermediate_size=given.need("intermediate_size"),
+            num_hidden_layers=given.need("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=need("max_position_embeddings"),
-            rms_norm_eps=need("rms_norm_eps", float),
+            max_position_embeddings=given.need("max_position_embeddings"),
+            rms_norm_eps=given.need("rms_norm_eps", float),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             tie_word_embeddings=bool(tied),
             model_type=model_type,
-            hidden_act=act,
             reset_token_id=reset,
             other=raw,
-            **fields,
+            **(_only_gemma(given) if gemma else {"hidden_act": given.refuse("hidden_act", ("silu",), "silu")}),
         )
 
     def to_hf(self) -> dict:
@@ -200,6 +150,70 @@ class ModelConfig:
         if self.reset_token_id is not None:
             out["reset_token_id"] = self.reset_token_id
         return out
+
+
+class _Fields:
+    """The fields of a config.json, each checked as it is read."""
+
+    def __init__(self, raw: dict):
+        self.raw = raw
+
+    def need(self, name: str, kind=int):
+        """A positive number, as it is written: transformers insists on an int here and there."""
+        value = self.raw.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            found = f"is {value!r}, expected a number" if name in self.raw else "is missing"
+            raise InputError(f"field {name!r} {found}; take config.json from the original checkpoint")
+        if not 0 < value < math.inf or (kind is int and value != int(value)):  # json reads NaN and Infinity
+            raise InputError(f"field {name!r} is {value!r}, expected a positive {kind.__name__}")
+        return int(value) if kind is int else value
+
+    def optional(self, name: str, default, kind=int):
+        return default if self.raw.get(name) is None else self.need(name, kind)
+
+    def refuse(self, name: str, good: tuple, default):
+        """Its value, which must be one of the good ones: nothing else is implemented here."""
+        value = default if self.raw.get(name) is None else self.raw[name]
+        if value not in good:
+            raise InputError(f"{name} {value!r} is not supported (only {' or '.join(map(repr, good))})")
+        return value
+
+
+def _heads(given: _Fields, gemma: bool) -> tuple[int, int, int]:
+    """How many query heads and key/value heads, and their width."""
+    heads, width = given.need("num_attention_heads"), given.need("hidden_size")
+    kv_heads = given.optional("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise InputError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if given.raw.get("head_dim") is None and (gemma or width % heads):
+        raise InputError("field 'head_dim' is missing; take config.json from the original checkpoint")
+    head_dim = given.optional("head_dim", width // heads)
+    if head_dim % 2:
+        raise InputError(f"head_dim {head_dim} is odd; rotary embeddings need pairs")
+    return heads, kv_heads, head_dim
+
+
+def _only_gemma(given: _Fields) -> dict:
+    """What a Gemma-2 file has besides a Llama's."""
+    raw, layers = given.raw, given.need("num_hidden_layers")
+    # The activation has two names there; transformers lets hidden_activation win.
+    name = "hidden_activation" if raw.get("hidden_activation") else "hidden_act"
+    local = {"sliding_attention": True, "full_attention": False}
+    layer_types = raw.get("layer_types") or ["sliding_attention", "full_attention"] * layers  # even: local
+    layer_types = layer_types[:layers] if isinstance(layer_types, list) else []
+    if len(layer_types) < layers or not all(t in list(local) for t in layer_types):
+        raise InputError(f"layer_types must name sliding_attention or full_attention for {layers} layers")
+    return {
+        "hidden_act": given.refuse(name, ("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
+        "norm_plus_one": True,
+        "scale_embeddings": True,
+        "post_norms": True,
+        "query_pre_attn_scalar": given.need("query_pre_attn_scalar", float),
+        "attn_logit_softcapping": given.optional("attn_logit_softcapping", None, float),
+        "final_logit_softcapping": given.optional("final_logit_softcapping", None, float),
+        "sliding_window": given.need("sliding_window"),
+        "local_layers": tuple(local[t] for t in layer_types),
+    }
 
 
 def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
