@@ -53,7 +53,7 @@ from backtrack.rows import Row, describe, load_rows, read_stream
 from backtrack.terminal import say
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer
 from model.checkpoint import take_memory, weights_digest
-from model.errors import SEED, Help, device, not_negative, positive, run
+from model.errors import ABOVE_ZERO, SEED, Help, device, not_negative, positive, run
 
 HELDOUT = 64  # held-out rows that are measured: often, so few
 CHUNK = 2**26  # logits that are in memory at once, 256 MiB
@@ -581,7 +581,8 @@ def dpo_arguments(p) -> None:
     number = not_negative(float)
     p.add_argument("--init", required=True, help="the SFT checkpoint: start and reference")
     row_arguments(p, "backtrack", "baseline")
-    p.add_argument("--beta", type=number, default=0.1, help="how dear it is to leave the reference")
+    about = "how dear it is to leave the reference"
+    p.add_argument("--beta", type=ABOVE_ZERO, default=0.1, help=about)
     p.set_defaults(lr=5e-7, weight_decay=0.0)
     group = beyond_the_paper(p)
     group.add_argument("--nll", type=number, default=0.0, help="weight of −log π(chosen)")
@@ -622,7 +623,7 @@ def common_arguments(p) -> None:
     about = f"files of which {HELDOUT} rows are measured at every log line"
     p.add_argument("--heldout", nargs="+", default=[], help=about)
     p.add_argument("--out", required=True, help="model directory to write")
-    p.add_argument("--lr", type=number, default=default("lr"), help="peak learning rate")
+    p.add_argument("--lr", type=ABOVE_ZERO, default=default("lr"), help="peak learning rate")
     p.add_argument("--weight-decay", type=number, default=default("weight_decay"), help="AdamW's")
     p.add_argument("--clip", type=number, default=1.0, help="largest gradient norm; 0: off")
     p.add_argument("--batch-size", type=positive, default=8, help="rows per micro-batch")

@@ -303,19 +303,11 @@ def write_tokenizer(metadata: dict, directory: Path) -> None:
     each digit is a word, then GPT-2's regex cuts what is between them.
     """
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    special = [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind == CONTROL
-    ]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = []
+    for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if kind == CONTROL:
+            special.append({"id": i, "content": token} | plain | {"special": True})
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -346,6 +338,14 @@ def write_tokenizer(metadata: dict, directory: Path) -> None:
         },
     }
     write_json(tokenizer, directory / "tokenizer.json")
+    template = directory / "chat_template.jinja"
+    template.write_text(metadata["tokenizer.chat_template"], encoding="utf-8")
+    write_tokenizer_config(metadata, directory)
+
+
+def write_tokenizer_config(metadata: dict, directory: Path) -> None:
+    """What the special tokens are for, and the class that `transformers` loads."""
+    tokens = metadata["tokenizer.ggml.tokens"]
 
     def named(key: str) -> str:
         return tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
@@ -362,8 +362,6 @@ def write_tokenizer(metadata: dict, directory: Path) -> None:
         "model_max_length": metadata["llama.context_length"],
     }
     write_json(config, directory / "tokenizer_config.json")
-    template = directory / "chat_template.jinja"
-    template.write_text(metadata["tokenizer.chat_template"], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ TEMPERATURE = between(0.001, 1000, float, zero=True)  # 0 is greedy; logits are 
 PROBABILITY = between(0, 1, float, above=True)
 SEED = between(0, 2**32 - 1)
 BIAS = between(-1000, 1000, float)  # of a logit: never and always
+ABOVE_ZERO = between(0, MANY, float, above=True)  # of what would do nothing at 0, such as a learning rate
 RESETS = between(0, 1000)  # each takes a place in the cache
 
 

@@ -578,7 +578,7 @@ def test_defaults_and_every_flag(world, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     ["--batch-size 0", "--grad-accum -1", "--steps -1", "--epochs -1", "--epochs nan", "--epochs inf", "--lr -1"]
-    + ["--lr nan", "--clip -1", "--weight-decay -1", "--steps 1 --epochs 1", "--restart some"]
+    + ["--lr nan", "--lr 0", "--clip -1", "--weight-decay -1", "--steps 1 --epochs 1", "--restart some"]
     + ["--method dpo", "--resets none", "--reset-weight -1"]
     + ["--dtype float8", "--max-length 0", "--log-every 0", "--save-every 0", "--seed x"],
 )
