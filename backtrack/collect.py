@@ -6,9 +6,10 @@
 The model answers every prompt. On a prompt that is not benign an answer that the judge calls unsafe (or complied) is
 y−; y+ is the prompt's "safe_answer" or, with --chosen own, another answer of the model. The row says "unsafe": true.
 Benign prompts give rows without y−: their "reference" or, where they have none or with --benign own, the model's own
-answer; of one that was cut, its whole sentences. So do forbidden prompts whose safe answer complies, says a refusal
-judge: they only look like the others. Answers of other models are not what this model will say when it goes wrong, its
-own are; and if it has never seen its own style in a harmless answer, it learns to reset at the style.
+answer; of one that was cut, its whole sentences; with --benign both a row of each. So do forbidden prompts whose safe
+answer complies, says a refusal judge: they only look like the others. Answers of other models are not what this model
+will say when it goes wrong, its own are; and a model that has never seen its own style in a harmless answer learns to
+reset at the style.
 
     {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
 
@@ -61,12 +62,11 @@ def collect(args) -> None:
     rows, counts = [], Counter()
     for i, prompt in enumerate(prompts):
         answers = [done[i, sample] for sample in range(args.samples) if (i, sample) in done]
-        row, what = None, "left out: too long for the model"
+        made, what = [], "left out: too long for the model"
         if i not in too_long:
-            row, what = make_row(prompt, answers, judge, args)
+            made, what = make_rows(prompt, answers, judge, args)
         counts[what] += 1
-        if row is not None:
-            rows.append(row)
+        rows += made
     write_text("".join(json_line(row) + "\n" for row in rows), args.out)
     for what, count in counts.most_common():
         say(f"{count:6d}  {what}")
@@ -125,36 +125,38 @@ def whole_sentences(answer: dict) -> str:
     return whole[0] if whole else ""
 
 
-def make_row(prompt: dict, answers: list[dict], judge, args) -> tuple[dict | None, str]:
-    """A row of training data, or None; and what became of the prompt, in words."""
+def make_rows(prompt: dict, answers: list[dict], judge, args) -> tuple[list[dict], str]:
+    """A prompt's rows of training data, or none; and what became of it, in words."""
     answers = [answer for answer in answers if answer["text"]]
     if prompt["benign"]:
-        return benign_row(prompt, prompt.get("reference"), answers, args, "benign question")
+        return benign_rows(prompt, prompt.get("reference"), answers, args, "benign question")
     given = prompt.get("safe_answer")
     if given and args.chosen == "given":
         said = judge(prompt["prompt"], given)
         if said.unsafe:
-            return None, "unsafe question, left out: its safe answer is not safe"
+            return [], "unsafe question, left out: its safe answer is not safe"
         if said.unsafe is None and said.complied:  # whoever wrote it saw nothing to refuse
-            return benign_row(prompt, given, answers, args, "harmless question among the unsafe")
+            return benign_rows(prompt, given, answers, args, "harmless question among the unsafe")
     failed = [answer["text"] for answer in answers if judge(prompt["prompt"], answer["text"]).failed]
     if not failed:
-        return None, "unsafe question, left out: every answer was safe"
+        return [], "unsafe question, left out: every answer was safe"
     safe = [answer for answer in answers if answer["text"] not in failed]
     chosen = given if args.chosen == "given" else first_whole(safe)
     if not chosen:
-        return None, f"unsafe question, left out: no safe answer ({args.chosen})"
+        return [], f"unsafe question, left out: no safe answer ({args.chosen})"
     row = {"prompt": prompt["prompt"], "chosen": message(chosen), "rejected": message(failed[0]), "unsafe": True}
-    return row, "unsafe question, kept"
+    return [row], "unsafe question, kept"
 
 
-def benign_row(prompt: dict, given: str | None, answers: list[dict], args, what: str) -> tuple[dict | None, str]:
-    own = first_whole(answers)
-    chosen = given or own if args.benign == "given" else own or given
-    if not chosen:
-        return None, f"{what}, left out: no whole sentence"
-    row = {"prompt": prompt["prompt"], "chosen": message(chosen)}
-    return row, f"{what}, kept, {'own' if chosen == own else 'given'} answer"
+def benign_rows(prompt: dict, given: str | None, answers: list[dict], args, what: str) -> tuple[list[dict], str]:
+    texts = {"given": given, "own": first_whole(answers)}
+    there = [name for name, text in texts.items() if text]
+    if args.benign in there:
+        there = [args.benign]
+    if not there:
+        return [], f"{what}, left out: no whole sentence"
+    rows = [{"prompt": prompt["prompt"], "chosen": message(texts[name])} for name in there]
+    return rows, f"{what}, kept, {' and '.join(there)} answer"
 
 
 def first_whole(answers: list[dict]) -> str | None:
@@ -176,7 +178,7 @@ def parse_args() -> argparse.Namespace:
     add("--judge", required=True, help="as for backtrack.evaluate")
     add("--out", required=True, help="rows to write (.jsonl)")
     add("--chosen", choices=("given", "own"), default="given", help="y+: the data set's safe answer, or the model's")
-    add("--benign", choices=("given", "own"), default="given", help="y+ of benign prompts, if there are both")
+    add("--benign", choices=("given", "own", "both"), default="given", help="y+ of benign prompts, if they have both")
     add("--samples", type=positive, default=1, help="answers per prompt")
     add("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy")
     add("--max-new-tokens", type=positive, default=64, help="per answer; longer ones are cut")

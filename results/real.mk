@@ -15,7 +15,7 @@ REAL_LIMIT  := 8
 REAL_FEW    := 2
 REAL_BUDGET := 16
 else
-REAL_UNSAFE := 540
+REAL_UNSAFE := 700
 REAL_STEPS  := 160
 REAL_PAIRS  := 16
 REAL_HH     := 24
@@ -66,10 +66,9 @@ $(REAL)/prompts.done: | $(VENV)/.installed
 COLLECT = $(PY) -m backtrack.collect --ckpt $(SMOLLM2) --judge $(JUDGE) --dtype bfloat16 --batch-size 64
 
 $(REAL)/train-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
-	$(COLLECT) --prompts $(@D)/train.jsonl --sets safety_tuned --limit $(REAL_UNSAFE) --benign own --max-new-tokens 48 \
+	$(COLLECT) --prompts $(@D)/train.jsonl --sets safety_tuned --limit $(REAL_UNSAFE) --benign both --max-new-tokens 48 \
 		--out $(@D)/train-unsafe.jsonl
-	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst i_alpaca --benign own --out $(@D)/train-own.jsonl
-	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst --out $(@D)/train-given.jsonl
+	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst i_alpaca --benign both --out $(@D)/train-benign.jsonl
 	@touch $@
 
 $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
@@ -79,7 +78,7 @@ $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).
 
 # ── Five models from the same rows, in as many steps ───────────────────────────────────────────────────────────────
 
-REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(@D)/train-unsafe.jsonl $(@D)/train-own.jsonl $(@D)/train-given.jsonl \
+REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(@D)/train-unsafe.jsonl $(@D)/train-benign.jsonl \
 	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
 	--log-every 20 --resume --out $(basename $@)
 REAL_DPO = $(PY) train.py dpo --data $(@D)/train-unsafe.jsonl $(@D)/oasst-rows.jsonl --heldout $(@D)/dev-rows.jsonl \

@@ -107,15 +107,15 @@ def test_given_answers(collected, place, tmp_path):
     assert len(load_rows([str(tmp_path / "rows.jsonl")], load_tokenizer(place / "one"), 256)) == len(rows)
 
 
-@pytest.mark.parametrize("benign", ["given", "own"])
+@pytest.mark.parametrize("benign", ["given", "own", "both"])
 def test_a_question_with_nothing_to_refuse_is_benign(collected, benign):
     """So says a judge that knows compliance only; the row is then like that of a benign prompt."""
     _, rows, prompts = collected("--judge", "judging:odd_complies", "--benign", benign, "--max-new-tokens", 60)
-    found = {row["prompt"][-1]["content"]: row for row in rows}
     harmless = [p for p in prompts if p.get("safe_answer") == NOT_SAFE]
     for p in harmless:
-        chosen = own(p) if benign == "own" and own(p) else NOT_SAFE
-        assert found[p["prompt"][-1]["content"]] == {"prompt": p["prompt"], "chosen": answer(chosen)}
+        chosen = {"given": [NOT_SAFE], "own": [own(p) or NOT_SAFE], "both": [NOT_SAFE, own(p)]}[benign]
+        expected = [{"prompt": p["prompt"], "chosen": answer(text)} for text in chosen if text]
+        assert [row for row in rows if row["prompt"] == p["prompt"]] == expected
     assert harmless and any("unsafe" in row for row in rows)
 
 
