@@ -39,7 +39,7 @@ from backtrack import launch, parallel, remote
 from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import Verdict, judge_all, load_judge, refuse_seen
 from backtrack.results import json_line, write_result
-from backtrack.rows import check_messages, json_lines, several
+from backtrack.rows import check_messages, evenly, json_lines, several
 from backtrack.statistics import best_of_k, mcnemar, wilson, worst_of_k
 from backtrack.terminal import say
 from model import InputError, ModelConfig, load_model, load_tokenizer
@@ -91,12 +91,6 @@ def choose_prompts(prompts: list[dict], sets: list[str] | None, limit: int | Non
         members = [p for p in prompts if p["set"] == name]
         chosen += evenly(members, limit)
     return chosen
-
-
-def evenly(items: list, limit: int | None) -> list:
-    """At most `limit` of them, spread evenly over their length; all of them for None."""
-    n = min(limit or len(items), len(items))
-    return [items[i * len(items) // n] for i in range(n)]
 
 
 def render(tok, prompt: dict) -> list[int]:

@@ -16,14 +16,12 @@ Intervals are 95%: Wilson's for shares, Student's for log-probs, of the AUC by d
 
 import argparse
 import random
-from dataclasses import replace
 
 import torch
 
-from backtrack.evaluate import evenly
 from backtrack.refusals import auc
 from backtrack.results import write_result
-from backtrack.rows import Row, load_rows
+from backtrack.rows import Row, cut, evenly, load_rows
 from backtrack.statistics import mean_interval, wilson
 from backtrack.terminal import say
 from model import Transformer, load_model, load_tokenizer
@@ -84,11 +82,6 @@ def auc_interval(chosen: list[float], rejected: list[float]) -> tuple[float, flo
 
 def kind(row: Row) -> str:
     return "unsafe" if row.unsafe else "worse" if row.rejected else "plain"
-
-
-def cut(row: Row, length: int) -> Row:
-    room = length - len(row.prompt)
-    return replace(row, chosen=row.chosen[:room], rejected=row.rejected and row.rejected[:room])
 
 
 def print_table(records: list[dict]) -> None:

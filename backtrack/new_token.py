@@ -5,29 +5,26 @@
 Two things decide whether [RESET] is learned from few rows. Its rows must not lie where untrained rows lie:
 they have one direction in common, far from all others, and the token is confused with every other spare one.
 And it must not start too unlikely: Adam moves a row by about a learning rate per step, so from a log-probability
-of −20, where the mean of the trained rows puts it, training ends before it is ever said.
+of −20, where the mean of the trained rows puts it, training ends before it is ever said (level.py).
 """
 
 import dataclasses
-import math
 
 import torch
 
 from backtrack import parallel
 from backtrack.examples import Batch
+from backtrack.level import set_level
 from backtrack.terminal import say
 from model import Transformer
-from model.transformer import softcap
 
-LEVEL = 0.01  # p([RESET]) at the start
-RIDGE = 0.01  # of the mean square of a hidden state's coordinate
 SPREAD = 3.0  # a row is untrained if it lies so many times as near to [RESET]'s as spare rows do
 
 
 def start_new_tokens(model: Transformer, tok, batches: list[Batch]) -> None:
     """Give [RESET], and every template token that the base never saw, rows at trained scale.
 
-    A trained row is never overwritten. batches: answers, at whose tokens [RESET] is to start at LEVEL.
+    A trained row is never overwritten. batches: answers, at whose tokens p([RESET]) is to start at 1%.
     """
     embedding, output = model.model.embed_tokens.weight, model.lm_head.weight
     tables = {"embedding": embedding}
@@ -64,50 +61,3 @@ def set_untrained_rows(table: torch.Tensor, tok) -> list[int]:
         noise = torch.randn(std.shape, generator=generator).to(std)
         table[t] = (mean + 0.1 * std * noise).to(table.dtype)
     return fresh
-
-
-@torch.no_grad()
-def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
-    """Change the output row of [RESET] so that p([RESET]) is LEVEL wherever the batches predict.
-
-    The smallest change, by least squares with a ridge: hidden states h (M, D), row w (D,), and wanted
-    the logits (M,) at which p is LEVEL beside all other tokens:
-
-        min over w'  Σ (h·w' − wanted)²  +  ridge · |w' − w|²
-
-    Where the head is tied it is the input row too.
-    """
-    hidden, others, before = [], [], []
-
-    def read(states: torch.Tensor) -> None:  # (places, D)
-        logits = model.logits(states)  # (places, V)
-        before.append(logits.log_softmax(dim=-1)[:, reset_id])
-        logits[:, reset_id] = -math.inf
-        hidden.append(states.float())
-        others.append(logits.logsumexp(dim=-1))
-
-    for batch in batches:  # all of them on every rank, so that all find the same row
-        where = {"positions": batch.positions, "visible": batch.visible, "at": batch.places}
-        model(batch.tokens, **where, read=read)
-    h = torch.cat(hidden)  # (M, D)
-    others = torch.cat(others)  # (M,)
-    wanted = others + math.log(LEVEL / (1.0 - LEVEL))  # (M,)
-    cap = model.config.final_logit_softcapping
-    if cap is not None:  # the logit before the cap
-        wanted = cap * torch.atanh((wanted / cap).clamp(-0.99, 0.99))
-
-    with parallel.as_a_whole(model.lm_head.weight) as table:
-        w = table[reset_id].to(h)
-        gram = h.T @ h  # (D, D)
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(w), device=h.device)
-        w = w + torch.linalg.solve(gram + ridge, h.T @ (wanted - h @ w))  # (D,)
-        table[reset_id] = w.to(table)
-
-    logit = h @ w  # (M,)
-    if cap is not None:
-        logit = softcap(logit, cap)
-    after = logit - torch.logaddexp(logit, others)
-    say(
-        f"log p([RESET]) starts at {after.mean():.1f} ± {after.std():.1f};"
-        f" its row had {torch.cat(before).mean():.1f}"
-    )

@@ -18,7 +18,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backtrack.shapes import as_conversation, refuse_other_formats
@@ -70,6 +70,18 @@ def load_rows(paths: list[str], tok, max_length: int, on_long: str = "skip") -> 
             raise InputError(f"{told}; raise it, drop them, or --on-long skip")
         say(f"{len(long)} of {len(long) + len(rows)} rows are skipped, {told}")
     return rows
+
+
+def evenly(items: list, limit: int | None) -> list:
+    """At most `limit` of them, spread evenly over their length; all of them for None."""
+    n = min(limit or len(items), len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+def cut(row: Row, length: int) -> Row:
+    """A row whose prompt and answers take at most `length` tokens."""
+    room = length - len(row.prompt)
+    return replace(row, chosen=row.chosen[:room], rejected=row.rejected and row.rejected[:room])
 
 
 def several(names: list[str], most: int = 5) -> str:

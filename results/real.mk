@@ -29,7 +29,8 @@ source = $(or $(firstword $(shell find -L $(DATA) -name '$1' 2>/dev/null)),$(err
 	$1 is not in $(DATA): see "A small chat model" in data/README.md for where it comes from, then make real DATA=DIR))
 
 # Chosen on dev-*: see "Tuning" in results/README.md.
-REAL_RESET_WEIGHT := 8
+REAL_RESET_WEIGHT := 24
+REAL_LEVEL        := -2
 REAL_DPO_OURS     := --lr 1e-5
 REAL_DPO_BASELINE := --lr 1e-5
 
@@ -85,8 +86,14 @@ REAL_DPO = $(PY) train.py dpo --data $(@D)/train-unsafe.jsonl $(@D)/oasst-rows.j
 	--dtype bfloat16 --batch-size 2 --grad-accum 4 --max-length 512 --steps $(REAL_PAIRS) --resume --out $(basename $@)
 REAL_ROWS := $(REAL)/train-rows.done $(REAL)/dev-rows.done
 
-$(REAL)/sft.done: $(REAL_ROWS)
+$(REAL)/sft-high.done: $(REAL_ROWS)
 	$(REAL_SFT) --reset-weight $(REAL_RESET_WEIGHT)
+	@touch $@
+
+# That weight teaches [RESET] and makes it too likely; this takes some of it back.
+$(REAL)/sft.done: $(REAL)/sft-high.done
+	$(PY) -m backtrack.level --ckpt $(basename $<) --rows $(@D)/train-unsafe.jsonl $(@D)/train-benign.jsonl \
+		--add $(REAL_LEVEL) --out $(basename $@)
 	@touch $@
 
 $(REAL)/sft-baseline.done: $(REAL_ROWS)
