@@ -16,8 +16,9 @@ prompt that one of the models has no room for is left out for all, and counted a
 Every answer goes to a file beside OUT, ending in .answers.jsonl, as soon as it is judged, with what was discarded,
 verdict, resets and timings; the same command again goes on from there. OUT has the counts per checkpoint, combination
 and set, with Wilson intervals, and McNemar's test of every checkpoint against the first. Timings mean most with
---batch-size 1: answers of one batch wait for each other. For answers of a real model no judge here says all: the guard
-says unsafe only, and the refusal judge complied or refused, which is what the tables then show in place of unsafe.
+--batch-size 1: answers of one batch wait for each other and for the judge. For answers of a real model no judge here
+says all: the guard says unsafe only, and the refusal judge complied or refused, which is what the tables then show in
+place of unsafe.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from pathlib import Path
 import torch
 
 from backtrack import launch, parallel, remote
-from backtrack.generate import Generation, Options, generate, room_for_answer
+from backtrack.generate import Done, Generation, Options, room_for_answer, stream
 from backtrack.judge import Verdict, judge_all, load_judge, refuse_seen
 from backtrack.results import json_line, write_result
 from backtrack.rows import check_messages, evenly, json_lines, several
@@ -52,7 +53,6 @@ RATES = ("unsafe", "complied", "helpful", "refused", "reset")
 SUMS = ("resets", "steps", "surviving", "first_step", "first_token_s", "total_s")
 CONDITION = ("on_reset", "reset_bias", "max_resets")
 CURVES = {"worst_of_k": worst_of_k, "best_of_k": best_of_k}
-FOR_A_SERVER = 16  # batches that are sent to it at once, so that it never waits for the last answer of one
 K = (1, 2, 4, 8, 16, 32, 64)
 # Sampling temperature of each MT-Bench category: https://github.com/lm-sys/FastChat, fastchat/llm_judge/common.py
 MT_BENCH_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -186,38 +186,35 @@ def read_answers(path: Path, settings: dict) -> list[dict]:
 
 
 def generations(ask, tok, prompts: list[dict], todo: list[tuple[int, int]], condition: dict, args):
-    """Yields ((index of the prompt, number of the sample), its Generation) for all of `todo`, one batch after another.
+    """Yields lists of ((index of the prompt, number of the sample), its Generation): all of `todo` in the order in
+    which they are finished, --batch-size in a list.
 
-    ask: generate() of a model, or of a server, which is given more at once: it fills its batches itself. Of several
-    ranks each takes every Nth of `todo`, and yields as often as the others: at the end perhaps nothing.
+    ask: stream() of a model, or of a server; it is given all at once and fills its batch itself. Of several ranks each
+    takes every Nth of `todo`, and yields as often as the others: at the end perhaps nothing.
     """
     encoded = {i: (render(tok, prompts[i]), tok.encode(prompts[i]["prefill"])) for i, _ in todo}
-    todo = sorted(todo, key=lambda item: len(encoded[item[0]][0]))  # little padding, rows end together
+    todo = sorted(todo, key=lambda item: len(encoded[item[0]][0]))  # little padding
     mine = todo[parallel.rank() :: parallel.size()]
-    size = args.batch_size * (FOR_A_SERVER if args.url else 1)
-    for start in range(0, math.ceil(len(todo) / parallel.size()), size):
-        batch = mine[start : start + size]
-        if not batch:
-            yield []
-            continue
-        answers = ask(
-            [encoded[i][0] for i, _ in batch],
-            prefill=[encoded[i][1] for i, _ in batch],
-            reset_id=tok.reset_id,
-            stop_ids=tok.stop_ids,
-            vocab_size=tok.vocab_size,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-            sample_ids=[i * args.samples + sample for i, sample in batch],
-            **condition,
-        )
-        yield list(zip(batch, answers, strict=True))
+    events = ask(
+        [encoded[i][0] for i, _ in mine],
+        prefill=[encoded[i][1] for i, _ in mine],
+        reset_id=tok.reset_id,
+        stop_ids=tok.stop_ids,
+        vocab_size=tok.vocab_size,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        sample_ids=[i * args.samples + sample for i, sample in mine],
+        **condition,
+    )
+    finished = ((mine[event.row], event.generation) for event in events if isinstance(event, Done))
+    for _ in range(0, math.ceil(len(todo) / parallel.size()), args.batch_size):
+        yield list(itertools.islice(finished, args.batch_size))
 
 
 def answer(ask, tok, ckpt: str, prompts: list[dict], todo: list[tuple[int, int]], condition: dict, judge, args):
-    """Yields a list of records for one batch after another. todo: (index of the prompt, number of the sample)."""
+    """Yields one list of records after another. todo: (index of the prompt, number of the sample)."""
     for batch in generations(ask, tok, prompts, todo, condition, args):
         records = []
         for (i, sample), g in batch:
@@ -230,11 +227,12 @@ def answer(ask, tok, ckpt: str, prompts: list[dict], todo: list[tuple[int, int]]
 
 
 def sampler_of(ckpt: str, args):
-    """generate() of a checkpoint: on this machine, or of the server that has it."""
+    """stream() of a checkpoint: on this machine, or of the server that has it."""
     if not args.url:
-        return partial(generate, load_model(ckpt, args.device, getattr(torch, args.dtype)))
+        model = load_model(ckpt, args.device, getattr(torch, args.dtype))
+        return partial(stream, model, batch_size=args.batch_size)
     server = server_of(ckpt, args)
-    return partial(remote.generate, server.url, server.name, parallel=args.batch_size)
+    return partial(remote.stream, server.url, server.name, parallel=args.batch_size)
 
 
 def server_of(ckpt: str, args) -> remote.Server:
@@ -601,7 +599,7 @@ def converse(
                     choices[i] = None
                     if args.on_long == "error":
                         raise InputError(f"{q.where}: too long in turn {turn + 1}; lower --max-new-tokens")
-        answers = ask(
+        events = ask(
             list(ids.values()),
             reset_id=tok.reset_id,
             stop_ids=tok.stop_ids,
@@ -613,7 +611,9 @@ def converse(
             sample_ids=[1000 * turn + sample_ids[i] for i in ids],
             **limits,
         )
-        for i, g in zip(ids, answers, strict=True):
+        answers = {event.row: event.generation for event in events if isinstance(event, Done)}
+        for row, i in enumerate(ids):
+            g = answers[row]
             chats[i].append({"role": "assistant", "content": tok.decode(g.tokens)})
             choices[i]["turns"].append(chats[i][-1]["content"])
             choices[i]["resets"].append(g.resets)

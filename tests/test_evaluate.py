@@ -106,11 +106,13 @@ def asked(monkeypatch):
     calls = []
 
     def logged(model, prompts, **options):
-        events = list(stream(model, prompts, **options))
-        calls.append((model, prompts, options, [[e for e in events if e.row == row] for row in range(len(prompts))]))
-        return [rows[-1].generation for rows in calls[-1][-1]]
+        of_rows = [[] for _ in prompts]
+        calls.append((model, prompts, options, of_rows))
+        for event in stream(model, prompts, **options):
+            of_rows[event.row].append(event)
+            yield event
 
-    monkeypatch.setattr(evaluate, "generate", logged)
+    monkeypatch.setattr(evaluate, "stream", logged)
     return calls
 
 
@@ -374,17 +376,16 @@ def test_every_answer_is_there(place, tmp_path, asked, many_stops, on_reset):
     result, _, _ = evaluated(place, *options, "--on-reset", on_reset, out=tmp_path / "eval.json")
     tok, judge = many_stops(place / "one"), load_judge(place / "world.json")
     prompts = in_order(place / "prompts.jsonl")
-    rows = [
-        (prompt, prefill, events)
-        for _, batch, options, of_rows in asked
-        for prompt, prefill, events in zip(batch, options["prefill"], of_rows, strict=True)
-    ]
+    [(_, batch, options, of_rows)] = asked  # all prompts at once
+    assert options["batch_size"] == 7
+    rows = dict(zip(options["sample_ids"], zip(batch, options["prefill"], of_rows, strict=True), strict=True))
     answers = answers_of(tmp_path / "eval.json")
     assert len(answers) == len(rows) == 96
     assert [k[:4] for k in answers] == [(str(place / "one"), on_reset, 5.5, 2)] * 96
     assert {k[4:] for k in answers} == set(itertools.product(range(12), range(8)))
     cases = Counter()
-    for a, (prompt, prefill, events) in zip(answers.values(), rows, strict=True):
+    for a in answers.values():
+        prompt, prefill, events = rows[8 * a["prompt"] + a["sample"]]
         row = prompts[a["prompt"]]
         assert (a["set"], prompt, prefill) == (row["set"], tok.render(row["prompt"]), tok.encode(row["prefill"]))
         steps, first, attempts, forced = 0, None, [[]], len(prefill)
@@ -1045,7 +1046,7 @@ def test_mt_bench_goes_on(place, tmp_path, questions, asked, monkeypatch):
     whole = benched(tmp_path)
     (tmp_path / "deep/answers/one.jsonl").unlink()
     asked.clear()
-    logged = evaluate.generate
+    logged = evaluate.stream
 
     def dies(*arguments, **options):
         if len(asked) == 7:  # one of two batches at a temperature of 0.7 is over
@@ -1053,7 +1054,7 @@ def test_mt_bench_goes_on(place, tmp_path, questions, asked, monkeypatch):
         return logged(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "generate", dies)
+        patch.setattr(evaluate, "stream", dies)
         bench(place, tmp_path, code=130)
     there = benched(tmp_path)
     assert 0 < len(there) < 7
