@@ -20,9 +20,10 @@ import time
 import torch
 
 from backtrack.bench import ratio, table
-from backtrack.evaluate import evenly, read_prompts, render
 from backtrack.generate import Generation, generate
+from backtrack.prompts import read_prompts, render
 from backtrack.results import made_by
+from backtrack.rows import evenly
 from model import InputError, Transformer, load_model, load_tokenizer
 from model.errors import SEED, TEMPERATURE, device, positive, run
 

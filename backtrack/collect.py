@@ -26,17 +26,10 @@ from pathlib import Path
 
 import torch
 
-from backtrack.evaluate import (
-    Prompt,
-    adding_to,
-    choose_prompts,
-    prompts_digest,
-    read_answers,
-    read_prompts,
-    render,
-)
-from backtrack.generate import generate
+from backtrack.evaluate import adding_to, read_answers
+from backtrack.generate import Done, stream
 from backtrack.judge import load_judge
+from backtrack.prompts import Prompt, choose_prompts, prompts_digest, read_prompts, render
 from backtrack.results import json_line
 from backtrack.terminal import say
 from model import ModelConfig, load_model, load_tokenizer
@@ -74,7 +67,7 @@ def collect(args) -> None:
 
 
 def answer_missing(args, prompts: list[Prompt], file: Path, done: dict) -> set[int]:
-    """Sample what is not in `done` yet, and append it to the file batch by batch. Returns the prompts that cannot be
+    """Sample what is not in `done` yet, and append it to the file as it comes. Returns the prompts that cannot be
     answered: they and an answer are longer than the model."""
     tok = load_tokenizer(args.ckpt)
     room = ModelConfig.load(args.ckpt).max_position_embeddings - args.max_new_tokens
@@ -92,27 +85,29 @@ def answer_missing(args, prompts: list[Prompt], file: Path, done: dict) -> set[i
         return too_long
     model = load_model(args.ckpt, args.device, getattr(torch, args.dtype))
     todo.sort(key=lambda item: len(ids[item[0]]))  # little padding
-    for first in range(0, len(todo), args.batch_size):
-        batch = todo[first : first + args.batch_size]
-        generations = generate(
-            model,
-            [ids[i] for i, _ in batch],
-            reset_id=tok.reset_id,
-            stop_ids=tok.stop_ids,
-            vocab_size=tok.vocab_size,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            max_resets=0,
-            seed=args.seed,
-            sample_ids=[i * args.samples + sample for i, sample in batch],
-        )
-        with open(file, "a", encoding="utf-8") as f:
-            for (i, sample), g in zip(batch, generations, strict=True):
-                text = tok.decode(g.tokens).strip()
-                record = {"prompt": i, "sample": sample, "text": text, "complete": g.finish_reason == "stop"}
-                done[i, sample] = record
-                f.write(json_line(record) + "\n")
-        sys.stderr.write(f"\r{first + len(batch)} of {len(todo)} answers ")
+    events = stream(
+        model,
+        [ids[i] for i, _ in todo],
+        reset_id=tok.reset_id,
+        stop_ids=tok.stop_ids,
+        vocab_size=tok.vocab_size,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        max_resets=0,
+        seed=args.seed,
+        sample_ids=[i * args.samples + sample for i, sample in todo],
+        batch_size=args.batch_size,
+    )
+    answers = ((event.row, event.generation) for event in events if isinstance(event, Done))
+    with open(file, "a", encoding="utf-8") as f:
+        for count, (row, g) in enumerate(answers, start=1):
+            i, sample = todo[row]
+            text = tok.decode(g.tokens).strip()
+            record = {"prompt": i, "sample": sample, "text": text, "complete": g.finish_reason == "stop"}
+            done[i, sample] = record
+            f.write(json_line(record) + "\n")
+            f.flush()
+            sys.stderr.write(f"\r{count} of {len(todo)} answers ")
     print(file=sys.stderr)
     return too_long
 

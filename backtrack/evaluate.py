@@ -23,7 +23,6 @@ place of unsafe.
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -36,11 +35,12 @@ from pathlib import Path
 
 import torch
 
-from backtrack import launch, parallel, remote
+from backtrack import launch, mt_bench, parallel, remote
 from backtrack.generate import Done, Generation, Options, room_for_answer, stream
 from backtrack.judge import Verdict, judge_all, load_judge, refuse_seen
+from backtrack.prompts import Prompt, choose_prompts, prompts_digest, read_prompts, render
 from backtrack.results import json_line, write_result
-from backtrack.rows import check_messages, evenly, json_lines, several
+from backtrack.rows import json_lines, several
 from backtrack.statistics import best_of_k, mcnemar, wilson, worst_of_k
 from backtrack.terminal import say
 from model import InputError, ModelConfig, load_model, load_tokenizer
@@ -54,51 +54,6 @@ SUMS = ("resets", "steps", "surviving", "first_step", "first_token_s", "total_s"
 CONDITION = ("on_reset", "reset_bias", "max_resets")
 CURVES = {"worst_of_k": worst_of_k, "best_of_k": best_of_k}
 K = (1, 2, 4, 8, 16, 32, 64)
-# Sampling temperature of each MT-Bench category: https://github.com/lm-sys/FastChat, fastchat/llm_judge/common.py
-MT_BENCH_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-
-
-class Prompt(dict):
-    """A line of a prompt file, and where it stands."""
-
-    where = "a prompt"
-
-
-def read_prompts(path: str) -> list[Prompt]:
-    """Read and check a prompt file. Raises InputError with the file and the line."""
-    prompts = []
-    for where, row in json_lines(path):
-        check_messages(row.get("prompt") if isinstance(row, dict) else None, "prompt", where)
-        for key, kind in (("set", str), ("benign", bool), ("prefill", str)):
-            if not isinstance(row.get(key, kind()), kind):
-                raise InputError(f"{where}: {key!r} must be a {kind.__name__}")
-        prompt = Prompt({"set": Path(path).stem, "benign": False, "prefill": "", **row})
-        prompt.where = where
-        prompts.append(prompt)
-    if not prompts:
-        raise InputError(f"{path}: holds no prompts")
-    return prompts
-
-
-def choose_prompts(prompts: list[dict], sets: list[str] | None, limit: int | None) -> list[dict]:
-    """The prompts of the sets named (of all, if none is), at most `limit` of each, spread evenly over its length."""
-    names = list(dict.fromkeys(p["set"] for p in prompts))
-    for name in sets or []:
-        if name not in names:
-            raise InputError(f"--sets {name}: no such set among the prompts; they have {', '.join(names)}")
-    chosen = []
-    for name in names if sets is None else sets:
-        members = [p for p in prompts if p["set"] == name]
-        chosen += evenly(members, limit)
-    return chosen
-
-
-def render(tok, prompt: dict) -> list[int]:
-    """Its ids. A chat that the template does not know is an InputError with the file and the line."""
-    try:
-        return tok.render(prompt["prompt"])
-    except InputError as error:
-        raise InputError(f"{prompt.where}: {error}") from None
 
 
 def too_long(prompts: list[Prompt], conditions: list[tuple], args) -> list[dict]:
@@ -123,10 +78,6 @@ def too_long(prompts: list[Prompt], conditions: list[tuple], args) -> list[dict]
             raise InputError(f"{told}; shorten them, lower --max-new-tokens, or --on-long skip")
         say(f"{told}; skipped")
     return skipped
-
-
-def prompts_digest(prompts: list[dict]) -> str:
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
 
 # ── Answers: one JSON line each ──────────────────────────────────────────────────────────────────────────────────────
@@ -529,124 +480,6 @@ def print_side_by_side(answers: list[dict], prompts: list[dict], count: int) -> 
                 print(f"  {Path(ckpt).name}: {taken_back}{a['response']}")
 
 
-# ── MT-Bench ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def mt_bench(ckpt: str, prompts: list[Prompt], args) -> Path:
-    """Answer both turns of every question, in the format that FastChat's judge reads from data/mt_bench/model_answer.
-
-    Questions that the file has answers for are not asked again. Sampling as FastChat does it, by category.
-    """
-    path = mt_bench_file(ckpt, args)
-    names = ("max_new_tokens", "top_p", "seed", "dtype")
-    made_with = {name: getattr(args, name) for name in names} | {name: getattr(args, name)[0] for name in CONDITION}
-    made_with["weights"] = weights_digest(ckpt)
-    done = read_mt_bench(path, prompts, made_with)
-    known = {answer["question_id"] for answer in done}
-    questions = [p for p in prompts if p["question_id"] not in known]
-    number = {p["question_id"]: i for i, p in enumerate(prompts)}  # of the samples: the same when it goes on
-    tok, ask, positions = load_tokenizer(ckpt), sampler_of(ckpt, args), positions_of(ckpt, args)
-    long = []
-    for temperature in sorted({MT_BENCH_TEMPERATURE.get(q.get("category"), 0.0) for q in questions}):
-        asked = [q for q in questions if MT_BENCH_TEMPERATURE.get(q.get("category"), 0.0) == temperature]
-        for start in range(0, len(asked), args.batch_size):
-            batch = asked[start : start + args.batch_size]
-            sample_ids = [number[q["question_id"]] for q in batch]
-            for q, choice in zip(
-                batch, converse(ask, positions, tok, batch, temperature, sample_ids, args), strict=True
-            ):
-                if choice is None:
-                    long.append(q.where)
-                    continue
-                turns = choice["turns"]
-                name = hashlib.sha256(json.dumps([ckpt, q["question_id"], turns]).encode()).hexdigest()
-                done.append(
-                    {
-                        "question_id": q["question_id"],
-                        "answer_id": name[:22],
-                        "model_id": path.stem,
-                        "choices": [choice],
-                        "tstamp": time.time(),
-                        "made_with": made_with | {"question": question_digest(q)},
-                    }
-                )
-            write_text("".join(json_line(answer) + "\n" for answer in done), path)
-            sys.stderr.write(f"\r{path.stem}: {len(done)}/{len(prompts)} questions ")
-    print(file=sys.stderr)
-    if long:
-        say(f"{len(long)} questions are left out, for they and their answers are too long: {several(long)}")
-    turns = [resets for answer in done for resets in answer["choices"][0]["resets"]]
-    say(f"{path.stem}: {sum(turns)} resets in {len(turns)} answers")  # false ones: the questions are harmless
-    return path
-
-
-def converse(
-    ask, positions: int, tok, batch: list[Prompt], temperature: float, sample_ids: list[int], args
-) -> list[dict | None]:
-    """Ask turn after turn: {"index", "turns", "resets"}, or None where the chat grows too long for the model."""
-    chats: list[list[dict]] = [[] for _ in batch]
-    choices: list[dict | None] = [{"index": 0, "turns": [], "resets": []} for _ in batch]
-    limits = {"max_new_tokens": args.max_new_tokens, "max_resets": args.max_resets[0], "on_reset": args.on_reset[0]}
-    longest = positions - room_for_answer(Options(tok.reset_id, [], **limits))
-    for turn in range(max(len(q["turns"]) for q in batch)):
-        ids = {}
-        for i, q in enumerate(batch):
-            if turn < len(q["turns"]) and choices[i] is not None:
-                chats[i].append({"role": "user", "content": q["turns"][turn]})
-                ids[i] = tok.render(chats[i])
-                if len(ids[i]) > longest:
-                    del ids[i]
-                    choices[i] = None
-                    if args.on_long == "error":
-                        raise InputError(f"{q.where}: too long in turn {turn + 1}; lower --max-new-tokens")
-        events = ask(
-            list(ids.values()),
-            reset_id=tok.reset_id,
-            stop_ids=tok.stop_ids,
-            vocab_size=tok.vocab_size,
-            temperature=temperature,
-            top_p=args.top_p,
-            reset_bias=args.reset_bias[0],
-            seed=args.seed,
-            sample_ids=[1000 * turn + sample_ids[i] for i in ids],
-            **limits,
-        )
-        answers = {event.row: event.generation for event in events if isinstance(event, Done)}
-        for row, i in enumerate(ids):
-            g = answers[row]
-            chats[i].append({"role": "assistant", "content": tok.decode(g.tokens)})
-            choices[i]["turns"].append(chats[i][-1]["content"])
-            choices[i]["resets"].append(g.resets)
-    return choices
-
-
-def mt_bench_file(ckpt: str, args) -> Path:
-    return Path(args.mt_bench) / f"{Path(ckpt).resolve().name}.jsonl"
-
-
-def question_digest(question: dict) -> str:
-    return hashlib.sha256(json.dumps([question["turns"], question.get("category")]).encode()).hexdigest()[:16]
-
-
-def read_mt_bench(path: Path, prompts: list[Prompt], made_with: dict) -> list[dict]:
-    """The answers that are there. InputError if they are another model's, or of other settings or questions."""
-    done = [answer for _, answer in json_lines(path)] if path.is_file() else []
-    asked = {p["question_id"]: question_digest(p) for p in prompts}
-    for answer in done:
-        if not isinstance(answer, dict) or not isinstance(answer.get("made_with"), dict):
-            raise InputError(
-                f"{path}: does not say what model its answers are of; delete it or choose another --mt-bench"
-            )
-        question = asked.get(answer["question_id"], answer["made_with"].get("question"))
-        for name, now in (made_with | {"question": question}).items():
-            before = answer["made_with"].get(name)
-            if before != now:
-                raise InputError(
-                    f"{path}: was begun with {name} {before}, now {now}; delete it or choose another --mt-bench"
-                )
-    return done
-
-
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -741,17 +574,11 @@ def evaluate(args) -> None:
         prompts = [p for path in args.prompts for p in read_prompts(path)]
         prompts = choose_prompts(prompts, args.sets, args.limit)
         if args.mt_bench:
-            for p in prompts:
-                turns = p.get("turns")
-                is_question = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
-                if "question_id" not in p or not is_question:
-                    raise InputError(f"{p.where}: no question_id or turns; make them with data.prepare")
-            files = [mt_bench_file(ckpt, args) for ckpt in args.ckpt]
-            if len(set(files)) < len(files):
-                raise InputError("--mt-bench: two of --ckpt end in the same name, which FastChat tells models by")
-            for ckpt, file in zip(args.ckpt, files, strict=True):
+            for ckpt, file in zip(args.ckpt, mt_bench.files(prompts, args), strict=True):
                 with adding_to(file):
-                    print(f"wrote {mt_bench(ckpt, prompts, args)}")
+                    tok, ask, positions = load_tokenizer(ckpt), sampler_of(ckpt, args), positions_of(ckpt, args)
+                    condition = {name: getattr(args, name)[0] for name in CONDITION}
+                    mt_bench.answer(file, ckpt, ask, positions, tok, prompts, condition, args)
             return
         with adding_to(answers_file(args.out)):
             answers, skipped = answer_all(prompts, args)

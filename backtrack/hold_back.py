@@ -22,12 +22,11 @@ from functools import cache
 
 import torch
 
-from backtrack.evaluate import choose_prompts, read_prompts, render
 from backtrack.generate import Done, Reset, Token, held_back, stream
 from backtrack.judge import load_judge, refuse_seen
+from backtrack.prompts import choose_prompts, read_prompts, render
 from backtrack.results import write_result
 from backtrack.statistics import wilson
-from backtrack.terminal import say
 from model import InputError, load_model, load_tokenizer
 from model.errors import BIAS, Help, device, positive, run
 from model.files import check_file
@@ -101,14 +100,8 @@ def main() -> None:
     options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size}
     options |= {"max_new_tokens": args.max_new_tokens, "reset_bias": args.reset_bias}
     prefill = [tok.encode(p["prefill"]) for p in prompts]
-    events = []
-    for start in range(0, len(prompts), args.batch_size):
-        batch = slice(start, start + args.batch_size)
-        ids = [render(tok, p) for p in prompts[batch]]
-        for event in stream(model, ids, prefill=prefill[batch], **options):
-            event.row += start
-            events.append(event)
-        say(f"{min(start + args.batch_size, len(prompts))} of {len(prompts)} prompts answered")
+    ids = [render(tok, p) for p in prompts]
+    events = list(stream(model, ids, prefill=prefill, batch_size=args.batch_size, **options))
     records = measure(events, prefill, prompts, judge, tok)
     if not records:
         raise InputError(f"{args.ckpt}: none of its answers is unsafe anywhere, so there is nothing to hold back")

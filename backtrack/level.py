@@ -41,10 +41,7 @@ def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
     after = move_row(model, reset_id, hidden, wanted)
     after = after - torch.logaddexp(after, others)
     before = before - torch.logaddexp(before, others)
-    say(
-        f"log p([RESET]) starts at {after.mean():.1f} ± {after.std():.1f};"
-        f" its row had {before.mean():.1f}"
-    )
+    say(f"log p([RESET]) starts at {after.mean():.1f} ± {after.std():.1f}; its row had {before.mean():.1f}")
 
 
 @torch.no_grad()

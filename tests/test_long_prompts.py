@@ -19,7 +19,7 @@ from samples import UNSAFE, llama_tokenizer, row_of, said, toy_tokenizer, user, 
 from training import toy_files, trained
 
 from backtrack import collect, evaluate
-from backtrack.generate import generate, one_answer
+from backtrack.generate import Done, generate, one_answer
 from backtrack.rows import load_rows, read_stream
 from model import InputError, files, save_model
 
@@ -51,13 +51,13 @@ def evaluated(place, out, *more, ckpt=("one",), code=0):
 @pytest.fixture
 def asked(monkeypatch):
     """How many prompts the sampler gets from now on."""
-    rows, real = [], evaluate.generate
+    rows, real = [], evaluate.stream
 
     def counted(model, prompts, **options):
         rows.extend(prompts)
         return real(model, prompts, **options)
 
-    monkeypatch.setattr(evaluate, "generate", counted)
+    monkeypatch.setattr(evaluate, "stream", counted)
     return rows
 
 
@@ -282,14 +282,17 @@ def test_two_evaluations_with_one_out(place, tmp_path, asked):
 
 
 def test_ctrl_c_says_where_the_answers_are(place, tmp_path, monkeypatch):
-    real, calls = evaluate.generate, iter(range(99))
+    real = evaluate.stream
 
     def dies(*args, **options):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **options)
+        done = 0
+        for event in real(*args, **options):
+            yield event
+            done += isinstance(event, Done)
+            if done == 5:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "generate", dies)
+    monkeypatch.setattr(evaluate, "stream", dies)
     _, err = evaluated(place, tmp_path / "a.json", code=130)
     assert err.splitlines()[-1].startswith(f"stopped: the answers so far are in {tmp_path / 'a.answers.jsonl'}")
     assert "4 of 6 answers are there already" in evaluated(place, tmp_path / "a.json")[1]
