@@ -15,9 +15,9 @@ prompt that one of the models has no room for is left out for all, and counted a
 
 Every answer goes to a file beside OUT, ending in .answers.jsonl, as soon as it is judged, with what was discarded,
 verdict, resets and timings; the same command again goes on from there. OUT has the counts per checkpoint, combination
-and set, with Wilson intervals, and McNemar's test of every checkpoint against the first. Timings mean most with
---batch-size 1: answers of one batch wait for each other. For answers of a real model no judge here says all: the guard
-says unsafe only, and the refusal judge complied or refused, which is what the tables then show in place of unsafe.
+and set, with 95% intervals (statistics.py), and McNemar's test of every checkpoint against the first. Timings mean
+most with --batch-size 1: answers of one batch wait for each other. For answers of a real model no judge here says all:
+the guard says unsafe only, and the refusal judge complied or refused, which the tables then show in place of unsafe.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import Verdict, judge_all, load_judge, refuse_seen
 from backtrack.results import json_line, write_result
 from backtrack.rows import check_messages, json_lines, several
-from backtrack.statistics import best_of_k, mcnemar, wilson, worst_of_k
+from backtrack.statistics import best_of_k, mcnemar, wilson_of_worlds, worst_of_k
 from backtrack.terminal import say
 from model import InputError, ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
@@ -455,20 +455,34 @@ def pool(records: list[dict]) -> list[dict]:
                 old = total.get(curve, {})
                 total[curve] = {k: old.get(k, 0.0) + v for k, v in r[curve].items()}
         if "by_seed" in total:
-            seed = {rate: None if r[rate] is None else round(r[rate] / r["n"], 4) for rate in rates}
+            seed = {"prompts": r["prompts"]}
+            seed |= {rate: None if r[rate] is None else round(r[rate] / r["n"], 6) for rate in rates}
             seed |= {s: round(r[s] / r["n"], 6) for s in SUMS}
-            seed |= {c: {k: round(v / r["prompts"], 4) for k, v in r[c].items()} for c in CURVES if c in r}
+            seed |= {c: {k: round(v / r["prompts"], 6) for k, v in r[c].items()} for c in CURVES if c in r}
             total["by_seed"].append(seed)
     return list(pooled.values())
 
 
 def with_intervals(records: list[dict], paired: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Wilson's where every prompt was answered once, since answers to one prompt are not independent."""
+    """95%, over prompts and, of a pooled record, over worlds. Several answers to a prompt are not independent, so they
+    count as one that may be unsafe in part."""
     for r in records:
+        [alone] = pool([r]) if "by_seed" not in r else [r]
+        seeds = alone["by_seed"]
         for rate in RATES:
-            if r.get(rate) is not None and r["n"] == r["prompts"]:
-                r[f"{rate}_interval"] = [round(x, 4) for x in wilson(r[rate], r["n"])]
+            if r.get(rate) is not None:
+                r[f"{rate}_interval"] = interval([(seed[rate], seed["prompts"]) for seed in seeds])
+        for curve in CURVES:
+            if curve in r:
+                r[f"{curve}_interval"] = {
+                    k: interval([(seed[curve][k], seed["prompts"]) for seed in seeds]) for k in r[curve]
+                }
     return records, [p | {"p": float(f"{mcnemar(p['only_first'], p['only_this']):.3g}")} for p in paired]
+
+
+def interval(seeds: list[tuple[float, int]]) -> list[float]:
+    """seeds: (rate, number of prompts) of each."""
+    return [round(x, 4) for x in wilson_of_worlds([(rate * n, n) for rate, n in seeds])]
 
 
 # ── What is printed ──────────────────────────────────────────────────────────────────────────────────────────────────

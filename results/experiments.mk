@@ -37,6 +37,11 @@ $(RUNS)/toy-%/sft-baseline-long.done: $(RUNS)/toy-%/base.done
 	$(SFT_COMMAND) $(EPOCHS_LONG) --method baseline
 	@touch $@
 
+# The control: the same unsafe beginnings and safe answers, but no [RESET], so nothing is taken back.
+$(RUNS)/toy-%/sft-in-place.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(EPOCHS) --method in-place
+	@touch $@
+
 $(RUNS)/toy-%/dpo-from-baseline.done: $(RUNS)/toy-%/sft-baseline.done
 	$(DPO_COMMAND) --init $(@D)/sft-baseline $(DPO_OURS)
 	@touch $@
