@@ -9,9 +9,9 @@ A prompt file is JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}
 forced at the start of the answer. --judge is the toy world's world.json, a refusal judge, a Llama Guard directory or
 a module:function of your own (judge.py); it sees surviving text only. Without it nothing is judged; the same command
 with it judges those answers later, when the models' memory is free. --on-reset, --reset-bias and --max-resets take
-several values, and every combination of them is run; --samples draws several answers per prompt at a --temperature. A
-prompt that one of the models has no room for is left out for all, and counted as skipped. With torchrun
---nproc-per-node N the prompts are shared out, one model on each device.
+several values, and every combination of them is run; --samples draws several answers per prompt at a --temperature.
+--probe puts a filter in place of [RESET] (probe.py). A prompt that one of the models has no room for is left out for
+all, and counted as skipped. With torchrun --nproc-per-node N the prompts are shared out, one model on each device.
 
 Every answer goes to a file beside OUT, ending in .answers.jsonl, as soon as it is judged, with what was discarded,
 verdict, resets and timings; the same command again goes on from there. OUT has the counts per checkpoint, combination
@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-from backtrack import launch, parallel, remote
+from backtrack import launch, parallel, probe, remote
 from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import Verdict, judge_all, load_judge, refuse_seen
 from backtrack.results import json_line, write_result
@@ -238,7 +238,8 @@ def answer(ask, tok, ckpt: str, prompts: list[dict], todo: list[tuple[int, int]]
 def sampler_of(ckpt: str, args):
     """generate() of a checkpoint: on this machine, or of the server that has it."""
     if not args.url:
-        return partial(generate, load_model(ckpt, args.device, getattr(torch, args.dtype)))
+        model = load_model(ckpt, args.device, getattr(torch, args.dtype))
+        return probe.around(model, args.probe, ckpt) if args.probe else partial(generate, model)
     server = server_of(ckpt, args)
     return partial(remote.generate, server.url, server.name, parallel=args.batch_size)
 
@@ -316,6 +317,7 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
         settings["dtype"] = "a server's"
     settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
+    settings["probe"] = probe.digest(args.probe) if args.probe else None
     path = answers_file(args.out)
     parallel.agree(settings | {"checkpoints": args.ckpt, "batch_size": args.batch_size})
     done = {key(r): r for r in parallel.from_first(lambda: read_answers(path, settings))}
@@ -685,6 +687,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--threshold", type=between(0, 1, float), default=0.5, help="a guard's: unsafe is a probability above it"
     )
+    parser.add_argument("--probe", help="of one --ckpt: a filter in place of [RESET]; made by backtrack.probe")
     parser.add_argument("--on-reset", nargs="+", choices=("truncate", "keep"), default=["truncate"])
     parser.add_argument("--reset-bias", nargs="+", type=BIAS, default=[0.0])
     parser.add_argument("--max-resets", nargs="+", type=RESETS, default=[1])
@@ -713,6 +716,8 @@ def parse_args() -> argparse.Namespace:
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.url and len(args.url) != len(args.ckpt or []):
         parser.error("there must be one --url for each --ckpt")
+    if args.probe and (len(args.ckpt or []) != 1 or args.url or args.mt_bench):
+        parser.error("--probe is of one --ckpt, on this machine")
     if args.ckpt and not args.url:  # however it is spelled
         args.ckpt = list({resolved(ckpt): str(Path(ckpt)) for ckpt in reversed(args.ckpt)}.values())[::-1]
     if args.ckpt and not args.prompts:

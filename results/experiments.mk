@@ -16,7 +16,7 @@ ATTACK_SIZE ?= --limit 3 --budget 256
 BIAS_SIZE   ?= --limit 8
 SAMPLE_SIZE ?= --limit 12
 RESULTS     ?= $(RUNS)/results
-EXPERIMENTS ?= main bias sampling
+EXPERIMENTS ?= main filter bias filter-bias sampling
 else
 TEST_SEEDS  ?= 200 201 202 203 204
 ATTACK_SEEDS ?= 200 201 202
@@ -25,7 +25,7 @@ ATTACK_SIZE ?= --limit 6 --budget 1024
 BIAS_SIZE   ?= --limit 32
 SAMPLE_SIZE ?= --limit 48
 RESULTS     ?= results
-EXPERIMENTS ?= main bias sampling retry training
+EXPERIMENTS ?= main filter bias filter-bias sampling retry training
 endif
 
 # ── Other ways to train ────────────────────────────────────────────────────────────────────────────
@@ -79,12 +79,29 @@ UNSAFE_SETS := unseen unseen-ingredients wrapper
 NEW_SETS    := $(UNSAFE_SETS) prefill-unseen benign-unseen benign-wrapper
 
 # The main table.
-$(RUNS)/toy-%/main.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft-baseline dpo-baseline sft-baseline-long sft dpo))
+$(RUNS)/toy-%/main.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done, \
+		sft-baseline dpo-baseline sft-baseline-long sft-in-place sft dpo))
 	$(EVAL)
 
+# What one would build without [RESET]: a filter around the baseline. It refuses (0 resets), or asks again first (1).
+$(RUNS)/toy-%/probe.done: $(RUNS)/toy-%/sft-baseline.done
+	$(TOY) $(PY) -m backtrack.probe fit --ckpt $(@D)/sft-baseline --data $(@D)/data/sft.jsonl \
+		--heldout $(@D)/data/sft_heldout.jsonl --max-length 128 --out $(@D)/probe
+	@touch $@
+
+FILTER = $(EVAL) --probe $(@D)/probe
+
+$(RUNS)/toy-%/filter.json: $(RUNS)/toy-%/sft-baseline.done | $(RUNS)/toy-%/probe.done
+	$(FILTER) --max-resets 0 1
+
 # The dial: a bias on the logit of [RESET]. One prompt at a time, so that its times are a user's.
+DIAL_SETS := $(UNSAFE_SETS) benign-unseen benign-wrapper
+
 $(RUNS)/toy-%/bias.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
-	$(EVAL) --sets $(UNSAFE_SETS) benign-unseen benign-wrapper $(BIAS_SIZE) --batch-size 1 --reset-bias -10 -5 -2 0 2 5 10
+	$(EVAL) --sets $(DIAL_SETS) $(BIAS_SIZE) --batch-size 1 --reset-bias -10 -5 -2 0 2 5 10
+
+$(RUNS)/toy-%/filter-bias.json: $(RUNS)/toy-%/sft-baseline.done | $(RUNS)/toy-%/probe.done
+	$(FILTER) --sets $(DIAL_SETS) $(BIAS_SIZE) --reset-bias -4 -2 -1 0 1 2 4
 
 # Best and worst of k.
 $(RUNS)/toy-%/sampling.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,$(FOUR)))
