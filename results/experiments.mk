@@ -16,7 +16,7 @@ ATTACK_SIZE ?= --limit 3 --budget 256
 BIAS_SIZE   ?= --limit 8
 SAMPLE_SIZE ?= --limit 12
 RESULTS     ?= $(RUNS)/results
-EXPERIMENTS ?= main filter bias filter-bias sampling
+EXPERIMENTS ?= main filter bias filter-bias sampling triggers
 else
 TEST_SEEDS  ?= 200 201 202 203 204
 ATTACK_SEEDS ?= 200 201 202
@@ -25,7 +25,7 @@ ATTACK_SIZE ?= --limit 6 --budget 1024
 BIAS_SIZE   ?= --limit 32
 SAMPLE_SIZE ?= --limit 48
 RESULTS     ?= results
-EXPERIMENTS ?= main filter bias filter-bias sampling retry training
+EXPERIMENTS ?= main filter bias filter-bias sampling triggers retry training
 endif
 
 # ── Other ways to train ────────────────────────────────────────────────────────────────────────────
@@ -128,6 +128,10 @@ $(RESULTS)/toy-%.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/%.json)
 
 $(RESULTS)/toy-training.json: $(foreach seed,$(TRAINING_SEEDS),$(RUNS)/toy-$(seed)/training.json)
 	$(PY) -m backtrack.evaluate --merge $^ --out $@
+
+# What makes it say [RESET], and which resets save an answer.
+$(RESULTS)/toy-triggers.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/sft.done)
+	$(PY) -m backtrack.triggers --worlds $(^:/sft.done=) --out $@
 
 eval: $(VENV)/.installed  ## every experiment on the test seeds, into results/; an hour. QUICK=1: minutes
 	$(if $(QUICK),$(MAKE) $(TEST_SEEDS:%=$(RUNS)/toy-%/base.done))
