@@ -174,9 +174,10 @@ def threshold_for(peaks: list[float], false_alarms: float) -> float:
 
 
 def digest(name: str) -> str:
-    """What tells this probe from others."""
-    about, _ = files_of(name)
-    return file_digest(about)[:16]
+    """What tells this probe from others: its weights and its threshold."""
+    about, tensors = files_of(name)
+    content = json.loads(about.read_text(encoding="utf-8"))
+    return f"{file_digest(tensors)[:16]} above {content['threshold']:.6g}"
 
 
 def load(name: str, ckpt: str) -> Probe:

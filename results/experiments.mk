@@ -181,7 +181,8 @@ $(RESULTS)/toy-attacks.json: $(foreach seed,$(ATTACK_SEEDS),$(ATTACKS:%=$(RUNS)/
 attack: $(VENV)/.installed  ## the attacks on three test seeds; a quarter of an hour after make eval
 	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(RESULTS)/toy-attacks.json
 
-figures: $(VENV)/.installed-figures  ## the pictures of results/, from its JSON
+figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, from its JSON
+	$(PY) -m backtrack.tables --results $(RESULTS)
 	$(PY) -m backtrack.figures --results $(RESULTS)
 
 # ── Speed ────────────────────────────────────────────────────────────────────────────────────────────────────────
