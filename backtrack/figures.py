@@ -189,7 +189,7 @@ def dial_figure(directory: Path) -> None:
                 dx, side = (-4, "right") if model == "dpo" else (5, "left")  # two curves, two sides
                 dy = -12 if model == "dpo" and unsafe > 1 else 4
                 note(ax, signed(bias), false, unsafe, dx, dy, ha=side, color=STYLES[model][0])
-            starts.append((x[0] + 0.15, y[0], MODELS[model], STYLES[model][0]))
+            starts.append((x[0] + 0.4, y[0], MODELS[model], STYLES[model][0]))
         label_ends(ax, starts, gap=1.2)
         ax.set_title(f"{where}; numbers are the bias")
         # Square roots: the places near 0 are the ones that matter.
@@ -327,11 +327,7 @@ def strips_figure(directory: Path) -> None:
             weight = "bold" if forbidden else "normal"
             ax.text(middle, -0.08, word, ha="center", va="top", fontsize=8, weight=weight)
             left += width + 1
-        kind = (
-            "harmless"
-            if strip["benign"]
-            else "forbidden, as are the ingredients in bold; the answer is forced to its end"
-        )
+        kind = "harmless" if strip["benign"] else "forbidden, as are the ingredients in bold; forced to the end"
         ax.set_title(f"“{strip['question']}” ({kind})")
         ax.set_xlim(-0.5, left)
         ax.set_ylim(0, 1.15)

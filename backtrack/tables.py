@@ -79,6 +79,8 @@ def load(path: Path, models=()) -> dict:
     if not found or not found >= set(models):
         what = f"a result of {', '.join(models)}" if models else "a result"
         raise InputError(f"{path}: not there, or not {what}; `make eval` and `make attack` write them")
+    if not all("attack" in r or "prompts" in r["by_seed"][0] for r in result["records"]):
+        raise InputError(f"{path}: of an earlier version, without each world's prompts; `make eval` writes it anew")
     return result
 
 
@@ -103,10 +105,6 @@ def counts(record: dict, rate: str) -> list[tuple[float, float]]:
     if "attack" in record:  # there worlds are rates, of as many prompts each
         return [(share * record["n"] / len(worlds), record["n"] / len(worlds)) for share in worlds]
     rate = rate if record.get(rate) is not None else "complied"
-    if not all("prompts" in world for world in worlds):
-        raise InputError(
-            "results of an earlier version, without the prompts of each world; make them anew: `make eval`"
-        )
     return [(world[rate] * world["prompts"], world["prompts"]) for world in worlds]
 
 

@@ -455,4 +455,4 @@ def test_a_file_of_other_models_or_of_an_earlier_version(results, tmp_path):
     file.write_text(text.replace("dpo", "mine"))
     assert str(file) in refused(tmp_path, "main")
     file.write_text(text.replace('"prompts": 8, ', ""))
-    assert "earlier version" in refused(tmp_path, "main")
+    assert f"{file}: of an earlier version" in refused(tmp_path, "main")
