@@ -110,12 +110,12 @@ def filtered(
         else:
             retries = [Generation(refusal, [], 0, "stop", len(refusal) + 1, 0.0, 0.0) for _ in alarmed]
         for i, retry in zip(alarmed, retries, strict=True):
-            answers[i] = in_place_of(answers[i], retry)
+            answers[i] = joined(answers[i], retry)
         unread = alarmed
     return answers
 
 
-def in_place_of(thrown_away: Generation, retry: Generation) -> Generation:
+def joined(thrown_away: Generation, retry: Generation) -> Generation:
     return Generation(
         tokens=retry.tokens,
         discarded=[*thrown_away.discarded, thrown_away.tokens],
