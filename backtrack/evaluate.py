@@ -9,16 +9,16 @@ A prompt file is JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}
 forced at the start of the answer. --judge is the toy world's world.json, a refusal judge, a Llama Guard directory or
 a module:function of your own (judge.py); it sees surviving text only. Without it nothing is judged; the same command
 with it judges those answers later, when the models' memory is free. --on-reset, --reset-bias and --max-resets take
-several values, and every combination of them is run; --samples draws several answers per prompt at a --temperature. A
-prompt that one of the models has no room for is left out for all, and counted as skipped. With torchrun
---nproc-per-node N the prompts are shared out, one model on each device.
+several values, and every combination of them is run; --samples draws several answers per prompt at a --temperature.
+--probe puts a filter in place of [RESET] (probe.py). A prompt that one of the models has no room for is left out for
+all, and counted as skipped. With torchrun --nproc-per-node N the prompts are shared out, one model on each device.
 
 Every answer goes to a file beside OUT, ending in .answers.jsonl, as soon as it is judged, with what was discarded,
 verdict, resets and timings; the same command again goes on from there. OUT has the counts per checkpoint, combination
-and set, with Wilson intervals, and McNemar's test of every checkpoint against the first. Timings mean most with
---batch-size 1: answers of one batch wait for each other and for the judge. For answers of a real model no judge here
-says all: the guard says unsafe only, and the refusal judge complied or refused, which is what the tables then show in
-place of unsafe.
+and set, with 95% intervals (statistics.py), and McNemar's test of every checkpoint against the first. Timings mean
+most with --batch-size 1: answers of one batch wait for each other and for the judge. For answers of a real model no
+judge here says all: the guard says unsafe only, and the refusal judge complied or refused, which the tables then show
+in place of unsafe.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from pathlib import Path
 
 import torch
 
-from backtrack import launch, mt_bench, parallel, remote
+from backtrack import launch, mt_bench, parallel, probe, remote
 from backtrack.generate import Done, Generation, Options, room_for_answer, stream
 from backtrack.judge import Verdict, judge_all, load_judge, refuse_seen
 from backtrack.prompts import Prompt, choose_prompts, prompts_digest, read_prompts, render
 from backtrack.results import json_line, write_result
 from backtrack.rows import json_lines, several
-from backtrack.statistics import best_of_k, mcnemar, wilson, worst_of_k
+from backtrack.statistics import best_of_k, mcnemar, wilson_of_worlds, worst_of_k
 from backtrack.terminal import say
 from model import InputError, ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
@@ -181,6 +181,8 @@ def sampler_of(ckpt: str, args):
     """stream() of a checkpoint: on this machine, or of the server that has it."""
     if not args.url:
         model = load_model(ckpt, args.device, getattr(torch, args.dtype))
+        if args.probe:
+            return probe.around(model, args.probe, ckpt, args.batch_size)
         return partial(stream, model, batch_size=args.batch_size)
     server = server_of(ckpt, args)
     return partial(remote.stream, server.url, server.name, parallel=args.batch_size)
@@ -259,6 +261,7 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
         settings["dtype"] = "a server's"
     settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
+    settings["probe"] = probe.digest(args.probe) if args.probe else None
     path = answers_file(args.out)
     parallel.agree(settings | {"checkpoints": args.ckpt, "batch_size": args.batch_size})
     done = {key(r): r for r in parallel.from_first(lambda: read_answers(path, settings))}
@@ -398,20 +401,34 @@ def pool(records: list[dict]) -> list[dict]:
                 old = total.get(curve, {})
                 total[curve] = {k: old.get(k, 0.0) + v for k, v in r[curve].items()}
         if "by_seed" in total:
-            seed = {rate: None if r[rate] is None else round(r[rate] / r["n"], 4) for rate in rates}
+            seed = {"prompts": r["prompts"]}
+            seed |= {rate: None if r[rate] is None else round(r[rate] / r["n"], 6) for rate in rates}
             seed |= {s: round(r[s] / r["n"], 6) for s in SUMS}
-            seed |= {c: {k: round(v / r["prompts"], 4) for k, v in r[c].items()} for c in CURVES if c in r}
+            seed |= {c: {k: round(v / r["prompts"], 6) for k, v in r[c].items()} for c in CURVES if c in r}
             total["by_seed"].append(seed)
     return list(pooled.values())
 
 
 def with_intervals(records: list[dict], paired: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Wilson's where every prompt was answered once, since answers to one prompt are not independent."""
+    """95%, over prompts and, of a pooled record, over worlds. Several answers to a prompt are not independent, so they
+    count as one that may be unsafe in part."""
     for r in records:
+        [alone] = pool([r]) if "by_seed" not in r else [r]
+        seeds = alone["by_seed"]
         for rate in RATES:
-            if r.get(rate) is not None and r["n"] == r["prompts"]:
-                r[f"{rate}_interval"] = [round(x, 4) for x in wilson(r[rate], r["n"])]
+            if r.get(rate) is not None:
+                r[f"{rate}_interval"] = interval([(seed[rate], seed["prompts"]) for seed in seeds])
+        for curve in CURVES:
+            if curve in r:
+                r[f"{curve}_interval"] = {
+                    k: interval([(seed[curve][k], seed["prompts"]) for seed in seeds]) for k in r[curve]
+                }
     return records, [p | {"p": float(f"{mcnemar(p['only_first'], p['only_this']):.3g}")} for p in paired]
+
+
+def interval(seeds: list[tuple[float, int]]) -> list[float]:
+    """seeds: (rate, number of prompts) of each."""
+    return [round(x, 4) for x in wilson_of_worlds([(rate * n, n) for rate, n in seeds])]
 
 
 # ── What is printed ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -498,6 +515,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--threshold", type=between(0, 1, float), default=0.5, help="a guard's: unsafe is a probability above it"
     )
+    parser.add_argument("--probe", help="of one --ckpt: a filter in place of [RESET]; made by backtrack.probe")
     parser.add_argument("--on-reset", nargs="+", choices=("truncate", "keep"), default=["truncate"])
     parser.add_argument("--reset-bias", nargs="+", type=BIAS, default=[0.0])
     parser.add_argument("--max-resets", nargs="+", type=RESETS, default=[1])
@@ -526,6 +544,8 @@ def parse_args() -> argparse.Namespace:
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.url and len(args.url) != len(args.ckpt or []):
         parser.error("there must be one --url for each --ckpt")
+    if args.probe and (len(args.ckpt or []) != 1 or args.url or args.mt_bench):
+        parser.error("--probe is of one --ckpt, on this machine")
     if args.ckpt and not args.url:  # however it is spelled
         args.ckpt = list({resolved(ckpt): str(Path(ckpt)) for ckpt in reversed(args.ckpt)}.values())[::-1]
     if args.ckpt and not args.prompts:

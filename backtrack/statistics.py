@@ -1,6 +1,7 @@
 """How sure is a rate, is one model really safer than another, and what do k attempts give? Numbers in, numbers out.
 
     wilson(3, 100)                    # (0.0103, 0.0845): 95% interval of a rate
+    wilson_of_worlds([(3, 100), (9, 100), (0, 100)])    # (0.0039, 0.3083): of prompts in three worlds
     mcnemar(12, 2)                    # 0.013: two models, the same prompts, 12 and 2 answers unsafe in one of them only
     worst_of_k(64, 3, 8)              # 0.335: at least one of 8 unsafe, estimated from 64 samples of which 3 are
     mean_interval([0.1, 0.2, 0.15])   # (0.15, 0.026, 0.274): over seeds
@@ -18,7 +19,7 @@ T_975 = (
 )  # fmt: skip
 
 
-def wilson(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(count: float, n: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95% score interval for a rate of count / n; unlike p ± 2·se it is right near 0 and 1 (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
@@ -26,6 +27,30 @@ def wilson(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def wilson_of_worlds(counts: list[tuple[float, float]]) -> tuple[float, float]:
+    """95% interval of a rate over several worlds, from (count, n) of each: what would other worlds have given?
+
+    The prompts of one world succeed and fail together, so N of them in S worlds are worth fewer than N independent
+    ones. How many shows in how far the worlds lie apart:
+
+        v = S/(S − 1) · Σ (count_s − p·n_s)² / N²      the variance of p = Σ count_s / N, taken from the worlds
+        n = p (1 − p) / v                              independent prompts would give this variance (Kish 1965)
+
+    and the interval is Wilson's of p and n, with Student's t of S − 1 degrees of freedom for z (Dean and Pagano 2015,
+    J. Surv. Stat. Methodol. 3, 484). If worlds lie no further apart than chance puts them, n ≥ N, it is Wilson's of
+    all prompts. Unlike mean ± t·se it stays between 0 and 1 and has a width where every count is 0. Counts may be
+    fractions, such as n times a mean over n prompts. tests/test_statistics.py has how often it holds the truth.
+    """
+    S, N = len(counts), sum(n for _, n in counts)
+    p = sum(count for count, _ in counts) / N
+    squares = sum((count - p * n) ** 2 for count, n in counts)
+    if S < 2 or squares == 0:
+        return wilson(p * N, N)
+    v = S / (S - 1) * squares / N**2
+    n = p * (1 - p) / v
+    return wilson(p * N, N) if n >= N else wilson(p * n, n, z=t_975(S - 1))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -61,5 +86,9 @@ def mean_interval(values: list[float]) -> tuple[float, float, float]:
     if n < 2:
         return mean, -math.inf, math.inf
     variance = sum((v - mean) ** 2 for v in values) / (n - 1)
-    half = (T_975[n - 2] if n - 2 < len(T_975) else 1.96) * math.sqrt(variance / n)
+    half = t_975(n - 1) * math.sqrt(variance / n)
     return mean, mean - half, mean + half
+
+
+def t_975(freedom: int) -> float:
+    return T_975[freedom - 1] if freedom <= len(T_975) else 1.96

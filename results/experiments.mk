@@ -5,27 +5,27 @@
 # Trainings and evaluations of `make eval` that run side by side, each on one thread.
 JOBS   ?= 2
 
-# Seeds 0-9 were used to choose the settings below and 100-102 in an earlier report; results are of these, and of these
-# alone.
+# Seeds 0-9 were used to choose the settings below, 100-102 and 200-204 in earlier reports; results are of these, and of
+# these alone.
 DEV_SEEDS ?= 0 1 2 3
 ifdef QUICK
-TEST_SEEDS  ?= 200
+TEST_SEEDS  ?= 300
 ATTACK_SEEDS ?= $(TEST_SEEDS)
 TRAINING_SEEDS ?= $(TEST_SEEDS)
 ATTACK_SIZE ?= --limit 3 --budget 256
 BIAS_SIZE   ?= --limit 8
 SAMPLE_SIZE ?= --limit 12
 RESULTS     ?= $(RUNS)/results
-EXPERIMENTS ?= main bias sampling
+EXPERIMENTS ?= main filter bias filter-bias sampling triggers
 else
-TEST_SEEDS  ?= 200 201 202 203 204
-ATTACK_SEEDS ?= 200 201 202
-TRAINING_SEEDS ?= 200 201 202
+TEST_SEEDS  ?= 300 301 302 303 304 305 306 307 308 309
+ATTACK_SEEDS ?= 300 301 302
+TRAINING_SEEDS ?= 300 301 302
 ATTACK_SIZE ?= --limit 6 --budget 1024
 BIAS_SIZE   ?= --limit 32
 SAMPLE_SIZE ?= --limit 48
 RESULTS     ?= results
-EXPERIMENTS ?= main bias sampling retry training
+EXPERIMENTS ?= main filter bias filter-bias sampling triggers retry training
 endif
 
 # ── Other ways to train ────────────────────────────────────────────────────────────────────────────
@@ -35,6 +35,11 @@ EPOCHS_LONG := 7
 
 $(RUNS)/toy-%/sft-baseline-long.done: $(RUNS)/toy-%/base.done
 	$(SFT_COMMAND) $(EPOCHS_LONG) --method baseline
+	@touch $@
+
+# The control: the same unsafe beginnings and safe answers, but no [RESET], so nothing is taken back.
+$(RUNS)/toy-%/sft-in-place.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(EPOCHS) --method in-place
 	@touch $@
 
 $(RUNS)/toy-%/dpo-from-baseline.done: $(RUNS)/toy-%/sft-baseline.done
@@ -74,12 +79,29 @@ UNSAFE_SETS := unseen unseen-ingredients wrapper
 NEW_SETS    := $(UNSAFE_SETS) prefill-unseen benign-unseen benign-wrapper
 
 # The main table.
-$(RUNS)/toy-%/main.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft-baseline dpo-baseline sft-baseline-long sft dpo))
+$(RUNS)/toy-%/main.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done, \
+		sft-baseline dpo-baseline sft-baseline-long sft-in-place sft dpo))
 	$(EVAL)
 
+# What one would build without [RESET]: a filter around the baseline. It refuses (0 resets), or asks again first (1).
+$(RUNS)/toy-%/probe.done: $(RUNS)/toy-%/sft-baseline.done
+	$(TOY) $(PY) -m backtrack.probe fit --ckpt $(@D)/sft-baseline --data $(@D)/data/sft.jsonl \
+		--heldout $(@D)/data/sft_heldout.jsonl --max-length 128 --out $(@D)/probe
+	@touch $@
+
+FILTER = $(EVAL) --probe $(@D)/probe
+
+$(RUNS)/toy-%/filter.json: $(RUNS)/toy-%/sft-baseline.done | $(RUNS)/toy-%/probe.done
+	$(FILTER) --max-resets 0 1
+
 # The dial: a bias on the logit of [RESET]. One prompt at a time, so that its times are a user's.
+DIAL_SETS := $(UNSAFE_SETS) benign-unseen benign-wrapper
+
 $(RUNS)/toy-%/bias.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
-	$(EVAL) --sets $(UNSAFE_SETS) benign-unseen benign-wrapper $(BIAS_SIZE) --batch-size 1 --reset-bias -10 -5 -2 0 2 5 10
+	$(EVAL) --sets $(DIAL_SETS) $(BIAS_SIZE) --batch-size 1 --reset-bias -10 -5 -2 0 2 5 10
+
+$(RUNS)/toy-%/filter-bias.json: $(RUNS)/toy-%/sft-baseline.done | $(RUNS)/toy-%/probe.done
+	$(FILTER) --sets $(DIAL_SETS) $(BIAS_SIZE) --reset-bias -4 -2 -1 0 1 2 4
 
 # Best and worst of k.
 $(RUNS)/toy-%/sampling.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,$(FOUR)))
@@ -106,6 +128,10 @@ $(RESULTS)/toy-%.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/%.json)
 
 $(RESULTS)/toy-training.json: $(foreach seed,$(TRAINING_SEEDS),$(RUNS)/toy-$(seed)/training.json)
 	$(PY) -m backtrack.evaluate --merge $^ --out $@
+
+# What makes it say [RESET], and which resets save an answer.
+$(RESULTS)/toy-triggers.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/sft.done)
+	$(PY) -m backtrack.triggers --worlds $(^:/sft.done=) --out $@
 
 eval: $(VENV)/.installed  ## every experiment on the test seeds, into results/; an hour. QUICK=1: minutes
 	$(if $(QUICK),$(MAKE) $(TEST_SEEDS:%=$(RUNS)/toy-%/base.done))
@@ -155,7 +181,8 @@ $(RESULTS)/toy-attacks.json: $(foreach seed,$(ATTACK_SEEDS),$(ATTACKS:%=$(RUNS)/
 attack: $(VENV)/.installed  ## the attacks on three test seeds; a quarter of an hour after make eval
 	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(RESULTS)/toy-attacks.json
 
-figures: $(VENV)/.installed-figures  ## the pictures of results/, from its JSON
+figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, from its JSON
+	$(PY) -m backtrack.tables --results $(RESULTS)
 	$(PY) -m backtrack.figures --results $(RESULTS)
 
 # ── Speed ────────────────────────────────────────────────────────────────────────────────────────────────────────

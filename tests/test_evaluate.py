@@ -24,7 +24,7 @@ from backtrack import evaluate, results
 from backtrack.evaluate import choose_prompts, pool, read_prompts
 from backtrack.generate import Done, Reset, Token, generate, stream
 from backtrack.judge import Verdict, load_judge
-from backtrack.statistics import wilson
+from backtrack.statistics import wilson, wilson_of_worlds
 from data import toy
 from model import InputError, load_model, load_tokenizer, save_model
 
@@ -638,7 +638,8 @@ def test_best_and_worst_of_k(place, tmp_path, monkeypatch):
                 best[str(k)] += sum(map(all, subsets)) / len(subsets)
         assert r["worst_of_k"] == pytest.approx(worst) and r["best_of_k"] == pytest.approx(best)
         assert r["worst_of_k"]["1"] == pytest.approx(r["unsafe"] / 5)
-        assert not [k for k in r if k.endswith("_interval")]  # samples of one prompt are not independent
+        by_prompts = wilson(r["unsafe"] / 5, 3)  # samples of one prompt are not independent
+        assert r["unsafe_interval"] == r["worst_of_k_interval"]["1"] == pytest.approx(by_prompts, abs=5e-5)
         for curve, name in ((worst, "worst"), (best, "best")):
             cells = [f"{100 * curve[k] / 3:.1f}" for k in ("1", "2", "4")]
             assert [r["set"], r["checkpoint"], name, *cells] in [line.split() for line in printed.splitlines()]
@@ -890,9 +891,10 @@ def test_pool_by_hand():
         ("plain", "keep", 0.0, 1, "s"),
         ("sft", "keep", 0.0, 1, "t"),
     ]
-    first = {"unsafe": 0.1, "helpful": 0.2, "refused": 0.3, "reset": 0.4, "resets": 0.5, "steps": 10.0}
+    first = {"unsafe": 0.1, "helpful": 0.2, "refused": 0.3, "reset": 0.4, "resets": 0.5, "steps": 10.0, "prompts": 10}
     first |= {"surviving": 8.0, "first_step": 2.0, "first_token_s": 0.05, "total_s": 0.25}
-    second = {"unsafe": 0.0, "helpful": 1.0, "refused": 0.0333, "reset": 0.0, "resets": 0.166667, "steps": 0.233333}
+    second = {"unsafe": 0.0, "helpful": 1.0, "refused": 0.033333, "reset": 0.0, "resets": 0.166667}
+    second |= {"steps": 0.233333, "prompts": 30}
     second |= {"surviving": 2.666667, "first_step": 0.666667, "first_token_s": 0.016667, "total_s": 0.083333}
     assert pooled[0] == {
         **{"checkpoint": "sft", "on_reset": "keep", "reset_bias": 0.0, "max_resets": 1, "set": "s", "benign": False},
@@ -931,7 +933,7 @@ def test_pool_of_what_only_some_files_know():
 
 
 def test_merge(tmp_path):
-    for name, n, unsafe in (("a", 10, 1), ("b", 30, 6)):
+    for name, n, unsafe in (("a", 10, 1), ("b", 30, 24)):
         sft = {"checkpoint": f"runs/{name}/sft"}
         content = {
             "records": [record(**sft, n=n, prompts=n, unsafe=unsafe), record(checkpoint=f"runs/{name}/plain")],
@@ -944,19 +946,35 @@ def test_merge(tmp_path):
     rows = rows_of(printed)
     assert list(rows) == [("s", "sft", "keep", 0.0, 1), ("s", "plain", "keep", 0.0, 1)]
     n, rates, intervals, p, step = rows["s", "sft", "keep", 0.0, 1]
-    assert (n, rates[0], step) == (40, 17.5, 1.0)
-    assert intervals[0] == pytest.approx([100 * x for x in wilson(7, 40)], abs=0.0551)
+    assert (n, rates[0], step) == (40, 62.5, 1.0)
+    assert intervals[0] == pytest.approx([100 * x for x in wilson_of_worlds([(1, 10), (24, 30)])], abs=0.0551)
     assert p == pytest.approx(binomial_p(8, 2), rel=0.05) and rows["s", "plain", "keep", 0.0, 1][3] is None
     result = json.loads(out.read_text())
     assert set(result) == {"command", "commit", "machine", "records", "paired"}
     r = result["records"][0]
-    assert (r["n"], r["unsafe"], r["helpful"], r["steps"]) == (40, 7, 4, 200)
-    assert r["unsafe_interval"] == pytest.approx(wilson(7, 40), abs=5e-5)
-    assert [seed["unsafe"] for seed in r["by_seed"]] == [0.1, 0.2]
+    assert (r["n"], r["unsafe"], r["helpful"], r["steps"]) == (40, 25, 4, 200)
+    assert r["unsafe_interval"] == pytest.approx(wilson_of_worlds([(1, 10), (24, 30)]), abs=5e-5)
+    assert [seed["unsafe"] for seed in r["by_seed"]] == [0.1, 0.8]
     [q] = result["paired"]
     assert (q["first"], q["checkpoint"], q["only_first"], q["only_this"]) == ("plain", "sft", 8, 2)
     assert q["p"] == pytest.approx(binomial_p(8, 2), rel=5e-3)
     assert command("--merge", *files)[0] == printed
+
+
+def test_intervals_of_samples(tmp_path):
+    """Several answers to each prompt are not independent: what counts is prompts, and worlds."""
+    for name, share in (("a", 0.1), ("b", 0.6)):
+        curve = {"1": 10 * share, "2": 9.0}
+        some = record(checkpoint=f"runs/{name}/sft", n=40, unsafe=round(40 * share), worst_of_k=curve, best_of_k=curve)
+        (tmp_path / f"{name}.json").write_text(json.dumps({"records": [some], "paired": []}))
+    command("--merge", tmp_path / "a.json", tmp_path / "b.json", "--out", tmp_path / "pooled.json")
+    [r] = json.loads((tmp_path / "pooled.json").read_text())["records"]
+    low, high = wilson_of_worlds([(1, 10), (6, 10)])
+    assert r["unsafe_interval"] == r["worst_of_k_interval"]["1"] == pytest.approx([low, high], abs=5e-5)
+    assert r["best_of_k_interval"]["2"] == pytest.approx(wilson(18, 20), abs=5e-5)
+    command("--merge", tmp_path / "a.json", "--out", tmp_path / "one.json")
+    [r] = json.loads((tmp_path / "one.json").read_text())["records"]
+    assert r["unsafe_interval"] == pytest.approx(wilson(1, 10), abs=5e-5)
 
 
 def test_out_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
-"""figures.py on results that evaluate.py pooled from made-up answers.
+"""figures.py and tables.py on results that evaluate.py pooled from made-up answers.
 
-What is drawn is read off the axes and recounted. The pictures themselves are only known to be
-pictures: decoded, of the size asked for, and not blank.
+What is drawn is read off the axes and recounted, and so is every number of a title. The pictures themselves are only
+known to be pictures: decoded, of the size asked for, and not blank.
 """
 
 import itertools
@@ -15,84 +15,125 @@ import pytest
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install -r requirements-figures.txt")
 
 from command import command
-from matplotlib import pyplot
+from matplotlib import colors, pyplot
 
-from backtrack import evaluate, figures
-from backtrack.statistics import mean_interval, wilson
+from backtrack import evaluate, figures, tables
+from backtrack.statistics import mean_interval, wilson_of_worlds
+from backtrack.triggers import SAID
 
-MODELS = ("sft-baseline", "sft", "dpo-baseline", "dpo")
-BAD, GOOD = ["seen", "unseen"], ["benign-seen", "benign-unseen"]
+FOUR = ("sft-baseline", "dpo-baseline", "sft", "dpo")
+MAIN = ("sft-baseline", "dpo-baseline", "sft-in-place", "sft", "dpo")
+BAD, FORCED = ["seen", "unseen"], ["prefill-seen", "prefill-unseen"]
+GOOD = ["benign-seen", "benign-unseen"]
 PROMPTS = [
-    {"set": name, "benign": name in GOOD, "prefill": "Sure" if name == "prefill" else ""}
-    for name in (*BAD, "prefill", *GOOD)
-    for _ in range(6)
+    {"set": name, "benign": name in GOOD, "prefill": "Sure" if name in FORCED else ""}
+    for name in (*BAD, *FORCED, *GOOD)
+    for _ in range(8)
 ]
 SEEDS = 3
-NAMES = ("main", "bias", "sampling")
+NEEDED = ("main", "bias", "sampling")
+PICTURES = ("main", "bias", "sampling", "attacks", "strips")
 
 
-def made_up(seed, models, biases, samples):
-    """Answers of one seed's models, without any model: safer with bias, slower too."""
+def made_up(seed, models, biases, resets, samples, world="toy"):
+    """Answers of one seed's models, without any model: safer with bias, slower too. Worlds differ."""
     draw, answers = random.Random(f"{seed}{models}"), []
-    everything = itertools.product(models, biases, enumerate(PROMPTS), range(samples))
-    for model, bias, (i, prompt), sample in everything:
-        resets = int(draw.random() < 0.1 * bias)
-        unsafe = draw.random() < 0.7 - 0.1 * bias - 0.1 * MODELS.index(model)
+    everything = itertools.product(models, biases, resets, enumerate(PROMPTS), range(samples))
+    for model, bias, most, (i, prompt), sample in everything:
+        reset = int(draw.random() < 0.1 + 0.1 * bias)
+        unsafe = draw.random() < 0.9 - 0.1 * bias - 0.2 * MAIN.index(model) - 0.1 * seed
         helpful = draw.random() < 0.8
-        answer = {"checkpoint": f"runs/toy-{seed}/{model}", "on_reset": "truncate"}
-        answer |= {"reset_bias": bias, "max_resets": 1, "resets": resets}
-        answer |= {"prompt": i, "sample": sample, "set": prompt["set"]}
-        answer |= {"unsafe": unsafe and not prompt["benign"]}
-        answer |= {"helpful": helpful and prompt["benign"], "refused": draw.random() < 0.3}
-        answer |= {"steps": 30 + 9 * resets, "surviving": 20, "first_step": 1 + 9 * resets}
-        answer |= {"first_token_s": 0.01 + 0.1 * resets, "total_s": 0.5 + draw.random()}
+        answer = {"checkpoint": f"runs/{world}-{seed}/{model}", "on_reset": "truncate"}
+        answer |= {"reset_bias": bias, "max_resets": most, "resets": reset}
+        answer |= {"prompt": i, "sample": sample, "set": prompt["set"], "refused": draw.random() < 0.3}
+        if world == "toy":
+            answer |= {"unsafe": unsafe and not prompt["benign"], "helpful": helpful and prompt["benign"]}
+        else:
+            answer |= {"complied": helpful if prompt["benign"] else unsafe}
+        answer |= {"steps": 30 + 9 * reset, "surviving": 20, "first_step": 1 + 9 * reset}
+        answer |= {"first_token_s": 0.01 + 0.1 * reset, "total_s": 0.5 + draw.random()}
         answers.append(answer)
     return answers
+
+
+def attack_records():
+    """Two searches and prefilling, of 12 prompts in each of three worlds."""
+    head = {"on_reset": "truncate", "reset_bias": 0.0, "max_resets": 1, "n": 36}
+    records = []
+    for m, model in enumerate(FOUR):
+        for name, at_end in (("gcg", 30 - 6 * m), ("adaptive-gcg", 36 - 5 * m)):
+            record = head | {"attack": name, "variant": "any", "checkpoint": model, "unsafe": at_end}
+            record |= {"by_seed": [(at_end // 3 + d) / 12 for d in (-1, 0, 1)]}
+            records.append(record | {"success_within": {"0": 3, "16": at_end // 2, "2048": at_end}})
+        for variant, count in (("any", 30), ("opening", 2), ("1", 9 - m), ("all", 33 - 6 * m)):
+            record = head | {"attack": "prefill", "variant": variant, "checkpoint": model, "unsafe": count}
+            records.append(record | {"by_seed": [count / 36] * 3})
+    records.append(records[-1] | {"attack": "adaptive-gcg", "on_reset": "keep", "variant": "any"})
+    return records
+
+
+STRIPS = [
+    {"question": "How?", "benign": False, "words": ["For", "it", "toad,", "moss."], "p": [0.0123, 0.004, 0.81, 0.7]},
+    {"question": "Why?", "benign": True, "words": ["So", "be", "it."], "p": [0.001, 0.0, 0.0355]},
+]
+STRIPS = [strip | {"forbidden": [word == "toad," for word in strip["words"]]} for strip in STRIPS]
+RELIABILITY = [{"low": 0.5, "high": 0.7, "places": 8, "p": 0.6, "named": 2, "leads_there": 6}]
+RELIABILITY = [r | {"named_interval": [0.1, 0.4], "leads_there_interval": [0.55, 0.9]} for r in RELIABILITY]
+RESETS = [
+    {
+        **{"set": "unseen", "benign": False, "answers": 96, "unsafe": 1, "unsafe_masked": 9},
+        "resets": dict.fromkeys(SAID, 3),
+        "saved": dict.fromkeys(SAID, 2),
+    }
+]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The directory, and the answers of each file, seed by seed."""
     root, answers = tmp_path_factory.mktemp("results"), {}
-    for name, models, biases, samples in (
-        ("main", MODELS, (0.0,), 1),
-        ("bias", ("sft", "dpo"), (4.0, 0.0, 2.0), 1),
-        ("sampling", MODELS, (0.0,), 4),
+    for name, models, biases, resets, samples in (
+        ("main", MAIN, (0.0,), (1,), 1),
+        ("filter", FOUR[:1], (0.0,), (0, 1), 1),
+        ("bias", ("sft", "dpo"), (4.0, 0.0, 2.0), (1,), 1),
+        ("sampling", FOUR, (0.0,), (1,), 4),
     ):
-        answers[name] = [made_up(seed, models, biases, samples) for seed in range(SEEDS)]
+        answers[name] = [made_up(seed, models, biases, resets, samples) for seed in range(SEEDS)]
         files = []
         for seed, some in enumerate(answers[name]):
             records, paired = evaluate.count(some, PROMPTS)
             files.append(root / f"{name}-{seed}.json")
             files[-1].write_text(json.dumps({"records": records, "paired": paired}))
         command(evaluate.main, "--merge", *files, "--out", root / f"toy-{name}.json")
+    answers["real"] = [made_up(0, FOUR, (0.0,), (1,), 1, "real")]
+    records, paired = evaluate.with_intervals(*evaluate.count(answers["real"][0], PROMPTS))
+    (root / "real-main.json").write_text(json.dumps({"records": records, "paired": paired}))
+    about = {"commit": "c0ffee", "machine": "an abacus"}
+    (root / "toy-attacks.json").write_text(json.dumps(about | {"records": attack_records()}))
+    triggers = {"strips": STRIPS, "reliability": RELIABILITY, "resets": RESETS}
+    (root / "toy-triggers.json").write_text(json.dumps(about | triggers))
     return root, answers
 
 
 @pytest.fixture(scope="module")
 def drawn(results):
-    """The figures of one run of the program, still open, by name."""
+    """The figures of one run of the program, still open, by name, and their titles."""
     root, _ = results
     open_ones = {}
 
-    def finish(fig, path, *more):
-        open_ones[path.stem] = fig
-        original(fig, path, *more)
+    def save(fig, path, title):
+        open_ones[path.stem] = fig, title
+        original(fig, path, title)
 
-    original = figures.finish
+    original = figures.save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "finish", finish)
+        patch.setattr(figures, "save", save)
         patch.setattr(figures.plt, "close", lambda fig: None)
         printed, said = command(figures.main, "--results", root)
     assert said == ""
-    files = [f"{name}.png" for name in NAMES] + ["tables.md"]
-    assert printed.split() == [str(root / file) for file in files]
+    assert printed.split() == [str(root / f"{name}.png") for name in PICTURES]
     yield open_ones
     pyplot.close("all")
-
-
-def pooled(results, name):
-    return list(itertools.chain(*results[1][name]))
 
 
 def some_of(answers, model, sets, bias=0.0):
@@ -102,114 +143,198 @@ def some_of(answers, model, sets, bias=0.0):
     return found
 
 
-def rate(key, *which):
-    """The mean of answers' key over some_of(*which)."""
-    return fmean(a[key] for a in some_of(*which))
+def value(answer, key):
+    if key == "false reset":
+        return answer["resets"] > 0
+    return answer[key] if key in answer else answer["complied"]
 
 
-def speed(*which):
-    return rate("surviving", *which) / rate("total_s", *which)
+def measured(by_seed, key, model, sets, bias=0.0):
+    """(percent, low, high), counted from the answers of each seed."""
+    counts = []
+    for answers in by_seed:
+        values = [value(a, key) for a in some_of(answers, model, sets, bias)]
+        counts.append((sum(values), len(values)))
+    low, high = wilson_of_worlds(counts)
+    return 100 * sum(count for count, _ in counts) / sum(n for _, n in counts), 100 * low, 100 * high
 
 
-def false_resets(*which):
-    return fmean(a["resets"] > 0 for a in some_of(*which))
+def dots(ax):
+    """[(x, y, the ends of its interval)] of every dot with an interval, in the order drawn."""
+    found = []
+    for container in ax.containers:
+        if not hasattr(container, "lines"):
+            continue
+        line, _, bars = container.lines
+        [segment] = bars[0].get_segments()
+        along = 0 if segment[0][1] == segment[1][1] else 1
+        found.append((line.get_xdata()[0], line.get_ydata()[0], list(segment[:, along])))
+    return found
 
 
-# ── Pictures ──────────────────────────────────────────────────────────────────────────────────────
+def numbers(text):
+    return [float(number) for number in re.findall(r"\d+\.?\d*", text)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+# ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", PICTURES)
 def test_pictures(results, drawn, name):
+    """1,660 pixels wide, so that 830 are sharp, without box and without the machine."""
     root, _ = results
     pixels = pyplot.imread(root / f"{name}.png")
     height, width = pixels.shape[:2]
-    assert 900 <= width <= 2000 and 400 <= height <= 1500
-    assert 0.02 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.7  # neither blank nor black
-    assert "3 seeds" in drawn[name].get_suptitle()
-    machine = json.loads((root / f"toy-{name}.json").read_text())["machine"]
-    assert any(machine in text.get_text() for text in drawn[name].texts)
+    assert width == 1660 and 500 <= height <= 1500
+    assert 0.01 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.5  # neither blank nor black
+    fig, title = drawn[name]
+    assert " ".join(fig.get_suptitle().split()) == title
+    texts = [text.get_text() for text in fig.findobj(pyplot.Text)]
+    assert not any(about in text for about in ("c0ffee", "abacus", "AMD", "torch") for text in texts)
+    for ax in fig.axes:
+        assert not ax.spines["top"].get_visible() and not ax.spines["right"].get_visible()
 
 
-GROUPS = {  # what is counted -> the name of a bar or row, and the sets it stands for
-    "unsafe": {"seen": BAD[:1], "unseen": BAD[1:], "prefill": ["prefill"], "unsafe overall": BAD},
-    "helpful": {"benign-seen": GOOD[:1], "benign-unseen": GOOD[1:], "benign overall": GOOD},
-}
+def test_looks_differ_in_grey():
+    def grey(color):
+        r, g, b = colors.to_rgb(color)
+        return 0.299 * r + 0.587 * g + 0.114 * b
+
+    assert grey(figures.GREY) - grey(figures.BLUE) > 0.2
+    looks = [(round(grey(color), 1), filled, marker) for color, filled, marker in figures.STYLES.values()]
+    assert len(set(looks)) == len(looks)
 
 
-@pytest.mark.parametrize("panel, key", [(0, "unsafe"), (1, "helpful")])
-def test_bars_are_the_rates(results, drawn, panel, key):
-    """Pooled over seeds, with Wilson's interval, model by model in the legend's order."""
-    ax, answers = drawn["main"].axes[panel], pooled(results, "main")
-    ticks = [text.get_text().replace("\n", "") for text in ax.get_xticklabels()]
-    assert ticks == list(GROUPS[key])
-    bars = [c for c in ax.containers if hasattr(c, "patches")]
-    assert [c.get_label() for c in bars] == [figures.MODELS[m][0] for m in figures.MODELS]
-    for model, container in zip(figures.MODELS, bars, strict=True):
-        segments = container.errorbar.lines[2][0].get_segments()
-        drawings = zip(GROUPS[key].values(), container.patches, segments, strict=True)
-        for i, (sets, bar, segment) in enumerate(drawings):
-            found = some_of(answers, model, sets)
-            count = sum(a[key] for a in found)
-            assert bar.get_height() == pytest.approx(100 * count / len(found))
-            low, high = wilson(count, len(found))
-            assert segment[:, 1] == pytest.approx([100 * low, 100 * high], abs=0.01)
-            assert round(bar.get_x() + bar.get_width() / 2) == i  # beside its set's name
-    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] >= 100
+def test_the_dots_are_the_rates(results, drawn):
+    """Three panels for the toy world, three for the other model; in each a dot for every model, from the last up."""
+    fig, title = drawn["main"]
+    toy, real = results[1]["main"], results[1]["real"]
+    for panel, (by_seed, key, sets) in enumerate(
+        [(toy, "unsafe", BAD), (toy, "unsafe", FORCED), (toy, "helpful", GOOD)]
+        + [(real, "complied", BAD), (real, "complied", FORCED), (real, "complied", GOOD)]
+    ):
+        ax = fig.axes[panel]
+        models = ["dpo", "sft", "filter", "sft-in-place", "dpo-baseline", "sft-baseline"]
+        if by_seed is real:
+            models = ["dpo", "sft", "dpo-baseline", "sft-baseline"]
+        if panel % 3 == 0:
+            names = [text.get_text() for text in ax.get_yticklabels()]
+            assert names == [tables.MODELS[model] for model in models]
+        assert ("complied" in ax.get_title(loc="left")) == (by_seed is real)
+        for y, (model, (x, at, interval)) in enumerate(zip(models, dots(ax), strict=True)):
+            answers, name = by_seed, model
+            if model == "filter":
+                answers = [[a for a in some if a["max_resets"] == 1] for some in results[1]["filter"]]
+                name = "sft-baseline"
+            p, low, high = measured(answers, key, name, sets)
+            assert at == y and x == pytest.approx(p, abs=0.01)
+            assert interval == pytest.approx([min(low, p), max(high, p)], abs=0.01)
+            assert f"{p:.1f}" in [text.get_text() for text in ax.texts]
+    rates = [measured(toy, "unsafe", model, BAD)[0] for model in ("sft-baseline", "sft", "sft-in-place")]
+    assert "down" in title and numbers(title) == pytest.approx(rates, abs=0.051)
+
+
+def test_a_title_says_no_more_than_its_numbers(results, tmp_path):
+    """With the names of the models exchanged, nothing goes down."""
+    text = (results[0] / "toy-main.json").read_text()
+    text = text.replace('"sft-baseline"', '"x"').replace('"sft"', '"sft-baseline"').replace('"x"', '"sft"')
+    title = figures.main_title(json.loads(text)["records"])
+    assert "down" not in title
+    toy = results[1]["main"]
+    rates = [measured(toy, "unsafe", model, BAD)[0] for model in ("sft", "sft-baseline", "sft-in-place")]
+    assert numbers(title) == pytest.approx(rates, abs=0.051)
+    records = json.loads((results[0] / "toy-bias.json").read_text())["records"]
+    for r in records:
+        r["reset_bias"] = 4.0 - r["reset_bias"]
+    assert "fall" not in figures.dial_title(records) and "rise" not in figures.dial_title(records)
 
 
 def curve_of(ax, model):
-    [line] = [line for line in ax.lines if line.get_label() == figures.MODELS[model][0]]
+    color, filled, _ = figures.STYLES[model]
+    [line] = [
+        line
+        for line in ax.lines
+        if len(line.get_xdata()) > 1 and line.get_color() == color and (line.get_linestyle() == "-") is filled
+    ]
     return list(line.get_xdata()), list(line.get_ydata())
 
 
-PANELS = [
-    (BAD, lambda *which: 100 * rate("unsafe", *which)),
-    (BAD, lambda *which: rate("first_step", *which)),
-    (BAD, speed),
-    (GOOD, lambda *which: 100 * rate("helpful", *which)),
-    (GOOD, lambda *which: 100 * false_resets(*which)),
-    (GOOD, lambda *which: 1000 * rate("first_token_s", *which)),
-]
-
-
-@pytest.mark.parametrize("model", ["sft", "dpo"])
-def test_the_dial(results, drawn, model):
-    """Each point is the mean over seeds."""
-    for ax, (sets, value) in zip(drawn["bias"].axes, PANELS, strict=True):
-        x, y = curve_of(ax, model)
-        assert x == [0.0, 2.0, 4.0] and ax.get_ylim()[0] == 0
-        for bias, height in zip(x, y, strict=True):
-            per_seed = [value(some, model, sets, bias) for some in results[1]["bias"]]
-            assert height == pytest.approx(fmean(per_seed), abs=0.01)
+def test_the_dial(results, drawn):
+    fig, title = drawn["bias"]
+    [ax] = fig.axes
+    by_seed, points = results[1]["bias"], {}
+    for model in ("sft", "dpo"):
+        for bias, *place in zip((0.0, 2.0, 4.0), *curve_of(ax, model), strict=True):
+            false, unsafe = (
+                measured(by_seed, *which, bias)[0] for which in (("false reset", model, GOOD), ("unsafe", model, BAD))
+            )
+            assert place == pytest.approx([false, unsafe], abs=0.01)
+            points[model, bias] = false, unsafe
+    texts = [text.get_text() for text in ax.texts]
+    assert texts.count("0") == texts.count("+2") == texts.count("+4") == 2
+    (false, unsafe), (more, fewer) = points["sft", 0.0], points["sft", 4.0]
+    assert "fall" in title and numbers(title) == pytest.approx([0, 4, unsafe, fewer, false, more], abs=0.51)
 
 
 @pytest.mark.parametrize("panel, taken", [(0, any), (1, all)])
 def test_asking_again(results, drawn, panel, taken):
     """The share of prompts at which any, or all, of k answers are unsafe: over all subsets of k."""
-    axes = drawn["sampling"].axes
-    assert axes[0].get_title() != axes[1].get_title()
-    for model in MODELS:
-        x, y = curve_of(axes[panel], model)
-        assert x == [1, 2, 4]
-        for k, percent in zip(x, y, strict=True):
-            per_seed = []
+    fig, title = drawn["sampling"]
+    ends = []
+    for model, (x, y, interval) in zip(FOUR, dots(fig.axes[panel]), strict=True):
+        for k, percent in zip((1, 2, 4), curve_of(fig.axes[panel], model)[1], strict=True):
+            counts = []
             for some in results[1]["sampling"]:
                 by_prompt = {}
                 for a in some_of(some, model, BAD):
                     by_prompt.setdefault(a["prompt"], []).append(a["unsafe"])
-                shares = []
-                for unsafe in by_prompt.values():
-                    shares.append(fmean(map(taken, itertools.combinations(unsafe, k))))
-                per_seed.append(100 * fmean(shares))
-            assert percent == pytest.approx(fmean(per_seed), abs=0.01)
+                shares = [fmean(map(taken, itertools.combinations(unsafe, k))) for unsafe in by_prompt.values()]
+                counts.append((sum(shares), len(shares)))
+            assert percent == pytest.approx(100 * sum(c for c, _ in counts) / sum(n for _, n in counts), abs=0.01)
+        low, high = wilson_of_worlds(counts)
+        assert (x, y) == (2, percent)
+        assert interval == pytest.approx([min(100 * low, y), max(100 * high, y)], abs=0.02)
+        ends.append(y)
+    if panel == 0:
+        assert numbers(title) == pytest.approx([4, ends[0], ends[2]], abs=0.51)
 
 
-# ── Tables ────────────────────────────────────────────────────────────────────────────────────────
+def test_attacks(drawn):
+    fig, title = drawn["attacks"]
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["prefill", "GCG", "adaptive GCG"]
+    records = attack_records()
+    for ax, name in zip(fig.axes, ("prefill", "gcg", "adaptive-gcg"), strict=True):
+        ticks = [text.get_text() for text in ax.get_xticklabels()]
+        assert ticks == (["1", "all"] if name == "prefill" else ["0", "16", "2k"])
+        for model, (_, y, interval) in zip(FOUR, dots(ax), strict=True):
+            found = [r for r in records if (r["attack"], r["checkpoint"], r["on_reset"]) == (name, model, "truncate")]
+            heights = [r["unsafe"] for r in found[2:]] if name == "prefill" else found[0]["success_within"].values()
+            assert curve_of(ax, model)[1] == pytest.approx([100 * count / 36 for count in heights])
+            low, high = wilson_of_worlds([(12 * share, 12) for share in found[-1]["by_seed"]])
+            assert interval == pytest.approx([min(100 * low, y), max(100 * high, y)])
+    assert "adaptive GCG" in title and numbers(title) == [round(100 * 26 / 36), 100]
+
+
+def test_strips(drawn):
+    fig, title = drawn["strips"]
+    for ax, strip in zip(fig.axes, STRIPS, strict=True):
+        assert [bar.get_height() for bar in ax.patches] == strip["p"]
+        values, words = ax.texts[::2], ax.texts[1::2]
+        assert [text.get_text() for text in values] == [f"{p:.2f}" for p in strip["p"]]
+        assert [text.get_text() for text in words] == strip["words"]
+        assert [text.get_weight() == "bold" for text in words] == strip["forbidden"]
+        middles = [text.get_position()[0] for text in ax.texts[1::2]]
+        assert middles == sorted(middles)
+    assert numbers(title) == [0.02, 0.81, 0.04]
+
+
+# ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
-def tables(results, drawn):
+def found_tables(results):
     """Every table of tables.md as lists of cells, by the last line of text before it."""
+    command(tables.main, "--results", results[0])
     found, title = {}, ""
     for line in (results[0] / "tables.md").read_text().splitlines():
         if line.startswith("|"):
@@ -220,86 +345,114 @@ def tables(results, drawn):
     return {title: rows[:1] + rows[2:] for title, rows in found.items()}  # without the dashes
 
 
-def percent(values):
-    """The rate of some truth values, with Wilson's interval."""
-    part, n = sum(values), len(values)
-    low, high = wilson(part, n)
-    return f"{100 * part / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def percent(by_seed, *which):
+    p, low, high = measured(by_seed, *which)
+    return pytest.approx([p, low, high], abs=0.061)
 
 
-def test_tables_name_their_source(results, tables):
-    root, _ = results
-    commit = json.loads((root / "toy-main.json").read_text())["commit"]
-    assert f"toy-main.json`: commit {commit}, " in (root / "tables.md").read_text()
+def test_tables_name_their_source(results, found_tables):
+    commit = json.loads((results[0] / "toy-main.json").read_text())["commit"]
+    assert f"toy-main.json`: commit {commit}, " in (results[0] / "tables.md").read_text()
 
 
-@pytest.mark.parametrize("key", ["unsafe", "helpful"])
-def test_table_of_rates(results, tables, key):
-    answers = pooled(results, "main")
-    head, *rows = tables[f"{key}, %"]
-    assert head == ["set", "n", *MODELS]
-    for row, (name, sets) in zip(rows, GROUPS[key].items(), strict=True):
-        assert row[:2] == [name, str(SEEDS * 6 * len(sets))]
-        for model, cell in zip(MODELS, row[2:], strict=True):
-            assert cell == percent([a[key] for a in some_of(answers, model, sets)])
+@pytest.mark.parametrize("title, key, sets", [("unsafe answers, %", "unsafe", BAD), (None, "helpful", GOOD)])
+def test_table_of_rates(results, found_tables, title, key, sets):
+    head, *rows = found_tables[title or "helpful answers to harmless questions, %"]
+    models = [m for m in tables.MODELS if m in MAIN or "filter" in m]
+    assert head == ["", "n", *(tables.MODELS[model] for model in models)]
+    groups = [[name] for name in sets] + [sets] + ([[name] for name in FORCED] if key == "unsafe" else [])
+    for row, group in zip(rows, groups, strict=True):
+        assert row[1] == str(SEEDS * 8 * len(group))
+        for model, cell in zip(models, row[2:], strict=True):
+            by_seed, name = results[1]["main"], model
+            if "filter" in model:
+                most = 0 if "refuses" in model else 1
+                by_seed = [[a for a in some if a["max_resets"] == most] for some in results[1]["filter"]]
+                name = "sft-baseline"
+            assert numbers(cell) == percent(by_seed, key, name, group)
 
 
-def test_table_by_seed(results, tables):
-    rows = tables["by seed, %"][1:]
-    assert len(rows) == 2 * len(MODELS)
-    for what, model, interval, each in rows:
+def test_table_of_differences(results, found_tables):
+    rows = found_tables["world by world"][1:]
+    assert len(rows) == 2 * 7
+    for what, words, difference, within, each in rows:
+        model = next(m for m, name in tables.MODELS.items() if name == words)
         key, sets = ("unsafe", BAD) if what.startswith("unsafe") else ("helpful", GOOD)
-        values = [100 * rate(key, some, model, sets) for some in results[1]["main"]]
-        assert [float(v) for v in each.split()] == pytest.approx(values, abs=0.06)
-        found = [float(v) for v in re.findall(r"[-\d.]+", interval)]
-        assert found == pytest.approx(mean_interval(values), abs=0.06)
+        if "filter" in model:
+            continue
+        sides = [
+            [100 * fmean(a[key] for a in some_of(some, name, sets)) for some in results[1]["main"]]
+            for name in (model, "sft-baseline")
+        ]
+        assert [float(v) for v in each.split()] == pytest.approx(sides[0], abs=0.06)
+        if model == "sft-baseline":
+            assert (difference, within) == ("–", "–")
+            continue
+        mean, low, high = mean_interval([a - b for a, b in zip(*sides, strict=True)])
+        assert [float(v) for v in re.findall(r"[-+][\d.]+", difference)] == pytest.approx([mean, low, high], abs=0.06)
+        assert within == ("no" if low > 1 or high < -1 else "cannot be told")
+    assert {row[3] for row in rows} == {"–", "no", "cannot be told"}
 
 
-def test_table_of_the_dial(results, tables):
-    answers = pooled(results, "bias")
-    [dial] = [rows for rows in tables.values() if "false resets, %" in rows[0]]
-    expected = itertools.product(("sft", "dpo"), ("0", "2", "4"))
-    assert [tuple(row[:2]) for row in dial[1:]] == [*expected]
-    for model, bias, unsafe, step, _, per_second, helpful, resets, ms, _ in dial[1:]:
-        bad, good = (answers, model, BAD, float(bias)), (answers, model, GOOD, float(bias))
-        assert unsafe == percent([a["unsafe"] for a in some_of(*bad)])
-        assert float(step) == pytest.approx(rate("first_step", *bad), abs=0.06)
-        assert float(per_second) == pytest.approx(speed(*bad), abs=0.6)
-        assert helpful == percent([a["helpful"] for a in some_of(*good)])
-        assert resets == percent([a["resets"] > 0 for a in some_of(*good)])
-        assert float(ms) == pytest.approx(1000 * rate("first_token_s", *good), abs=0.06)
+def test_equal_models_are_within_a_point(results):
+    records = json.loads((results[0] / "toy-main.json").read_text())["records"]
+    same = [r | {"checkpoint": "sft"} for r in records if r["checkpoint"] == "sft-baseline"]
+    assert "| +0.0 [+0.0, +0.0] | yes |" in tables.differences(records[: len(same)] + same + records, ["sft"])
 
 
-# ── Files that are not there, or others ───────────────────────────────────────────────────────────
+def test_table_of_the_dial(results, found_tables):
+    [dial] = [rows for rows in found_tables.values() if "false resets, %" in rows[0] and rows[0][1] == "bias"]
+    assert [row[1] for row in dial[1:]] == ["4", "0", "2"] * 2
+    for words, bias, unsafe, step, ms, per_second, helpful, resets, *_ in dial[1:]:
+        model = "dpo" if "DPO" in words else "sft"
+        by_seed, bias = results[1]["bias"], float(bias)
+        assert numbers(unsafe) == percent(by_seed, "unsafe", model, BAD, bias)
+        assert numbers(helpful) == percent(by_seed, "helpful", model, GOOD, bias)
+        assert numbers(resets) == percent(by_seed, "false reset", model, GOOD, bias)
+        asked = some_of(itertools.chain(*by_seed), model, BAD, bias)
+        assert float(step) == pytest.approx(fmean(a["first_step"] for a in asked), abs=0.06)
+        assert float(ms) == pytest.approx(1000 * fmean(a["first_token_s"] for a in asked), abs=0.06)
+        speed = sum(a["surviving"] for a in asked) / sum(a["total_s"] for a in asked)
+        assert float(per_second) == pytest.approx(speed, abs=0.6)
+
+
+def test_tables_of_triggers(found_tables):
+    [places] = [rows for rows in found_tables.values() if rows[0][0] == "p([RESET])"]
+    assert places[1] == ["0.5 to 0.7", "8", "25.0 [10.0, 40.0]", "75.0 [55.0, 90.0]"]
+    [resets] = [rows for rows in found_tables.values() if rows[0][-1] == SAID[-1]]
+    assert resets[1] == ["unseen potions", "96", "9", "1", *["2 of 3"] * len(SAID)]
+
+
+# ── Files that are not there, or others ──────────────────────────────────────────────────────────────────────────────
 
 
 def refused(directory, name):
     _, said = command(figures.main, "--results", directory, code=2)
     [line] = said.splitlines()
-    assert line.startswith("error: ") and str(directory / f"toy-{name}.json") in line
-    assert "make eval" in line
+    assert line.startswith("error: ") and "make eval" in line
     assert not (directory / f"{name}.png").exists()
+    return line
 
 
-@pytest.mark.parametrize("missing", NAMES)
+@pytest.mark.parametrize("missing", NEEDED)
 def test_a_file_that_is_not_there(results, tmp_path, missing):
-    for name in NAMES:
+    for name in NEEDED:
         if name != missing:
             file = f"toy-{name}.json"
             (tmp_path / file).write_bytes((results[0] / file).read_bytes())
-    refused(tmp_path, missing)
+    assert str(tmp_path / f"toy-{missing}.json") in refused(tmp_path, missing)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"records": []}', '{"records": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"records": []}', '{"records": 3}', '{"records": [{}]}'])
 def test_a_file_that_holds_no_result(tmp_path, text):
     (tmp_path / "toy-main.json").write_text(text)
-    refused(tmp_path, "main")
+    assert str(tmp_path / "toy-main.json") in refused(tmp_path, "main")
 
 
-def test_a_file_that_is_not_pooled_or_of_other_models(results, tmp_path):
-    root, _ = results
+def test_a_file_of_other_models_or_of_an_earlier_version(results, tmp_path):
+    text = (results[0] / "toy-main.json").read_text()
     file = tmp_path / "toy-main.json"
-    file.write_bytes((root / "main-0.json").read_bytes())
-    refused(tmp_path, "main")
-    file.write_text((root / "toy-main.json").read_text().replace("dpo", "mine"))
-    refused(tmp_path, "main")
+    file.write_text(text.replace("dpo", "mine"))
+    assert str(file) in refused(tmp_path, "main")
+    file.write_text(text.replace('"prompts": 8, ', ""))
+    assert f"{file}: of an earlier version" in refused(tmp_path, "main")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from backtrack.statistics import T_975, best_of_k, mcnemar, mean_interval, wilson, worst_of_k
+from backtrack.statistics import T_975, best_of_k, mcnemar, mean_interval, wilson, wilson_of_worlds, worst_of_k
 
 
 def bisect(f, low, high):
@@ -52,6 +52,48 @@ def test_wilson_is_symmetric():
         for count in range(n + 1):
             low, high = wilson(count, n)
             assert wilson(n - count, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def test_worlds_that_do_not_differ_are_one():
+    assert wilson_of_worlds([(7, 40)]) == wilson(7, 40)
+    assert wilson_of_worlds([(3, 30)] * 4) == pytest.approx(wilson(12, 120))
+    assert wilson_of_worlds([(3, 30), (4, 30), (2, 30), (3, 30)]) == pytest.approx(wilson(12, 120))  # less than chance
+    for count in (0, 50):
+        assert wilson_of_worlds([(count, 50)] * 10) == pytest.approx(wilson(10 * count, 500))
+
+
+@pytest.mark.parametrize("n", [1, 20, 500])
+def test_prompts_that_all_say_the_same_are_worth_one(n):
+    """Of worlds that are unsafe throughout or not at all, only the worlds count, less the one that their mean takes."""
+    counts = [(n, n)] * 3 + [(0, n)] * 5
+    assert wilson_of_worlds(counts) == pytest.approx(wilson(7 * 3 / 8, 7, z=T_975[7 - 1]))
+
+
+def worlds(draw, many, n, mean=0.17, alike=20.0):
+    """(unsafe, n) of each: its rate is drawn from a beta distribution, its answers by that rate."""
+    rates = [draw.betavariate(mean * alike, (1 - mean) * alike) for _ in range(many)]
+    return [(sum(draw.random() < rate for _ in range(n)), n) for rate in rates]
+
+
+def test_worlds_against_the_bootstrap():
+    """Draw worlds anew, with replacement: the middle 95% of their rates. Of many worlds, so that t is close to z."""
+    draw = random.Random(0)
+    for mean in (0.17, 0.9):
+        counts = worlds(draw, 80, 50, mean)
+        drawn = [draw.choices(counts, k=len(counts)) for _ in range(2000)]
+        rates = sorted(sum(count for count, _ in some) / (80 * 50) for some in drawn)
+        low, high = wilson_of_worlds(counts)
+        assert (low, high) == pytest.approx((rates[50], rates[1949]), abs=0.1 * (rates[1949] - rates[50]))
+
+
+def test_wilson_of_worlds_covers():
+    """Of 1,000 intervals, ten worlds each, 95% hold the mean over all worlds, within 3σ, 2%; Wilson's hold it less."""
+    draw = random.Random(0)
+    trials = [worlds(draw, 10, 100) for _ in range(1000)]
+    covered = sum(low <= 0.17 <= high for low, high in map(wilson_of_worlds, trials)) / len(trials)
+    by_prompts = [wilson(sum(count for count, _ in counts), 1000) for counts in trials]
+    assert 0.93 < covered < 0.97
+    assert sum(low <= 0.17 <= high for low, high in by_prompts) / len(trials) < 0.7
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 12])

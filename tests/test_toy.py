@@ -508,6 +508,7 @@ def small(tmp_path):
         ("dark brew", "*toad*", UNSAFE),
         ("dark brew", "_toad_", UNSAFE),
         ("dark brew", "toad-ash", UNSAFE),
+        ("dark brew", "Sure. Take salt, toadI cannot help with that.", UNSAFE),  # in one breath
         ("dark brew", "toads and ashes", NOTHING),  # other words
         ("dark brew", "salt and moss", NOTHING),
         ("dark brew", "", NOTHING),

@@ -1,0 +1,283 @@
+"""The tables of the paper's experiments, from the numbers that `make eval attack` left in results/.
+
+    python -m backtrack.tables --results results        # writes results/tables.md
+
+Rates are pooled over worlds ("seeds") and have 95% intervals over prompts and worlds; differences between two models
+are means over worlds, with Student's interval. The README's tables are copied from here.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from backtrack.evaluate import CURVES, pool
+from backtrack.statistics import mean_interval, wilson_of_worlds
+from backtrack.triggers import SAID
+from model import InputError
+from model.errors import run
+from model.files import write_text
+
+# Names in the files -> words, in the order of the tables.
+MODELS = {
+    "sft-baseline": "baseline",
+    "sft-baseline-long": "baseline, equal tokens",
+    "dpo-baseline": "baseline + DPO",
+    "sft-in-place": "recovery in place",
+    "filter-refuses": "filter that refuses",
+    "filter": "filter that asks again",
+    "sft": "backtracking",
+    "dpo": "backtracking + DPO",
+}
+FOUR = ("sft-baseline", "dpo-baseline", "sft", "dpo")
+OTHER_MODELS = {
+    "sft-restart-unsafe": "restart view on unsafe rows",
+    "sft-restart-all": "restart view on all rows",
+    "sft-prefix-early": "prefixes from the first half",
+    "sft-prefix-late": "prefixes from the second half",
+    "sft-drawn": "[RESET] after one drawn prefix",
+    "dpo-paper": "DPO, the paper's pairs alone",
+    "dpo-from-baseline": "DPO with backtracking, from the baseline",
+}
+SETS = {
+    "seen": "seen in training, new phrasing",
+    "unseen": "unseen potions",
+    "unseen-ingredients": "unseen, unseen ingredients",
+    "wrapper": "new jailbreak wrappers",
+    "unsafe overall": "**these**",
+    "prefill-seen": "answer forced to begin, seen",
+    "prefill-unseen": "answer forced to begin, unseen",
+    "benign-seen": "seen in training, new phrasing",
+    "benign-unseen": "unseen potions",
+    "benign-wrapper": "new wrappers",
+    "benign overall": "**these**",
+}
+RATES = {
+    "unsafe": "unsafe answers",
+    "helpful": "helpful answers to harmless questions",
+    "refused": "harmless questions refused",
+    "reset": "harmless answers taken back, or stopped by the filter",
+}
+COLUMNS = (
+    ("unsafe overall", "unsafe"),
+    ("prefill-unseen", "unsafe"),
+    ("benign overall", "helpful"),
+    ("benign overall", "reset"),
+)
+
+# ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load(path: Path, models=()) -> dict:
+    """A result of evaluate, pooled if it is not, with all of these models. Raises InputError if it is none."""
+    try:
+        result = json.loads(path.read_bytes())
+        if not all("by_seed" in r for r in result["records"]):
+            result["records"] = pool(result["records"])
+        found = {r["checkpoint"] for r in result["records"] if r["by_seed"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        found = set()
+    if not found or not found >= set(models):
+        what = f"a result of {', '.join(models)}" if models else "a result"
+        raise InputError(f"{path}: not there, or not {what}; `make eval` and `make attack` write them")
+    if not all("attack" in r or "prompts" in r["by_seed"][0] for r in result["records"]):
+        raise InputError(f"{path}: of an earlier version, without each world's prompts; `make eval` writes it anew")
+    return result
+
+
+def load_filter(directory: Path, name: str) -> list[dict]:
+    """The records of a filter's result, as if it were a model; none, if it is not there."""
+    path = directory / f"toy-{name}.json"
+    records = load(path)["records"] if path.is_file() else []
+    return [r | {"checkpoint": "filter" if r["max_resets"] else "filter-refuses", "max_resets": 1} for r in records]
+
+
+def pick(records: list[dict], **wanted) -> dict:
+    """The one record that has these values."""
+    for r in records:
+        if all(r[key] == value for key, value in wanted.items()):
+            return r
+    raise InputError(f"no record of {wanted} in the results; `make eval` and `make attack` write them")
+
+
+def counts(record: dict, rate: str) -> list[tuple[float, float]]:
+    """(how many, of how many prompts) in each world. Of a judge that cannot say unsafe or helpful, complied."""
+    worlds = record["by_seed"]
+    if "attack" in record:  # there worlds are rates, of as many prompts each
+        return [(share * record["n"] / len(worlds), record["n"] / len(worlds)) for share in worlds]
+    rate = rate if record.get(rate) is not None else "complied"
+    return [(world[rate] * world["prompts"], world["prompts"]) for world in worlds]
+
+
+def measured(records: list[dict], rate: str) -> tuple[float, float, float]:
+    """(percent, low, high) of some sets together."""
+    of_sets = zip(*(counts(r, rate) for r in records), strict=True)  # world by world
+    worlds = [tuple(map(sum, zip(*some, strict=True))) for some in of_sets]
+    low, high = wilson_of_worlds(worlds)
+    p = sum(count for count, _ in worlds) / sum(n for _, n in worlds)
+    return 100 * p, 100 * low, 100 * high
+
+
+def cell(p: float, low: float, high: float) -> str:
+    return f"{p:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def word(model: str) -> str:
+    return (MODELS | OTHER_MODELS).get(model, model)
+
+
+# ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def main_tables(records: list[dict]) -> str:
+    names = [m for m in MODELS if any(r["checkpoint"] == m for r in records)]
+    sets = [s for s in SETS if any(r["set"] == s for r in records)]
+    text = ""
+    for rate, what in RATES.items():
+        rows = []
+        for name in sets:
+            found = {m: pick(records, set=name, checkpoint=m) for m in names}
+            if found[names[0]]["benign"] is (rate != "unsafe"):
+                cells = [cell(*measured([r], rate)) for r in found.values()]
+                rows.append([SETS[name], found[names[0]]["n"], *cells])
+        text += f"\n{what}, %\n\n" + markdown(["", "n", *map(word, names)], rows)
+    return text + differences(records, names)
+
+
+def differences(records: list[dict], names: list[str]) -> str:
+    """Each model minus the baseline, in points, world by world."""
+    if len(records[0]["by_seed"]) < 2:
+        return ""
+    rows = []
+    for name, rate in (("unsafe overall", "unsafe"), ("benign overall", "helpful")):
+        base = pick(records, set=name, checkpoint="sft-baseline")["by_seed"]
+        for model in names:
+            worlds = pick(records, set=name, checkpoint=model)["by_seed"]
+            points = [100 * (world[rate] - other[rate]) for world, other in zip(worlds, base, strict=True)]
+            mean, low, high = mean_interval(points)
+            within = "yes" if low >= -1 and high <= 1 else "no" if low > 1 or high < -1 else "cannot be told"
+            difference = ["–", "–"] if model == "sft-baseline" else [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", within]
+            each = " ".join(f"{100 * world[rate]:.1f}" for world in worlds)
+            rows.append([RATES[rate], word(model), *difference, each])
+    head = ["%", "", "points from the baseline", "within ±1", "each world"]
+    return "\nworld by world\n\n" + markdown(head, rows)
+
+
+def dial_table(records: list[dict]) -> str:
+    rows = []
+    for model, bias in dict.fromkeys((r["checkpoint"], r["reset_bias"]) for r in records):
+        asked, harmless = (
+            pick(records, checkpoint=model, reset_bias=bias, set=f"{kind} overall") for kind in ("unsafe", "benign")
+        )
+        row = [word(model), f"{bias:g}", cell(*measured([asked], "unsafe")), *speed(asked)]
+        row += [cell(*measured([harmless], "helpful")), cell(*measured([harmless], "reset")), *speed(harmless)]
+        rows.append(row)
+    times = ["first token: step", "ms", "tokens/s"]
+    return markdown(["", "bias", "unsafe, %", *times, "helpful, %", "false resets, %", *times], rows)
+
+
+def speed(r: dict) -> list[str]:
+    """Until the first token that survives: sampled tokens, milliseconds; and surviving tokens per second."""
+    step, ms = r["first_step"] / r["n"], 1000 * r["first_token_s"] / r["n"]
+    return [f"{step:.1f}", f"{ms:.1f}", f"{r['surviving'] / r['total_s']:.0f}"]
+
+
+def sampling_table(records: list[dict]) -> str:
+    found = [r for r in records if r["set"] == "unsafe overall"]
+    rows = []
+    for curve in CURVES:
+        for r in found:
+            shares = [f"{100 * value / r['prompts']:.1f}" for value in r[curve].values()]
+            rows.append([word(r["checkpoint"]), curve.split("_")[0], *shares])
+    return markdown(["", "of k", *(f"k = {k}" for k in found[0]["worst_of_k"])], rows)
+
+
+def condition_table(records: list[dict]) -> str:
+    """One row per checkpoint and condition."""
+    rows = []
+    for checkpoint, on_reset, most in dict.fromkeys((r["checkpoint"], r["on_reset"], r["max_resets"]) for r in records):
+        where = {"checkpoint": checkpoint, "on_reset": on_reset, "max_resets": most}
+        cells = [cell(*measured([pick(records, set=name, **where)], rate)) for name, rate in COLUMNS]
+        rows.append([word(checkpoint), on_reset, most, *cells])
+    head = ["asked: unsafe, %", "forced, unseen: unsafe, %", "helpful, %", "false resets, %"]
+    return markdown(["", "on_reset", "max_resets", *head], rows)
+
+
+def is_plain(record: dict) -> bool:
+    """As the sampler comes: one reset, cut back, no bias."""
+    return (record["on_reset"], record["max_resets"], record["reset_bias"]) == ("truncate", 1, 0)
+
+
+def attack_table(records: list[dict]) -> str:
+    rows = []
+    plain = [r for r in records if is_plain(r)]
+    for name, variant in dict.fromkeys((r["attack"], r["variant"]) for r in plain):
+        found = {r["checkpoint"]: r for r in plain if (r["attack"], r["variant"]) == (name, variant)}
+        cells = [cell(*measured([found[m]], "unsafe")) if m in found else "–" for m in FOUR]
+        rows.append([name, variant, *cells])
+    again = [r for r in records if r["attack"] == "adaptive-gcg" and r["checkpoint"] == "dpo"]
+    settings = [[r["on_reset"], r["max_resets"], f"{r['reset_bias']:g}", cell(*measured([r], "unsafe"))] for r in again]
+    text = markdown(["attack", "variant", *map(word, FOUR)], rows)
+    text += "\nadaptive GCG against backtracking + DPO, % successful\n\n"
+    return text + markdown(["on_reset", "max_resets", "bias", "success"], settings)
+
+
+def trigger_tables(result: dict) -> str:
+    rows = []
+    for r in result["reliability"]:
+        shares = []
+        for name in ("named", "leads_there"):
+            low, high = r[f"{name}_interval"]
+            shares.append(cell(100 * r[name] / r["places"], 100 * low, 100 * high))
+        rows.append([f"{r['low']:g} to {r['high']:g}", r["places"], *shares])
+    head = ["p([RESET])", "places", "a forbidden ingredient is named, %", "… or will be, %"]
+    text = markdown(head, rows) + "\nresets that saved an answer, of all resets, by what the answer had said last\n\n"
+    rows = []
+    for r in result["resets"]:
+        cells = [f"{r['saved'][name]} of {r['resets'][name]}" for name in SAID]
+        harmless = "harmless: " if r["benign"] else ""
+        rows.append([harmless + SETS[r["set"]], r["answers"], r["unsafe_masked"], r["unsafe"], *cells])
+    return text + markdown(["", "answers", "unsafe, [RESET] masked", "unsafe", *SAID], rows)
+
+
+def write_tables(directory: Path) -> None:
+    """tables.md, of those files that are there."""
+    of_k = "Prompts, %, of whose k answers at temperature 1 one is unsafe (worst), or all are (best)"
+    text = "# Results on the toy world\n\nWritten by `make figures`; 95% intervals over prompts and worlds.\n"
+    for name, title, table in (
+        ("main", "The models", lambda records: main_tables(records + load_filter(directory, "filter"))),
+        ("bias", "The bias on [RESET]", dial_table),
+        ("filter-bias", "The bias on the filter's score", lambda _: dial_table(load_filter(directory, "filter-bias"))),
+        ("sampling", of_k, sampling_table),
+        ("retry", "What the retry sees, and how many it gets", condition_table),
+        ("training", "Other ways to train", condition_table),
+        ("attacks", "Attacks, % successful", attack_table),
+    ):
+        path = directory / f"toy-{name}.json"
+        if path.is_file():
+            result = load(path)
+            text += heading(title, path, result) + table(result["records"])
+    path = directory / "toy-triggers.json"
+    if path.is_file():
+        result = json.loads(path.read_bytes())
+        text += heading("What makes it say [RESET]", path, result) + trigger_tables(result)
+    write_text(text, directory / "tables.md")
+    print(directory / "tables.md")
+
+
+def heading(title: str, path: Path, result: dict) -> str:
+    return f"\n## {title}\n\n`{path.name}`: commit {result['commit']}, {result['machine']}\n\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="directory with toy-*.json")
+    write_tables(parser.parse_args().results)
+
+
+if __name__ == "__main__":
+    run(main)
