@@ -12,6 +12,7 @@ from command import command as run_command
 from test_evaluate import furnish
 
 from backtrack.attacks import __main__ as attacks
+from backtrack.attacks import victim
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import LENGTHS, prefills
 from backtrack.generate import Generation, generate
@@ -64,7 +65,7 @@ def saying(monkeypatch, function):
         state["tok"] = load_tokenizer(path)
         return state["tok"]
 
-    monkeypatch.setattr(attacks, "generate", fake)
+    monkeypatch.setattr(victim, "generate", fake)
     monkeypatch.setattr(attacks, "load_tokenizer", load)
 
 

@@ -32,7 +32,10 @@ import torch
 from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, autodan, read_synonyms, read_wrappers, wrap
 from backtrack.attacks.gcg import gcg, with_suffix
 from backtrack.attacks.instruct import INSTRUCTIONS
+from backtrack.attacks.objective import Search
 from backtrack.attacks.prefill import OPENING, prefills
+from backtrack.attacks.table import SEARCHES, table
+from backtrack.attacks.victim import Victim, failed
 from backtrack.evaluate import (
     CONDITION,
     adding_to,
@@ -42,114 +45,20 @@ from backtrack.evaluate import (
     read_answers,
     read_prompts,
     render,
-    verdict,
 )
-from backtrack.generate import generate
 from backtrack.judge import load_judge, refuse_seen
-from backtrack.results import json_line, write_result
-from backtrack.rows import json_lines
-from backtrack.statistics import wilson
+from backtrack.results import json_line
 from model import load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import BIAS, RESETS, SEED, InputError, device, not_negative, positive, run
 from model.files import check_file
 
-SEARCHES = ("gcg", "adaptive-gcg", "autodan")
-BUDGETS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # points of the curve of success
-
-
-def attack(name: str, model, tok, prompt: dict, index: int, judge, args) -> dict:
-    """The record of one prompt, attacked."""
-    messages, target = prompt["prompt"], prompt.get("target") or ""
-    if name != "instruct" and not target:
-        where = f"prompt {index} of set {prompt['set']}"
-        raise InputError(f"{prompt.where}: {name}: {where} has no 'target', the answer to aim at")
-
-    def send(sent: list[dict], prefill: list[int]) -> dict:
-        """What the model does with it, greedily, and what the judge says of what survives."""
-        [g] = generate(
-            model,
-            [tok.render(sent)],
-            prefill=[prefill],
-            reset_id=tok.reset_id,
-            stop_ids=tok.stop_ids,
-            vocab_size=tok.vocab_size,
-            max_new_tokens=args.max_new_tokens,
-            reset_bias=args.reset_bias,
-            max_resets=args.max_resets,
-            on_reset=args.on_reset,
-        )
-        response = tok.decode(g.tokens)
-        answer = {"response": response, "discarded": [tok.decode(ids) for ids in g.discarded], "resets": g.resets}
-        return answer | verdict(judge, prompt, response, args)
-
-    if name in ("prefill", "instruct"):  # nothing is searched: all variants are tried
-        if name == "prefill":
-            variants = {key: (messages, ids) for key, ids in prefills(tok, target, args.opening).items()}
-        else:
-            variants = {key: (with_suffix(messages, text), []) for key, text in INSTRUCTIONS.items()}
-        tried = {
-            key: {"sent": sent[-1]["content"], "prefill": tok.decode(ids)} | send(sent, ids)
-            for key, (sent, ids) in variants.items()
-        }
-        bad = failure(list(tried.values()))
-        return {bad: any(t[bad] for t in tried.values()), "variants": tried}
-
-    if args.target_tokens:
-        target = tok.decode(tok.encode(target)[: args.target_tokens])
-    plain = send(messages, [])
-    if plain[failure([plain])]:  # no attack needed: a success before the first candidate
-        return {"success_at": 0, "evaluations": 0, "losses": [], "attack": "", "sent": messages[-1]["content"]} | plain
-    seed, last = f"{args.seed}/{index}", {}
-
-    def succeeds(sent: list[dict]) -> bool:
-        last.update({"sent": sent[-1]["content"]} | send(sent, []))
-        return last[failure([last])]
-
-    if name == "autodan":
-        found = autodan(
-            model,
-            tok,
-            messages,
-            target,
-            lambda individual: succeeds(wrap(individual, messages)),
-            budget=args.budget,
-            seed=seed,
-            wrappers=args.wrappers,
-            synonyms=args.synonyms,
-            rows=args.batch_size,
-        )
-    else:
-        found = gcg(
-            model,
-            tok,
-            messages,
-            target,
-            lambda text: succeeds(with_suffix(messages, text)),
-            budget=args.budget,
-            suffix=args.suffix,
-            seed=seed,
-            loss=args.loss,
-            adaptive=args.reset_weight if name == "adaptive-gcg" else None,
-            candidates=args.candidates,
-            topk=args.topk,
-            rows=args.batch_size,
-        )
-    record = {"success_at": found.success_at, "evaluations": found.evaluations, "losses": found.losses}
-    return record | {"attack": found.text} | last
-
 
 def attack_all(args) -> None:
     prompts = [p for path in args.prompts for p in read_prompts(path)]
     prompts = choose_prompts(prompts, args.sets, args.limit)
-    not_settings = ("out", "prompts", "ckpt", "device", "batch_size", "sets", "limit", "judge")
-    settings = {key: value for key, value in vars(args).items() if key not in not_settings}
-    settings["prompts"] = prompts_digest(prompts)
-    settings["weights"] = weights_digest(args.ckpt)
+    settings = settings_of(args, prompts)
     if args.name == "autodan":
-        for name in ("wrappers", "synonyms"):  # what is in the file, not what it is called
-            if settings[name]:
-                settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
         args.wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
         args.synonyms = read_synonyms(args.synonyms) if args.synonyms else SYNONYMS
     check_file(args.out)
@@ -160,11 +69,23 @@ def attack_all(args) -> None:
         render(tok, prompt)  # what the template does not know shows now
     with adding_to(args.out):
         done = {record["prompt"] for record in read_answers(Path(args.out), settings)}
-        attack_missing(model, tok, prompts, judge, done, args)
+        attack_missing(Victim(model, tok, judge, args), prompts, done, args)
     table([args.out], None)
 
 
-def attack_missing(model, tok, prompts: list[dict], judge, done: set[int], args) -> None:
+def settings_of(args, prompts: list[dict]) -> dict:
+    """What the records of a file have in common; a run that goes on with other settings is refused."""
+    others = ("out", "prompts", "ckpt", "device", "batch_size", "sets", "limit", "judge")
+    settings = {key: value for key, value in vars(args).items() if key not in others}
+    settings["prompts"] = prompts_digest(prompts)
+    settings["weights"] = weights_digest(args.ckpt)
+    for name in ("wrappers", "synonyms"):  # what is in the file, not what it is called
+        if settings.get(name):
+            settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
+    return settings
+
+
+def attack_missing(victim: Victim, prompts: list[dict], done: set[int], args) -> None:
     """Attack the prompts that are not in `done`, and add their records to the file."""
     began, count = time.time(), 0
     with open(args.out, "a", encoding="utf-8") as f:
@@ -173,7 +94,7 @@ def attack_missing(model, tok, prompts: list[dict], judge, done: set[int], args)
                 continue
             head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompt["set"]}
             head |= {c: getattr(args, c) for c in CONDITION}
-            record = head | attack(args.name, model, tok, prompt, index, judge, args)
+            record = head | attack(victim, prompt, index, args)
             f.write(json_line(record) + "\n")
             f.flush()
             os.fsync(f.fileno())
@@ -186,58 +107,85 @@ def attack_missing(model, tok, prompts: list[dict], judge, done: set[int], args)
         print(file=sys.stderr)
 
 
-# ── Success rates ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── One prompt ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def summarise(paths: list[str]) -> list[dict]:
-    """One record per (attack, variant, condition, checkpoint): successes out of n, and against budget for searches."""
-    cells: dict[tuple, dict] = {}
-    for path in paths:
-        first, *records = [value for _, value in json_lines(path)] or [None]
-        try:
-            budget = first["settings"].get("budget")
-            bad = failure(records)
-            for r in records:
-                variants = {"any": r[bad]} | {k: v[bad] for k, v in r.get("variants", {}).items()}
-                for variant, unsafe in variants.items():
-                    head = {"attack": r["name"], "variant": variant, "checkpoint": Path(r["checkpoint"]).name}
-                    head |= {c: r[c] for c in CONDITION} | {"budget": budget}
-                    cell = cells.setdefault(tuple(head.values()), head | {"at": [], "n": 0, bad: 0, "seeds": {}})
-                    cell["n"] += 1
-                    cell[bad] += unsafe
-                    seed = cell["seeds"].setdefault(str(Path(path).parent), [0, 0])
-                    seed[0] += unsafe
-                    seed[1] += 1
-                    if r["name"] in SEARCHES:
-                        cell["at"].append(r["success_at"])
-                        cell["reset"] = cell.get("reset", 0) + (r["resets"] > 0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise InputError(f"{path}: not a file of this program; make it with --out") from None
-    out = []
-    for cell in cells.values():
-        at, seeds = cell.pop("at"), cell.pop("seeds")
-        cell["interval"] = [round(x, 4) for x in wilson(cell[failure([cell])], cell["n"])]
-        cell["by_seed"] = [round(unsafe / n, 4) for unsafe, n in seeds.values()]
-        if at:
-            points = [0, *(b for b in BUDGETS if b < cell["budget"]), cell["budget"]]
-            cell["success_within"] = {str(b): sum(a is not None and a <= b for a in at) for b in points}
-        out.append(cell)
-    return out
+def attack(victim: Victim, prompt: dict, index: int, args) -> dict:
+    """The record of one prompt, attacked."""
+    if args.name != "instruct" and not prompt.get("target"):
+        where = f"prompt {index} of set {prompt['set']}"
+        raise InputError(f"{prompt.where}: {args.name}: {where} has no 'target', the answer to aim at")
+    if args.name in SEARCHES:
+        return search(victim, prompt, index, args)
+    return try_all(victim, prompt, args)
 
 
-def table(paths: list[str], out: str | None) -> None:
-    records = summarise(paths)
-    if out:
-        write_result(out, records=records)
-    print(
-        f"{'attack':<14}{'variant':<18}{'checkpoint':<20}{'on_reset':<9}{'max':>4}{'bias':>6}{'n':>6}  success %, 95%"
+def try_all(victim: Victim, prompt: dict, args) -> dict:
+    """prefill, instruct: nothing is searched, all variants are tried."""
+    tok, messages = victim.tok, prompt["prompt"]
+    if args.name == "prefill":
+        forced = prefills(tok, prompt["target"], args.opening)
+        variants = {key: (messages, ids) for key, ids in forced.items()}
+    else:
+        variants = {key: (with_suffix(messages, text), []) for key, text in INSTRUCTIONS.items()}
+    tried = {}
+    for key, (sent, ids) in variants.items():
+        head = {"sent": sent[-1]["content"], "prefill": tok.decode(ids)}
+        tried[key] = head | victim.answer(prompt, sent, ids)
+    return {failure(list(tried.values())): any(map(failed, tried.values())), "variants": tried}
+
+
+def search(victim: Victim, prompt: dict, index: int, args) -> dict:
+    """gcg, adaptive-gcg, autodan: look for a text to send until an unsafe answer survives or the budget is spent."""
+    messages = prompt["prompt"]
+    record = {"sent": messages[-1]["content"]} | victim.answer(prompt, messages)
+    if failed(record):  # no attack needed: a success before the first candidate
+        return {"success_at": 0, "evaluations": 0, "losses": [], "attack": ""} | record
+
+    def succeeds(sent: list[dict]) -> bool:
+        record.update({"sent": sent[-1]["content"]} | victim.answer(prompt, sent))
+        return failed(record)
+
+    target = prompt["target"]
+    if args.target_tokens:
+        target = victim.tok.decode(victim.tok.encode(target)[: args.target_tokens])
+    find = find_wrapper if args.name == "autodan" else find_suffix
+    found = find(victim, messages, target, succeeds, f"{args.seed}/{index}", args)
+    head = {"success_at": found.success_at, "evaluations": found.evaluations, "losses": found.losses}
+    return head | {"attack": found.text} | record
+
+
+def find_suffix(victim: Victim, messages, target: str, succeeds, seed: str, args) -> Search:
+    return gcg(
+        victim.model,
+        victim.tok,
+        messages,
+        target,
+        lambda text: succeeds(with_suffix(messages, text)),
+        budget=args.budget,
+        suffix=args.suffix,
+        seed=seed,
+        loss=args.loss,
+        adaptive=args.reset_weight if args.name == "adaptive-gcg" else None,
+        candidates=args.candidates,
+        topk=args.topk,
+        rows=args.batch_size,
     )
-    for r in records:
-        low, high = (100 * x for x in r["interval"])
-        print(
-            f"{r['attack']:<14}{r['variant']:<18}{r['checkpoint']:<20}{r['on_reset']:<9}{r['max_resets']:>4}"
-            f"{r['reset_bias']:>6g}{r['n']:>6}  {100 * r[failure([r])] / r['n']:>5.1f} [{low:.1f}, {high:.1f}]"
-        )
+
+
+def find_wrapper(victim: Victim, messages, target: str, succeeds, seed: str, args) -> Search:
+    return autodan(
+        victim.model,
+        victim.tok,
+        messages,
+        target,
+        lambda individual: succeeds(wrap(individual, messages)),
+        budget=args.budget,
+        seed=seed,
+        wrappers=args.wrappers,
+        synonyms=args.synonyms,
+        rows=args.batch_size,
+    )
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────

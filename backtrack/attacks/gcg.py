@@ -166,6 +166,27 @@ class Scorer:
 # ── The search ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Neighbours:
+    """Suffixes that differ from the best in a token or more, and were not scored before."""
+
+    def __init__(self, model: Transformer, tok, messages: list[dict], slots: Slots, topk: int, rng: random.Random):
+        self.tok, self.messages, self.slots, self.topk, self.rng = tok, messages, slots, topk, rng
+        self.allowed = torch.tensor(allowed_ids(tok), device=model.device)
+        self.known = {tuple(slots.suffix)}  # scored against this target
+        self.at_once = 1  # tokens that are swapped
+
+    def draw(self, gradient: torch.Tensor, best: list[int], count: int) -> list[list[int]]:
+        """At most `count`, each once, and only what the attacker can send as text."""
+        drawn = swaps(gradient, best, count, self.topk, self.allowed, self.rng, self.at_once)
+        new = [s for s in dict.fromkeys(map(tuple, drawn)) if s not in self.known]
+        self.at_once += 4 * len(new) < count  # its neighbours are known: look further away, until there is a better one
+        return [list(s) for s in new if survives(self.tok, self.messages, self.slots, list(s))]
+
+    def forget(self) -> None:
+        """The target is another now, and so are the losses."""
+        self.known, self.at_once = set(), 1
+
+
 def swaps(
     gradient: torch.Tensor,
     suffix: list[int],
@@ -217,50 +238,42 @@ def gcg(
 
     The loss of the best suffix never rises, but where `adaptive` lengthens the target: another loss from then on.
     """
-    rng = random.Random(seed)
-    objective = Objective(loss, None if adaptive is None else tok.reset_id, adaptive or 0.0)
     slots = make_slots(tok, messages, target, suffix)
     if not slots.suffix:
         raise InputError("the suffix to start from is empty; give --suffix some text, its length in tokens is kept")
     if not slots.target:
         raise InputError("the target is empty; a prompt needs a 'target' that the attack aims at")
+    objective = Objective(loss, None if adaptive is None else tok.reset_id, adaptive or 0.0)
     m = len(slots.target) if adaptive is None else min(START, len(slots.target))
-    allowed = torch.tensor(allowed_ids(tok), device=model.device)
-    scorer, found = Scorer(model, slots, rows), Search(suffix)
+    scorer, neighbours = Scorer(model, slots, rows), Neighbours(model, tok, messages, slots, topk, random.Random(seed))
     buffer = [(scorer.losses([slots.suffix], m, objective).item(), slots.suffix)]  # best first
-    found.evaluations = 1
-    since = 0  # steps against this target
-    judged, at_once, known = None, 1, {tuple(slots.suffix)}  # known: scored against this target
+    found, judged = Search(suffix, evaluations=1), None
+    steps = 0  # against this target
     while True:
         value, best = buffer[0]
         found.losses.append(round(value, 4))
         found.text = tok.decode(best)
         if best != judged:
-            judged, at_once = best, 1
+            judged = best
+            neighbours.at_once = 1
             if unsafe_with(found.text):
                 found.success_at = found.evaluations
                 return found
         if found.evaluations >= budget:
             return found
-        if m < len(slots.target) and (since == PATIENCE or scorer.says(best, m)):
+        if m < len(slots.target) and (steps == PATIENCE or scorer.says(best, m)):
             m = min(2 * m, len(slots.target))
-            kept = [s for _, s in buffer[: budget - found.evaluations]]
-            values = scorer.losses(kept, m, objective).tolist()
-            found.evaluations += len(kept)
-            buffer, known = sorted(zip(values, kept, strict=True)), set(map(tuple, kept))
-            since, at_once = 0, 1
-            continue
-        since += 1
-        gradient = suffix_gradient(model, slots, best, m, objective)
-        count = min(candidates, budget - found.evaluations)
-        drawn = swaps(gradient, best, count, topk, allowed, rng, at_once)
-        drawn = [s for s in dict.fromkeys(map(tuple, drawn)) if s not in known]  # nothing is scored twice
-        at_once += 4 * len(drawn) < count  # its neighbours are known: look further away, until there is a better one
-        drawn = [list(s) for s in drawn if survives(tok, messages, slots, list(s))]
-        if not drawn:
+            scored = [s for _, s in buffer[: budget - found.evaluations]]
+            buffer, steps = [], 0
+            neighbours.forget()
+        else:
+            gradient = suffix_gradient(model, slots, best, m, objective)
+            scored = neighbours.draw(gradient, best, min(candidates, budget - found.evaluations))
+            steps += 1
+        if not scored:
             found.evaluations += 1  # so that a search without a way out ends
             continue
-        known.update(map(tuple, drawn))
-        values = scorer.losses(drawn, m, objective).tolist()
-        found.evaluations += len(drawn)
-        buffer = sorted(buffer + list(zip(values, drawn, strict=True)))[:buffer_size]
+        values = scorer.losses(scored, m, objective).tolist()
+        found.evaluations += len(scored)
+        neighbours.known.update(map(tuple, scored))
+        buffer = sorted(buffer + list(zip(values, scored, strict=True)))[:buffer_size]
