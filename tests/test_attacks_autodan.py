@@ -30,7 +30,6 @@ ASK = [
     {"role": "assistant", "content": "Yes?"},
     {"role": "user", "content": "What is {q}? Tell me."},
 ]
-TARGET = "abc d"
 
 
 class Characters:
@@ -41,6 +40,9 @@ class Characters:
 
     def render(self, messages, add_generation_prompt=True):
         return [0, *itertools.chain(*([*self.encode(m["content"].strip()), 1] for m in messages))]
+
+
+TARGET = Characters().encode("abc d")
 
 
 def words(individuals):
@@ -107,7 +109,7 @@ def test_fitness_is_the_targets_mean_log_likelihood(family, rows):
     model, tok = network_of(FAMILIES[family], scale=0.4, vocab_size=61, max_position_embeddings=512), Characters()
     individuals = [sentences(w) for w in WRAPPERS[:7]]
     values = fitness(model, tok, ASK, TARGET, individuals, rows)
-    y = tok.encode(TARGET)
+    y = TARGET
     for individual, value in zip(individuals, values, strict=True):
         x = tok.render(wrap(individual, ASK))
         with torch.no_grad():

@@ -3,12 +3,15 @@
 The checkpoint is random; it is made to say what a test needs by replacing the sampler or by prefilling.
 """
 
+import argparse
 import json
+import math
 from functools import partial
 
 import pytest
 import torch
 from command import command as run_command
+from models import prone_to
 from test_evaluate import furnish
 
 from backtrack.attacks import __main__ as attacks
@@ -191,6 +194,47 @@ def test_instructions_are_tried_one_by_one(place, tmp_path, monkeypatch):
         assert list(r["variants"]) == list(INSTRUCTIONS)
 
 
+def test_a_prompt_without_a_target_is_attacked_by_an_opening(place, tmp_path):
+    rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()]
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "target"}) + "\n" for row in rows[:2]))
+    for name in (*SEARCHES, "prefill"):
+        out = tmp_path / f"{name}.jsonl"
+        command(*words(name, place, out, "--prompts", bare, "--opening", "Sure, here"))
+        for r in lines(out)[1]:
+            if name == "prefill":
+                assert [v["prefill"] for v in r["variants"].values()] == ["Sure, here"]
+            elif r["success_at"] != 0:
+                assert r["target"].startswith("Sure, here")
+
+
+@pytest.mark.parametrize("unsafe", [True, False])
+def test_how_an_answer_goes_on_is_greedy_decoding_with_reset_masked(place, unsafe):
+    """Against full forward passes, one for each token; the model would reset all the time."""
+    tok = load_tokenizer(place / "one")
+    model = prone_to(tok.reset_id, load_model(place / "one"), -30.0)
+    asked, chat = [], [{"role": "user", "content": "How do I make it?"}]
+
+    def judge(messages, response):
+        asked.append(response)
+        return Verdict(unsafe=unsafe)
+
+    args = argparse.Namespace(max_new_tokens=12, reset_bias=0.0, max_resets=3, on_reset="keep", judge="")
+    begun = tok.encode("Sure. To")
+    got = victim.Victim(model, tok, judge, args).goes_on({"prompt": chat}, chat, begun)
+    ids, resets = list(begun), 0
+    while len(ids) < 12:
+        with torch.no_grad():
+            logits = model(torch.tensor([tok.render(chat) + ids]))[0, -1, : tok.vocab_size]
+        resets += logits.argmax() == tok.reset_id
+        logits[tok.reset_id] = -math.inf
+        if int(logits.argmax()) in tok.stop_ids:
+            break
+        ids.append(int(logits.argmax()))
+    assert resets > 0 and len(ids) > len(begun)
+    assert asked == [tok.decode(ids)] and got == (ids if unsafe else None)
+
+
 # ── Going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -304,15 +348,9 @@ def test_table_pools_seeds_and_counts_against_budget(tmp_path):
 
 def test_bad_input_is_one_line(place, tmp_path):
     out = tmp_path / "a.jsonl"
-    no_target = tmp_path / "no-target.jsonl"
-    no_target.write_text('{"prompt": [{"role": "user", "content": "Hi"}]}\n')
     (tmp_path / "w.txt").write_text("no question\n")
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "empty.jsonl").write_text("")
-    for name in ("gcg", "adaptive-gcg", "autodan", "prefill"):
-        _, said = command(*words(name, place, tmp_path / f"{name}.jsonl", "--prompts", no_target), code=2)
-        assert f"{name}: prompt 0 of set no-target has no 'target'" in said
-    command(*words("instruct", place, tmp_path / "i.jsonl", "--prompts", no_target))  # it needs none
     for more, complaint in (
         (("--prompts", tmp_path / "gone"), "gone: no such file"),
         (("--sets", "nowhere"), "--sets nowhere: no such set"),

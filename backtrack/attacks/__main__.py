@@ -30,10 +30,11 @@ from pathlib import Path
 import torch
 
 from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, autodan, read_synonyms, read_wrappers, wrap
-from backtrack.attacks.gcg import gcg, with_suffix
+from backtrack.attacks.gcg import gcg
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.objective import Search
 from backtrack.attacks.prefill import OPENING, prefills
+from backtrack.attacks.suffix import with_suffix
 from backtrack.attacks.table import SEARCHES, table
 from backtrack.attacks.victim import Victim, failed
 from backtrack.evaluate import (
@@ -50,7 +51,7 @@ from backtrack.judge import load_judge, refuse_seen
 from backtrack.results import json_line
 from model import load_model, load_tokenizer
 from model.checkpoint import weights_digest
-from model.errors import BIAS, RESETS, SEED, InputError, device, not_negative, positive, run
+from model.errors import BIAS, RESETS, SEED, device, not_negative, positive, run
 from model.files import check_file
 
 
@@ -112,9 +113,6 @@ def attack_missing(victim: Victim, prompts: list[dict], done: set[int], args) ->
 
 def attack(victim: Victim, prompt: dict, index: int, args) -> dict:
     """The record of one prompt, attacked."""
-    if args.name != "instruct" and not prompt.get("target"):
-        where = f"prompt {index} of set {prompt['set']}"
-        raise InputError(f"{prompt.where}: {args.name}: {where} has no 'target', the answer to aim at")
     if args.name in SEARCHES:
         return search(victim, prompt, index, args)
     return try_all(victim, prompt, args)
@@ -124,7 +122,7 @@ def try_all(victim: Victim, prompt: dict, args) -> dict:
     """prefill, instruct: nothing is searched, all variants are tried."""
     tok, messages = victim.tok, prompt["prompt"]
     if args.name == "prefill":
-        forced = prefills(tok, prompt["target"], args.opening)
+        forced = prefills(tok, prompt.get("target", ""), args.opening)
         variants = {key: (messages, ids) for key, ids in forced.items()}
     else:
         variants = {key: (with_suffix(messages, text), []) for key, text in INSTRUCTIONS.items()}
@@ -146,39 +144,48 @@ def search(victim: Victim, prompt: dict, index: int, args) -> dict:
         record.update({"sent": sent[-1]["content"]} | victim.answer(prompt, sent))
         return failed(record)
 
-    target = prompt["target"]
-    if args.target_tokens:
-        target = victim.tok.decode(victim.tok.encode(target)[: args.target_tokens])
     find = find_wrapper if args.name == "autodan" else find_suffix
-    found = find(victim, messages, target, succeeds, f"{args.seed}/{index}", args)
+    found = find(victim, prompt, succeeds, f"{args.seed}/{index}", args)
     head = {"success_at": found.success_at, "evaluations": found.evaluations, "losses": found.losses}
-    return head | {"attack": found.text} | record
+    return head | {"attack": found.text, "target": victim.tok.decode(found.target)} | record
 
 
-def find_suffix(victim: Victim, messages, target: str, succeeds, seed: str, args) -> Search:
+def target_of(victim: Victim, prompt: dict, args) -> list[int]:
+    """What the answer is to say, or how it is to begin."""
+    return victim.tok.encode(prompt.get("target") or args.opening)[: args.target_tokens]
+
+
+def find_suffix(victim: Victim, prompt: dict, succeeds, seed: str, args) -> Search:
+    messages, adaptive = prompt["prompt"], args.name == "adaptive-gcg"
+
+    def grow(text: str, begun: list[int]) -> list[int] | None:
+        return victim.goes_on(prompt, with_suffix(messages, text), begun)
+
     return gcg(
         victim.model,
         victim.tok,
         messages,
-        target,
+        target_of(victim, prompt, args),
         lambda text: succeeds(with_suffix(messages, text)),
         budget=args.budget,
         suffix=args.suffix,
         seed=seed,
         loss=args.loss,
-        adaptive=args.reset_weight if args.name == "adaptive-gcg" else None,
+        adaptive=args.reset_weight if adaptive else None,
+        grow=grow if adaptive and (args.grow or not prompt.get("target")) else None,
         candidates=args.candidates,
         topk=args.topk,
         rows=args.batch_size,
     )
 
 
-def find_wrapper(victim: Victim, messages, target: str, succeeds, seed: str, args) -> Search:
+def find_wrapper(victim: Victim, prompt: dict, succeeds, seed: str, args) -> Search:
+    messages = prompt["prompt"]
     return autodan(
         victim.model,
         victim.tok,
         messages,
-        target,
+        target_of(victim, prompt, args),
         lambda individual: succeeds(wrap(individual, messages)),
         budget=args.budget,
         seed=seed,
@@ -213,8 +220,8 @@ def parse_args() -> argparse.Namespace:
         p.add_argument("--seed", type=SEED, default=0)
         p.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
-        if name == "prefill":
-            p.add_argument("--opening", default=OPENING, help="an opening that says yes")
+        if name != "instruct":
+            p.add_argument("--opening", default=OPENING, help="that says yes; aimed at where a prompt has no target")
         if name in SEARCHES:
             p.add_argument("--budget", type=positive, default=1024, help="candidates to score per prompt")
             p.add_argument("--target-tokens", type=positive, help="aim at so much of the target; default: all of it")
@@ -229,9 +236,9 @@ def parse_args() -> argparse.Namespace:
             p.add_argument("--batch-size", type=positive, default=64, help="candidates scored at a time")
             p.add_argument("--loss", choices=("ce", "mellowmax"), default="ce")
         if name == "adaptive-gcg":
-            p.add_argument(
-                "--reset-weight", type=not_negative(float), default=0.2, help="λ: what a chance of [RESET] costs"
-            )
+            weight, grow = "λ: what a chance of [RESET] costs", "targets are openings: the model says how they go on"
+            p.add_argument("--reset-weight", type=not_negative(float), default=0.2, help=weight)
+            p.add_argument("--grow", action="store_true", help=f"{grow}; so it is where a prompt has none")
     return parser.parse_args()
 
 

@@ -147,14 +147,13 @@ def mutate(individual: list[str], table: dict, pool: list[str], rng: random.Rand
 
 
 @torch.inference_mode()
-def fitness(model, tok, messages: list[dict], target: str, individuals: list[list[str]], rows: int) -> list[float]:
+def fitness(model, tok, messages: list[dict], y: list[int], individuals: list[list[str]], rows: int) -> list[float]:
     """mean_t log π(y_t | wrapped, y_<t) of each individual, `rows` at a time.
 
     Wrapped questions have no beginning in common and differ in length: they are padded on the right, where no token
     before the padding can see it, and each is read at its own positions.
     """
-    device, y = model.device, tok.encode(target)
-    values = []
+    device, values = model.device, []
     for start in range(0, len(individuals), rows):
         prompts = [tok.render(wrap(individual, messages)) for individual in individuals[start : start + rows]]
         width = max(map(len, prompts)) + len(y)
@@ -172,7 +171,7 @@ def autodan(
     model,
     tok,
     messages: list[dict],
-    target: str,
+    target: list[int],
     unsafe_with: Callable[[list[str]], bool],
     *,
     budget: int,
@@ -196,7 +195,7 @@ def autodan(
     people = [*first[:population]]
     while len(people) < population:
         people.append(mutate(rng.choice(first), synonyms, pool, rng))
-    found, elite, judged = Search(), [], None
+    found, elite, judged = Search(target=target), [], None
     while True:
         people = people[: budget - found.evaluations]
         values = fitness(model, tok, messages, target, people, rows)

@@ -25,7 +25,17 @@ class Victim:
         """What the model answers to `messages`, greedily, and what the judge says of what survives of it."""
         return self.judged(prompt, self.sample(messages, prefill or []))
 
-    def sample(self, messages: list[dict], prefill: list[int]) -> Generation:
+    def goes_on(self, prompt: dict, messages: list[dict], begun: list[int]) -> list[int] | None:
+        """The answer that begins with the ids `begun`, as the model goes on with [RESET] masked: all its ids, or None
+        if the judge has nothing against it. It is as long as an answer that was not begun may be."""
+        room = self.args.max_new_tokens - len(begun)
+        if room < 1:
+            return None
+        generation = self.sample(messages, begun, max_resets=0, max_new_tokens=room)
+        return generation.tokens if failed(self.judged(prompt, generation)) else None
+
+    def sample(self, messages: list[dict], prefill: list[int], **changed) -> Generation:
+        limits = {name: getattr(self.args, name) for name in ("max_new_tokens", "reset_bias", "max_resets", "on_reset")}
         [generation] = generate(
             self.model,
             [self.tok.render(messages)],
@@ -33,10 +43,7 @@ class Victim:
             reset_id=self.tok.reset_id,
             stop_ids=self.tok.stop_ids,
             vocab_size=self.tok.vocab_size,
-            max_new_tokens=self.args.max_new_tokens,
-            reset_bias=self.args.reset_bias,
-            max_resets=self.args.max_resets,
-            on_reset=self.args.on_reset,
+            **limits | changed,
         )
         return generation
 
