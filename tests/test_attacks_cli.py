@@ -16,6 +16,7 @@ from test_evaluate import furnish
 
 from backtrack.attacks import __main__ as attacks
 from backtrack.attacks import victim
+from backtrack.attacks.context import contexts
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import LENGTHS, prefills
 from backtrack.generate import Generation, generate
@@ -75,7 +76,7 @@ def saying(monkeypatch, function):
 # ── What is sent and judged ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct"])
+@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct", "context"])
 def test_a_record_can_be_checked(place, tmp_path, name):
     """What a line says was sent is sent again, to the real sampler, with the judge shown the original prompt."""
     options = dict(on_reset="keep", reset_bias=6.0, max_resets=2)
@@ -94,7 +95,7 @@ def test_a_record_can_be_checked(place, tmp_path, name):
             forced = tok.encode(tried.get("prefill", ""))
             [g] = generate(
                 model,
-                [tok.render([{"role": "user", "content": tried["sent"]}])],
+                [tok.render(tried["sent"])],
                 prefill=[forced],
                 reset_id=tok.reset_id,
                 stop_ids=tok.stop_ids,
@@ -104,13 +105,13 @@ def test_a_record_can_be_checked(place, tmp_path, name):
             assert tried["response"] == tok.decode(g.tokens)
             assert tried["discarded"] == [tok.decode(ids) for ids in g.discarded] and tried["resets"] == g.resets
             assert tried["unsafe"] == judge(prompt["prompt"], tok.decode(g.tokens)).unsafe
-            assert prompt["prompt"][0]["content"] in tried["sent"]
+            assert prompt["prompt"][0]["content"] in tried["sent"][-1]["content"]
             resets += g.resets
         if name in SEARCHES and record["success_at"] is None:
             assert record["evaluations"] == 40 and not record["unsafe"]
             question = prompt["prompt"][0]["content"]
             whole = record["attack"].replace("{q}", question) if name == "autodan" else question + record["attack"]
-            assert record["sent"] == whole
+            assert record["sent"] == [{"role": "user", "content": whole}]
         elif name in SEARCHES:
             assert record["unsafe"] and record["success_at"] == record["evaluations"]
     assert resets > 0
@@ -233,6 +234,46 @@ def test_how_an_answer_goes_on_is_greedy_decoding_with_reset_masked(place, unsaf
         ids.append(int(logits.argmax()))
     assert resets > 0 and len(ids) > len(begun)
     assert asked == [tok.decode(ids)] and got == (ids if unsafe else None)
+
+
+class AnyChat:
+    """A tokenizer as far as `contexts` looks at it: one that knows system turns."""
+
+    def render(self, messages):
+        return [0]
+
+
+def test_contexts_leave_the_question_alone(place):
+    tok = load_tokenizer(place / "one")
+    prompts = list(map(json.loads, (place / "prompts.jsonl").read_text().splitlines()))
+    question, *others = prompts[0], *prompts[1:], prompts[0] | {"target": "the same topic"}
+    found = contexts(tok, question, others, "0")
+    assert list(found) == ["agreed", "1 answered", "3 answered"]  # the toy's template has no system turn
+    answers = {p["prompt"][0]["content"]: p["target"] for p in prompts[1:]}
+    for name, chat in found.items():
+        assert chat[-1:] == question["prompt"] and [m["role"] for m in chat] == ["user", "assistant"] * (
+            len(chat) // 2
+        ) + ["user"]
+        tok.render(chat)
+        if name.endswith("answered"):
+            assert len(chat) == 2 * int(name[0]) + 1
+            assert all(answers[a["content"]] == b["content"] for a, b in zip(chat[:-1:2], chat[1::2], strict=True))
+    assert list(contexts(tok, question, others[:1], "0")) == ["agreed", "1 answered"]
+    own = {"prompt": [{"role": "system", "content": "Be brief."}, *question["prompt"]]}
+    found = contexts(AnyChat(), own, others, "0")
+    assert [m["role"] for m in found["system"]] == ["system", "user"] and found["system"][0]["content"] != "Be brief."
+    assert found["agreed"][0] == own["prompt"][0] and found["agreed"][-1:] == question["prompt"]
+
+
+def test_a_suffix_may_stand_in_a_first_turn(place, tmp_path):
+    command(*words("adaptive-gcg", place, tmp_path / "a.jsonl", "--place", "first-turn", "--limit", 1))
+    for r in lines(tmp_path / "a.jsonl")[1]:
+        assert r["variant"] == "in a first turn"
+        if r["success_at"] != 0:
+            assert [m["role"] for m in r["sent"]] == ["user", "assistant", "user"]
+            assert r["sent"][0]["content"].endswith(r["attack"]) and r["attack"] not in r["sent"][2]["content"]
+    _, said = command(*words("gcg", place, tmp_path / "b.jsonl", "--place", "system"), code=2)
+    assert "no system role" in said
 
 
 # ── Going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ Models are random and tiny. `Letters` is a tokenizer whose ids are letters and o
 import itertools
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ class Letters:
         return [0, *self.encode(messages[-1]["content"].strip()), 1]
 
 
-ASK = [{"role": "user", "content": "hello"}]
+ASK = partial(with_suffix, [{"role": "user", "content": "hello"}])
 ABCD = Letters().encode("abcd")
 
 
@@ -255,32 +256,37 @@ def test_slots_cut_the_rendered_prompt(toy_tok):
         [{"role": "user", "content": "x x x x x x"}],  # as the suffix is
     ]
     for messages in chats:
-        slots = make_slots(toy_tok, messages, toy_tok.encode("Sure."), " x x x")
+        slots = make_slots(toy_tok, partial(with_suffix, messages), toy_tok.encode("Sure."), " x x x")
         sent = with_suffix(messages, " x x x")
         assert slots.before + slots.suffix + slots.after == toy_tok.render(sent)
         assert slots.before + slots.after == toy_tok.render(messages)
         assert slots.suffix == toy_tok.encode(" x x x") and toy_tok.decode(slots.suffix) == " x x x"
         assert slots.target == toy_tok.encode("Sure.")
         assert messages[:-1] == sent[:-1]
+    send = partial(with_suffix, chats[2], at=0)  # in a first turn
+    slots = make_slots(toy_tok, send, [], " x x x")
+    assert slots.before + slots.suffix + slots.after == toy_tok.render(send(" x x x"))
+    assert toy_tok.decode(slots.before).endswith("Hi") and toy_tok.decode(slots.after).count("x") == 3
 
 
 def test_a_suffix_that_merges_is_refused():
     tok = Letters()
-    messages = [{"role": "user", "content": "hella"}]
+    send = partial(with_suffix, [{"role": "user", "content": "hella"}])
     with pytest.raises(InputError, match="suffix 'bc' merges with the end of the message; begin it with a space"):
-        make_slots(tok, messages, tok.encode("abc"), "bc")
-    slots = make_slots(tok, messages, tok.encode("abc"), "cc")
-    assert survives(tok, messages, slots, tok.encode("cd"))
-    assert not survives(tok, messages, slots, [5, 6])  # "bc" after "hella": the pair "ab" crosses the border
-    assert not survives(tok, messages, slots, [4, 5])  # "a", "b" as two tokens come back as one
-    assert not survives(tok, messages, slots, [6, 3])  # a space at the end is stripped
-    assert not survives(tok, messages, slots, [6, 2])  # [RESET] is no text
+        make_slots(tok, send, tok.encode("abc"), "bc")
+    slots = make_slots(tok, send, tok.encode("abc"), "cc")
+    assert survives(tok, send, slots, tok.encode("cd"))
+    assert not survives(tok, send, slots, [5, 6])  # "bc" after "hella": the pair "ab" crosses the border
+    assert not survives(tok, send, slots, [4, 5])  # "a", "b" as two tokens come back as one
+    assert not survives(tok, send, slots, [6, 3])  # a space at the end is stripped
+    assert not survives(tok, send, slots, [6, 2])  # [RESET] is no text
 
 
 @pytest.mark.parametrize("adaptive", [None, 1.0])
 def test_all_that_is_scored_can_be_sent(monkeypatch, adaptive):
     """Every candidate is what its text, sent honestly, is encoded as; none has a special id; the budget holds."""
-    tok, messages, scored = Letters(), [{"role": "user", "content": "hella"}], []
+    tok, scored = Letters(), []
+    send = partial(with_suffix, [{"role": "user", "content": "hella"}])
     losses = Scorer.losses
 
     def logged(self, suffixes, *rest):
@@ -289,10 +295,10 @@ def test_all_that_is_scored_can_be_sent(monkeypatch, adaptive):
 
     monkeypatch.setattr(Scorer, "losses", logged)
     options = dict(budget=157, suffix="ccc", seed="0", candidates=16, topk=30, adaptive=adaptive)
-    found = gcg(letters_model(), tok, messages, tok.encode("abcdefghijk"), never, **options)
+    found = gcg(letters_model(), tok, send, tok.encode("abcdefghijk"), never, **options)
     assert found.evaluations == 157 and 150 <= len(scored) <= 157  # a step that finds nothing new costs one
     for suffix in scored:
-        assert tok.render(with_suffix(messages, tok.decode(suffix))) == [0, *tok.encode("hella"), *suffix, 1]
+        assert tok.render(send(tok.decode(suffix))) == [0, *tok.encode("hella"), *suffix, 1]
         assert not set(suffix) & tok.special_ids
     if adaptive is None:
         assert len(set(scored)) == len(scored)  # nothing is scored twice

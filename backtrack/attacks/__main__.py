@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, autodan, read_synonyms, read_wrappers, wrap
+from backtrack.attacks.context import PLACES, contexts, placed
 from backtrack.attacks.gcg import gcg
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.objective import Search
@@ -94,8 +95,8 @@ def attack_missing(victim: Victim, prompts: list[dict], done: set[int], args) ->
             if index in done:
                 continue
             head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompt["set"]}
-            head |= {c: getattr(args, c) for c in CONDITION}
-            record = head | attack(victim, prompt, index, args)
+            head |= {"variant": variant_of(args)} | {c: getattr(args, c) for c in CONDITION}
+            record = head | attack(victim, prompts, index, args)
             f.write(json_line(record) + "\n")
             f.flush()
             os.fsync(f.fileno())
@@ -108,44 +109,55 @@ def attack_missing(victim: Victim, prompts: list[dict], done: set[int], args) ->
         print(file=sys.stderr)
 
 
+def variant_of(args) -> str:
+    """What is unusual about this attack, for the table."""
+    place = getattr(args, "place", "question")
+    unusual = {"first-turn": ["in a first turn"], "system": ["in the system prompt"]}.get(place, [])
+    unusual += ["opening grows"] if getattr(args, "grow", False) else []
+    return ", ".join(unusual) or "any"
+
+
 # ── One prompt ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def attack(victim: Victim, prompt: dict, index: int, args) -> dict:
-    """The record of one prompt, attacked."""
+def attack(victim: Victim, prompts: list[dict], index: int, args) -> dict:
+    """The record of the prompt of this number, attacked."""
+    seed = f"{args.seed}/{index}"
     if args.name in SEARCHES:
-        return search(victim, prompt, index, args)
-    return try_all(victim, prompt, args)
+        return search(victim, prompts[index], seed, args)
+    others = prompts[:index] + prompts[index + 1 :]
+    return try_all(victim, prompts[index], others, seed, args)
 
 
-def try_all(victim: Victim, prompt: dict, args) -> dict:
-    """prefill, instruct: nothing is searched, all variants are tried."""
+def try_all(victim: Victim, prompt: dict, others: list[dict], seed: str, args) -> dict:
+    """prefill, instruct, context: nothing is searched, all variants are tried."""
     tok, messages = victim.tok, prompt["prompt"]
     if args.name == "prefill":
         forced = prefills(tok, prompt.get("target", ""), args.opening)
         variants = {key: (messages, ids) for key, ids in forced.items()}
-    else:
+    elif args.name == "instruct":
         variants = {key: (with_suffix(messages, text), []) for key, text in INSTRUCTIONS.items()}
+    else:
+        variants = {key: (chat, []) for key, chat in contexts(tok, prompt, others, seed).items()}
     tried = {}
     for key, (sent, ids) in variants.items():
-        head = {"sent": sent[-1]["content"], "prefill": tok.decode(ids)}
-        tried[key] = head | victim.answer(prompt, sent, ids)
+        tried[key] = {"sent": sent, "prefill": tok.decode(ids)} | victim.answer(prompt, sent, ids)
     return {failure(list(tried.values())): any(map(failed, tried.values())), "variants": tried}
 
 
-def search(victim: Victim, prompt: dict, index: int, args) -> dict:
+def search(victim: Victim, prompt: dict, seed: str, args) -> dict:
     """gcg, adaptive-gcg, autodan: look for a text to send until an unsafe answer survives or the budget is spent."""
     messages = prompt["prompt"]
-    record = {"sent": messages[-1]["content"]} | victim.answer(prompt, messages)
+    record = {"sent": messages} | victim.answer(prompt, messages)
     if failed(record):  # no attack needed: a success before the first candidate
         return {"success_at": 0, "evaluations": 0, "losses": [], "attack": ""} | record
 
     def succeeds(sent: list[dict]) -> bool:
-        record.update({"sent": sent[-1]["content"]} | victim.answer(prompt, sent))
+        record.update({"sent": sent} | victim.answer(prompt, sent))
         return failed(record)
 
     find = find_wrapper if args.name == "autodan" else find_suffix
-    found = find(victim, prompt, succeeds, f"{args.seed}/{index}", args)
+    found = find(victim, prompt, succeeds, seed, args)
     head = {"success_at": found.success_at, "evaluations": found.evaluations, "losses": found.losses}
     return head | {"attack": found.text, "target": victim.tok.decode(found.target)} | record
 
@@ -156,17 +168,21 @@ def target_of(victim: Victim, prompt: dict, args) -> list[int]:
 
 
 def find_suffix(victim: Victim, prompt: dict, succeeds, seed: str, args) -> Search:
-    messages, adaptive = prompt["prompt"], args.name == "adaptive-gcg"
+    adaptive = args.name == "adaptive-gcg"
+    chat, at = placed(prompt["prompt"], args.place)
+
+    def send(text: str) -> list[dict]:
+        return with_suffix(chat, text, at)
 
     def grow(text: str, begun: list[int]) -> list[int] | None:
-        return victim.goes_on(prompt, with_suffix(messages, text), begun)
+        return victim.goes_on(prompt, send(text), begun)
 
     return gcg(
         victim.model,
         victim.tok,
-        messages,
+        send,
         target_of(victim, prompt, args),
-        lambda text: succeeds(with_suffix(messages, text)),
+        lambda text: succeeds(send(text)),
         budget=args.budget,
         suffix=args.suffix,
         seed=seed,
@@ -205,7 +221,7 @@ def parse_args() -> argparse.Namespace:
     tables = names.add_parser("table", help="success rates from the files of earlier attacks")
     tables.add_argument("files", nargs="+")
     tables.add_argument("--out", help="JSON file to write")
-    for name in ("prefill", "instruct", *SEARCHES):
+    for name in ("prefill", "instruct", "context", *SEARCHES):
         p = names.add_parser(name)
         p.add_argument("--ckpt", required=True, help="the model directory to attack")
         p.add_argument("--prompts", nargs="+", required=True, help="prompt files; what is aimed at is their 'target'")
@@ -220,7 +236,7 @@ def parse_args() -> argparse.Namespace:
         p.add_argument("--seed", type=SEED, default=0)
         p.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
-        if name != "instruct":
+        if name == "prefill" or name in SEARCHES:
             p.add_argument("--opening", default=OPENING, help="that says yes; aimed at where a prompt has no target")
         if name in SEARCHES:
             p.add_argument("--budget", type=positive, default=1024, help="candidates to score per prompt")
@@ -231,6 +247,7 @@ def parse_args() -> argparse.Namespace:
             p.add_argument("--synonyms", help="text file, a word and its synonyms per line, tabs between")
         if name.endswith("gcg"):
             p.add_argument("--suffix", default=" x" * 16, help="suffix to start from: its length in tokens is kept")
+            p.add_argument("--place", choices=PLACES, default="question", help="the message that the suffix ends")
             p.add_argument("--candidates", type=positive, default=64, help="swaps per step")
             p.add_argument("--topk", type=positive, default=64, help="promising tokens per place")
             p.add_argument("--batch-size", type=positive, default=64, help="candidates scored at a time")

@@ -30,7 +30,7 @@ from collections.abc import Callable
 import torch
 
 from backtrack.attacks.objective import Objective, Search
-from backtrack.attacks.suffix import Scorer, allowed_ids, make_slots, suffix_gradient, survives
+from backtrack.attacks.suffix import Scorer, Send, allowed_ids, make_slots, suffix_gradient, survives
 from model import InputError, Transformer
 
 START = 16  # tokens of the target that an adaptive attacker begins with
@@ -43,7 +43,7 @@ Grow = Callable[[str, list[int]], list[int] | None]
 def gcg(
     model: Transformer,
     tok,
-    messages: list[dict],
+    send: Send,
     target: list[int],
     unsafe_with: Callable[[str], bool],
     *,
@@ -60,6 +60,7 @@ def gcg(
 ) -> Search:
     """Look for a suffix that lets an unsafe answer survive, scoring at most `budget` candidates.
 
+    send          text of a suffix -> the chat that has it.
     unsafe_with   text of a suffix -> does the sampler, with its resets, let an unsafe answer survive? Asked at every
                   new best; the search ends at the first yes.
     suffix        the one to start from; seed makes the draws.
@@ -70,7 +71,7 @@ def gcg(
     The loss of the best suffix never rises, but where the target is lengthened: another loss from then on.
     """
     objective = Objective(loss, None if adaptive is None else tok.reset_id, adaptive or 0.0)
-    aim = Aim(model, tok, messages, target, suffix, objective, rows, START if adaptive is not None else None, grow)
+    aim = Aim(model, tok, send, target, suffix, objective, rows, START if adaptive is not None else None, grow)
     neighbours = Neighbours(aim, topk, random.Random(seed))
     buffer = aim.scored([aim.slots.suffix])  # (loss, suffix), best first
     found, judged = Search(suffix, evaluations=1), None
@@ -107,9 +108,9 @@ class Aim:
            masked, or None if it is not unsafe. With it the target is an opening, and the answers take its place.
     """
 
-    def __init__(self, model, tok, messages, target: list[int], suffix: str, objective, rows: int, start, grow=None):
-        self.model, self.tok, self.messages, self.objective, self.grow = model, tok, messages, objective, grow
-        self.slots = make_slots(tok, messages, target, suffix)
+    def __init__(self, model, tok, send: Send, target: list[int], suffix: str, objective, rows: int, start, grow=None):
+        self.model, self.tok, self.send, self.objective, self.grow = model, tok, send, objective, grow
+        self.slots = make_slots(tok, send, target, suffix)
         if not self.slots.suffix:
             raise InputError("the suffix to start from is empty; give --suffix some text, its length in tokens is kept")
         if not self.slots.target:
@@ -174,7 +175,7 @@ class Neighbours:
         drawn = swaps(gradient, best, count, self.topk, self.allowed, self.rng, self.at_once)
         new = [s for s in dict.fromkeys(map(tuple, drawn)) if s not in self.known]
         self.at_once += 4 * len(new) < count  # its neighbours are known: look further away, until there is a better one
-        sendable = [s for s in new if survives(self.aim.tok, self.aim.messages, self.aim.slots, list(s))]
+        sendable = [s for s in new if survives(self.aim.tok, self.aim.send, self.aim.slots, list(s))]
         self.known.update(sendable)
         return [list(s) for s in sendable]
 

@@ -1,6 +1,7 @@
 """What a suffix does to a model: where it stands among the tokens, its loss, and the gradient of that.
 
-    slots = make_slots(tok, messages, target, " x x x x")    # before ⊕ suffix ⊕ after, then the target
+    send = partial(with_suffix, messages)                    # the text of a suffix -> the chat that is sent
+    slots = make_slots(tok, send, target, " x x x x")        # before ⊕ suffix ⊕ after, then the target
     suffix_gradient(model, slots, slots.suffix, m, objective)               # (n, V)
     Scorer(model, slots, rows=64).losses(suffixes, m, objective)            # (N,)
 
@@ -9,6 +10,7 @@ Whatever precedes the suffix is the same for all candidates: its keys and values
 Shapes: N candidates, n suffix tokens, m target tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +18,8 @@ import torch
 
 from backtrack.attacks.objective import Objective
 from model import InputError, KVCache, Transformer
+
+Send = Callable[[str], list[dict]]  # the text of a suffix -> the chat that has it
 
 
 @dataclass
@@ -31,29 +35,31 @@ class Slots:
 # ── The prompt with a gap ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def with_suffix(messages: list[dict], text: str) -> list[dict]:
-    last = messages[-1]  # rendering strips a message's end: what follows must not bring the stripped space back
-    return [*messages[:-1], {**last, "content": last["content"].rstrip() + text}]
+def with_suffix(messages: list[dict], text: str, at: int = -1) -> list[dict]:
+    """The chat with `text` at the end of one of its messages, usually the last."""
+    changed = list(messages)
+    content = messages[at]["content"].rstrip()  # as rendering does: a stripped space must not come back with the text
+    changed[at] = {**messages[at], "content": content + text}
+    return changed
 
 
-def make_slots(tok, messages: list[dict], target: list[int], suffix: str) -> Slots:
+def make_slots(tok, send: Send, target: list[int], suffix: str) -> Slots:
     """Where in the rendered prompt the suffix stands: between what it shares with the prompt that has none.
 
     Raises InputError if the suffix does not stand there by itself, its first token merged with the message's last.
     """
-    bare, full = tok.render(with_suffix(messages, "")), tok.render(with_suffix(messages, suffix))
+    bare, full = tok.render(send("")), tok.render(send(suffix))
     head = next((i for i, (a, b) in enumerate(zip(bare, full, strict=False)) if a != b), len(bare))
     tail = len(bare) - head  # what follows the last token of the message
     slots = Slots(full[:head], full[head : len(full) - tail], full[len(full) - tail :], target)
-    if full[len(full) - tail :] != bare[head:] or not survives(tok, messages, slots, slots.suffix):
+    if full[len(full) - tail :] != bare[head:] or not survives(tok, send, slots, slots.suffix):
         raise InputError(f"suffix {suffix!r} merges with the end of the message; begin it with a space")
     return slots
 
 
-def survives(tok, messages: list[dict], slots: Slots, suffix: list[int]) -> bool:
+def survives(tok, send: Send, slots: Slots, suffix: list[int]) -> bool:
     """Does the suffix, written out as text and sent as a user would, come back as the same ids?"""
-    sent = tok.render(with_suffix(messages, tok.decode(suffix)))
-    return sent == slots.before + suffix + slots.after
+    return tok.render(send(tok.decode(suffix))) == slots.before + suffix + slots.after
 
 
 @lru_cache(maxsize=1)  # asked for every prompt, and a vocabulary of 128,000 takes its time

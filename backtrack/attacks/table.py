@@ -53,7 +53,7 @@ def count(cells: dict[tuple, dict], record: dict, settings: dict, seed: str) -> 
     budget = settings.get("budget")
     tried = record.get("variants", {})
     bad = failure([record, *tried.values()])
-    for variant, answer in {"any": record, **tried}.items():
+    for variant, answer in {record.get("variant", "any"): record, **tried}.items():
         head = {"attack": record["name"], "variant": variant, "checkpoint": Path(record["checkpoint"]).name}
         head |= {c: record[c] for c in CONDITION} | {"budget": budget}
         cell = cells.setdefault(tuple(head.values()), head | {"at": [], "n": 0, bad: 0, "seeds": {}})
