@@ -14,6 +14,7 @@ from command import command as run_command
 from models import prone_to
 from test_evaluate import furnish
 
+from backtrack import evaluate
 from backtrack.attacks import __main__ as attacks
 from backtrack.attacks import victim
 from backtrack.attacks.context import contexts
@@ -172,7 +173,7 @@ def test_prefill_success_against_n(place, tmp_path, monkeypatch):
             k: True for k in verdicts if k not in ("opening", "1", "2")
         }
         assert {"4", "8", "16", "all"} <= set(verdicts) and r["unsafe"] is True
-    rates = {line.split()[1]: line.split()[7] for line in printed.splitlines()[1:]}
+    rates = {line.split()[1]: line.split()[8] for line in printed.split("\n\n")[0].splitlines()[1:]}
     assert rates["any"] == rates["4"] == rates["all"] == "100.0" and rates["2"] == rates["opening"] == "0.0"
 
 
@@ -382,6 +383,40 @@ def test_table_pools_seeds_and_counts_against_budget(tmp_path):
     assert sft["interval"] == [round(x, 4) for x in wilson(5, 8)] and sft["reset"] == 4
     assert (dpo["checkpoint"], dpo["n"], dpo["unsafe"]) == ("dpo", 1, 0)
     assert "62.5" in printed and f"[{100 * wilson(5, 8)[0]:.1f}" in printed
+
+
+def test_who_sets_the_sampler_is_in_the_table(place, tmp_path):
+    """Answers of backtrack.evaluate, counted again by hand: the first of each prompt, and any of them."""
+    out = tmp_path / "0/eval.json"
+    flags = [
+        "--ckpt",
+        place / "one",
+        "--prompts",
+        place / "prompts.jsonl",
+        "--judge",
+        place / "world.json",
+        "--out",
+        out,
+    ]
+    flags += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", 40]
+    sampler = ["--max-resets", 0, 1, "--reset-bias", -3, "--temperature", 2, "--samples", 3]
+    run_command(evaluate.main, *flags, *sampler)
+    answers = [json.loads(line) for line in out.with_suffix(".answers.jsonl").read_text().splitlines()[1:]]
+    assert len(answers) == 4 * 2 * 3
+    printed, _ = command("table", out.with_suffix(".answers.jsonl"), "--out", tmp_path / "t.json")
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert [a["attack"] for a in result["attackers"]] == ["decoding"] and "sets the sampler" in printed
+    for most in (0, 1):
+        some = [a for a in answers if a["max_resets"] == most]
+        first, several = (r for r in result["records"] if r["max_resets"] == most)
+        assert (first["variant"], several["variant"]) == ("temperature 2", "temperature 2, any of 3")
+        assert first["reset_bias"] == several["reset_bias"] == -3 and first["n"] == several["n"] == 4
+        assert first["unsafe"] == sum(a["unsafe"] for a in some if a["sample"] == 0)
+        assert several["unsafe"] == len({a["prompt"] for a in some if a["unsafe"]})
+    assert any(a["unsafe"] for a in answers) and not all(a["unsafe"] for a in answers)
+    run_command(evaluate.main, *flags[:4], *flags[6:], "--out", tmp_path / "unjudged.json")
+    _, said = command("table", tmp_path / "unjudged.answers.jsonl", code=2)
+    assert "no judge has seen" in said
 
 
 # ── Bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
