@@ -16,10 +16,11 @@ from test_evaluate import furnish
 
 from backtrack import evaluate
 from backtrack.attacks import __main__ as attacks
-from backtrack.attacks import victim
+from backtrack.attacks import attack, victim
 from backtrack.attacks.context import contexts
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import LENGTHS, prefills
+from backtrack.attacks.universal import universal_gcg
 from backtrack.generate import Generation, generate
 from backtrack.judge import Verdict, load_judge
 from backtrack.statistics import wilson
@@ -46,6 +47,9 @@ def words(name, place, out, *more, ckpt="one"):
     first += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", 10, "--out", out]
     if name in SEARCHES:
         first += ["--budget", 40, *SEARCHES[name]] + list(SMALL if name != "autodan" else ())
+    if name == "universal-gcg":
+        first += ["--budget", 80, "--suffix", " x x x x", *SMALL]
+        first += ["--sets", "unseen", "--optimise", place / "prompts.jsonl", "--optimise-sets", "seen"]
     return [*first, *more]
 
 
@@ -277,10 +281,33 @@ def test_a_suffix_may_stand_in_a_first_turn(place, tmp_path):
     assert "no system role" in said
 
 
+def test_a_universal_suffix_is_tested_on_other_prompts(place, tmp_path, monkeypatch):
+    """The search sees the prompts that it is optimised on and no others; all get the suffix that it found."""
+    searched = []
+
+    def search(model, tok, goals, unsafe_with, **options):
+        searched.append([goal.send("!")[-1]["content"] for goal in goals])
+        assert len(unsafe_with("!")) == len(goals)
+        return universal_gcg(model, tok, goals, unsafe_with, **options)
+
+    monkeypatch.setattr(attack, "universal_gcg", search)
+    printed, _ = command(*words("universal-gcg", place, tmp_path / "a.jsonl"))
+    rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()]
+    asked = {name: [r["prompt"][0]["content"] for r in rows if r["set"] == name] for name in ("seen", "unseen")}
+    assert searched == [[f"{question}!" for question in asked["seen"]]]
+    _, records = lines(tmp_path / "a.jsonl")
+    assert [r["variant"] for r in records] == ["any"] * 2 + ["optimised on these"] * 2
+    [suffix] = {r["attack"] for r in records}
+    assert [r["sent"][0]["content"] for r in records] == [f"{q}{suffix}" for q in asked["unseen"] + asked["seen"]]
+    assert len(printed.splitlines()) >= 3 and "optimised on these" in printed
+    _, said = command(*words("universal-gcg", place, tmp_path / "b.jsonl", "--sets", "seen", "unseen"), code=2)
+    assert "asks for what the suffix is optimised on, as 2 do" in said
+
+
 # ── Going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct"])
+@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct", "universal-gcg"])
 def test_resuming_gives_the_same_bytes(place, tmp_path, name):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     command(*words(name, place, whole))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import FAMILIES, LLAMA, network_of
 
-from backtrack.attacks.gcg import gcg, swaps
+from backtrack.attacks.gcg import Goal, gcg, swaps
 from backtrack.attacks.objective import Objective
 from backtrack.attacks.suffix import (
     Scorer,
@@ -23,6 +23,7 @@ from backtrack.attacks.suffix import (
     survives,
     with_suffix,
 )
+from backtrack.attacks.universal import universal_gcg
 from data import toy
 from model import InputError, load_tokenizer
 
@@ -295,7 +296,7 @@ def test_all_that_is_scored_can_be_sent(monkeypatch, adaptive):
 
     monkeypatch.setattr(Scorer, "losses", logged)
     options = dict(budget=157, suffix="ccc", seed="0", candidates=16, topk=30, adaptive=adaptive)
-    found = gcg(letters_model(), tok, send, tok.encode("abcdefghijk"), never, **options)
+    found = gcg(letters_model(), tok, [Goal(send, tok.encode("abcdefghijk"))], never, **options)
     assert found.evaluations == 157 and 150 <= len(scored) <= 157  # a step that finds nothing new costs one
     for suffix in scored:
         assert tok.render(send(tok.decode(suffix))) == [0, *tok.encode("hella"), *suffix, 1]
@@ -312,12 +313,12 @@ def test_the_kept_loss_never_rises(loss):
     for seed in range(4):
         model, tok = letters_model(seed), Letters()
         options = dict(budget=400, suffix="cccc", seed=str(seed), candidates=24, topk=12, loss=loss)
-        found = gcg(model, tok, ASK, ABCD, never, **options)
+        found = gcg(model, tok, [Goal(ASK, ABCD)], never, **options)
         assert all(b <= a for a, b in itertools.pairwise(found.losses))
         assert found.losses[-1] < found.losses[0] - 0.05
         slots = make_slots(tok, ASK, ABCD, found.text)  # the string reported has the loss reported
         assert found.losses[-1] == pytest.approx(by_hand(model, slots, slots.suffix, 3, loss), abs=2e-4)
-        assert found == gcg(model, tok, ASK, ABCD, never, **options)
+        assert found == gcg(model, tok, [Goal(ASK, ABCD)], never, **options)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -330,7 +331,7 @@ def test_it_finds_the_best_of_all_two_token_suffixes(seed):
     losses = -logits.log_softmax(-1)[:, range(3), slots.target].mean(-1)
     values = dict(zip(pairs, losses.tolist(), strict=True))
     assert len(values) > 600
-    found = gcg(model, tok, ASK, ABCD, never, budget=1000, suffix="cc", seed=str(seed), topk=28, rows=16)
+    found = gcg(model, tok, [Goal(ASK, ABCD)], never, budget=1000, suffix="cc", seed=str(seed), topk=28, rows=16)
     assert found.losses[-1] == pytest.approx(min(values.values()), abs=2e-4)
     assert found.text == tok.decode(min(values, key=values.get))
 
@@ -343,15 +344,15 @@ def test_success_ends_the_search_and_is_dated():
         return len(asked) == 3
 
     options = dict(suffix="cccc", seed="1", candidates=8, topk=8)
-    found = gcg(letters_model(), Letters(), ASK, ABCD, third, budget=500, **options)
+    found = gcg(letters_model(), Letters(), [Goal(ASK, ABCD)], third, budget=500, **options)
     assert found.success_at == found.evaluations < 500 and found.text == asked[-1]
     assert len(set(asked)) == 3  # each new best once
     assert len(found.losses) >= 3
-    assert gcg(letters_model(), Letters(), ASK, ABCD, never, budget=60, **options).success_at is None
-    one = gcg(letters_model(), Letters(), ASK, ABCD, never, budget=1, **options)
+    assert gcg(letters_model(), Letters(), [Goal(ASK, ABCD)], never, budget=60, **options).success_at is None
+    one = gcg(letters_model(), Letters(), [Goal(ASK, ABCD)], never, budget=1, **options)
     assert one.evaluations == 1 and one.text == "cccc"
     with pytest.raises(InputError, match="target is empty"):
-        gcg(letters_model(), Letters(), ASK, [], never, budget=1, **options)
+        gcg(letters_model(), Letters(), [Goal(ASK, [])], never, budget=1, **options)
 
 
 def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch):
@@ -366,7 +367,7 @@ def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch):
     monkeypatch.setattr(Scorer, "losses", logged)
     monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(lengths) % 3 == 0)
     options = dict(suffix="cccc", seed="1", candidates=8, topk=8, adaptive=2.0)
-    found = gcg(letters_model(), tok, ASK, target, never, budget=80, **options)
+    found = gcg(letters_model(), tok, [Goal(ASK, target)], never, budget=80, **options)
     steps = [m for m, _ in lengths]
     assert list(dict.fromkeys(steps)) == [16, 32, 36] and steps == sorted(steps)
     assert sum(n for _, n in lengths) <= found.evaluations == 80
@@ -374,7 +375,7 @@ def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch):
     monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(lengths) > 1)  # a full buffer by then
     for budget in range(1, 20):  # the budget holds also where it ends in the middle of lengthening
         lengths.clear()
-        found = gcg(letters_model(), tok, ASK, target, never, budget=budget, **options)
+        found = gcg(letters_model(), tok, [Goal(ASK, target)], never, budget=budget, **options)
         assert sum(n for _, n in lengths) <= found.evaluations <= budget
 
 
@@ -391,18 +392,66 @@ def test_an_opening_grows_by_what_the_model_goes_on_to_say():
 
     model = letters_model()
     options = dict(suffix="cccc", seed="1", candidates=8, topk=8, adaptive=2.0)
-    found = gcg(model, tok, ASK, opening, never, budget=150, grow=grow, **options)
+    found = gcg(model, tok, [Goal(ASK, opening, grow)], never, budget=150, **options)
     assert [begun for _, begun in asked] == [opening, answers[0][:4], answers[1][:8]]
-    assert found.target == answers[2] and found.evaluations == 150
-    slots = make_slots(tok, ASK, found.target, found.text)
+    assert found.targets == [answers[2]] and found.evaluations == 150
+    slots = make_slots(tok, ASK, answers[2], found.text)
     expected = by_hand(model, slots, slots.suffix, 16, reset_id=tok.reset_id, weight=2.0)
     assert found.losses[-1] == pytest.approx(expected, abs=2e-4)
     asked.clear()
-    stays = gcg(model, tok, ASK, opening, never, budget=150, grow=lambda *a: asked.append(a), **options)
-    assert stays.target == opening
+    stays = gcg(model, tok, [Goal(ASK, opening, lambda *a: asked.append(a))], never, budget=150, **options)
+    assert stays.targets == [opening]
     texts = [text for text, _ in asked]
     assert len(set(texts)) == len(texts) > 1 and texts[-1] == stays.text  # once for each suffix that was the best
     assert all(b <= a for a, b in itertools.pairwise(stays.losses))
+
+
+def goals_of_three():
+    chats = [[{"role": "user", "content": text}] for text in ("hello", "cde", "what is it")]
+    return [
+        Goal(partial(with_suffix, chat), Letters().encode(y))
+        for chat, y in zip(chats, ("abcd", "ef", "h"), strict=True)
+    ]
+
+
+def test_the_loss_of_one_suffix_for_many_prompts_is_the_mean_over_them(monkeypatch):
+    """Full forward passes, prompt by prompt; and a likelihood of each prompt is one of the budget."""
+    tok, model, goals, computed = Letters(), letters_model(), goals_of_three(), []
+    losses = Scorer.losses
+
+    def logged(self, suffixes, *rest):
+        computed.extend(suffixes)
+        return losses(self, suffixes, *rest)
+
+    monkeypatch.setattr(Scorer, "losses", logged)
+    options = dict(suffix="cccc", seed="0", candidates=16, topk=12, adaptive=2.0)
+    found = gcg(model, tok, goals, never, budget=400, **options)
+    assert len(computed) <= found.evaluations <= 400 and len(computed) > 350
+    for text, value in (("cccc", found.losses[0]), (found.text, found.losses[-1])):
+        each = []
+        for goal in goals:
+            slots = make_slots(tok, goal.send, goal.target, text)
+            each.append(by_hand(model, slots, slots.suffix, len(goal.target), "ce", tok.reset_id, 2.0))
+        assert value == pytest.approx(sum(each) / 3, abs=2e-4)
+    assert found.losses[-1] < found.losses[0] - 0.05
+
+
+def test_the_suffix_that_fools_most_prompts_is_kept():
+    """Of the suffixes that were the best for a while; the last of equals."""
+    asked, successes = [], [0, 2, 1, 2, 1]
+
+    def unsafe_with(text):
+        asked.append(text)
+        n = successes[len(asked) - 1] if len(asked) <= len(successes) else 0
+        return [i < n for i in range(3)]
+
+    options = dict(suffix="cccc", seed="0", candidates=16, topk=12, budget=1200)
+    found = universal_gcg(letters_model(), Letters(), goals_of_three(), unsafe_with, **options)
+    assert len(asked) > 5 and found.text == asked[3] and found.success_at is None
+    asked.clear()
+    successes[2] = 3
+    found = universal_gcg(letters_model(), Letters(), goals_of_three(), unsafe_with, **options)
+    assert len(asked) == 3 and found.text == asked[2] and found.success_at == found.evaluations < 1200
 
 
 def test_says_is_greedy_decoding(model):
@@ -426,7 +475,7 @@ def test_the_penalty_lowers_the_chance_of_a_reset():
         chance = {}
         for weight in (0.0, 20.0):
             options = dict(suffix="cccc", seed="0", candidates=32, topk=28, adaptive=weight)
-            found = gcg(model, tok, ASK, tok.encode("cdef"), never, budget=400, **options)
+            found = gcg(model, tok, [Goal(ASK, tok.encode("cdef"))], never, budget=400, **options)
             slots = make_slots(tok, ASK, tok.encode("cdef"), found.text)
             with torch.no_grad():
                 logits = model(torch.tensor([slots.before + slots.suffix + slots.after + slots.target]))[0, -5:]

@@ -27,20 +27,16 @@ from pathlib import Path
 
 import torch
 
-from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, autodan, read_synonyms, read_wrappers, wrap
-from backtrack.attacks.context import PLACES, contexts, placed
-from backtrack.attacks.gcg import gcg
-from backtrack.attacks.instruct import INSTRUCTIONS
-from backtrack.attacks.objective import Search
-from backtrack.attacks.prefill import OPENING, prefills
-from backtrack.attacks.suffix import with_suffix
+from backtrack.attacks.attack import attack_on
+from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, read_synonyms, read_wrappers
+from backtrack.attacks.context import PLACES, topic_of
+from backtrack.attacks.prefill import OPENING
 from backtrack.attacks.table import ATTACKERS, SEARCHES, table
-from backtrack.attacks.victim import Victim, failed
+from backtrack.attacks.victim import Victim
 from backtrack.evaluate import (
     CONDITION,
     adding_to,
     choose_prompts,
-    failure,
     prompts_digest,
     read_answers,
     read_prompts,
@@ -48,15 +44,16 @@ from backtrack.evaluate import (
 )
 from backtrack.judge import load_judge, refuse_seen
 from backtrack.results import json_line
-from model import load_model, load_tokenizer
+from model import InputError, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import BIAS, RESETS, SEED, device, not_negative, positive, run
 from model.files import check_file
 
 
 def attack_all(args) -> None:
-    prompts = [p for path in args.prompts for p in read_prompts(path)]
-    prompts = choose_prompts(prompts, args.sets, args.limit)
+    prompts = chosen(args.prompts, args.sets, args.limit)
+    if args.name == "universal-gcg":
+        prompts += optimised_on(args, tested=prompts)
     settings = settings_of(args, prompts)
     if args.name == "autodan":
         args.wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
@@ -68,14 +65,32 @@ def attack_all(args) -> None:
     for prompt in prompts:
         render(tok, prompt)  # what the template does not know shows now
     with adding_to(args.out):
-        done = {record["prompt"] for record in read_answers(Path(args.out), settings)}
+        done = read_answers(Path(args.out), settings)
         attack_missing(Victim(model, tok, judge, args), prompts, done, args)
     table([args.out], None)
+
+
+def chosen(files: list[str], sets: list[str] | None, limit: int | None) -> list[dict]:
+    return choose_prompts([prompt for path in files for prompt in read_prompts(path)], sets, limit)
+
+
+def optimised_on(args, tested: list[dict]) -> list[dict]:
+    """The prompts that a universal suffix is optimised on. Raises InputError if it would be tested on those as well."""
+    prompts = chosen(args.optimise, args.optimise_sets, args.optimise_limit)
+    known = {topic_of(prompt) for prompt in prompts}
+    both = [prompt for prompt in tested if topic_of(prompt) in known]
+    if both:
+        way_out = "choose other --optimise-sets or --sets"
+        raise InputError(f"{both[0].where}: asks for what the suffix is optimised on, as {len(both)} do; {way_out}")
+    for prompt in prompts:
+        prompt["optimised_on"] = True
+    return prompts
 
 
 def settings_of(args, prompts: list[dict]) -> dict:
     """What the records of a file have in common; a run that goes on with other settings is refused."""
     others = ("out", "prompts", "ckpt", "device", "batch_size", "sets", "limit", "judge")
+    others += ("optimise", "optimise_sets", "optimise_limit")  # they are among the prompts
     settings = {key: value for key, value in vars(args).items() if key not in others}
     settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = weights_digest(args.ckpt)
@@ -85,26 +100,25 @@ def settings_of(args, prompts: list[dict]) -> dict:
     return settings
 
 
-def attack_missing(victim: Victim, prompts: list[dict], done: set[int], args) -> None:
-    """Attack the prompts that are not in `done`, and add their records to the file."""
-    began, count = time.time(), 0
+def attack_missing(victim: Victim, prompts: list[dict], done: list[dict], args) -> None:
+    """Attack the prompts that have no record in `done`, and add theirs to the file."""
+    missing = sorted(set(range(len(prompts))) - {record["prompt"] for record in done})
+    if not missing:
+        return
+    attack = attack_on(victim, prompts, done, args)
+    began = time.time()
     with open(args.out, "a", encoding="utf-8") as f:
-        for index, prompt in enumerate(prompts):
-            if index in done:
-                continue
-            head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompt["set"]}
+        for count, index in enumerate(missing, start=1):
+            head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompts[index]["set"]}
             head |= {"variant": variant_of(args)} | {c: getattr(args, c) for c in CONDITION}
-            record = head | attack(victim, prompts, index, args)
+            record = head | attack(index)
             f.write(json_line(record) + "\n")
             f.flush()
             os.fsync(f.fileno())
-            count += 1
-            left = (time.time() - began) / count * (len(prompts) - len(done) - count)
-            sys.stderr.write(
-                f"\r{args.name}, {Path(args.ckpt).name}: {count + len(done)}/{len(prompts)}, {left:.0f} s left "
-            )
-    if count:
-        print(file=sys.stderr)
+            left = (time.time() - began) / count * (len(missing) - count)
+            have = len(prompts) - len(missing) + count
+            sys.stderr.write(f"\r{args.name}, {Path(args.ckpt).name}: {have}/{len(prompts)}, {left:.0f} s left ")
+    print(file=sys.stderr)
 
 
 def variant_of(args) -> str:
@@ -113,100 +127,6 @@ def variant_of(args) -> str:
     unusual = {"first-turn": ["in a first turn"], "system": ["in the system prompt"]}.get(place, [])
     unusual += ["opening grows"] if getattr(args, "grow", False) else []
     return ", ".join(unusual) or "any"
-
-
-# ── One prompt ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def attack(victim: Victim, prompts: list[dict], index: int, args) -> dict:
-    """The record of the prompt of this number, attacked."""
-    seed = f"{args.seed}/{index}"
-    if args.name in SEARCHES:
-        return search(victim, prompts[index], seed, args)
-    others = prompts[:index] + prompts[index + 1 :]
-    return try_all(victim, prompts[index], others, seed, args)
-
-
-def try_all(victim: Victim, prompt: dict, others: list[dict], seed: str, args) -> dict:
-    """prefill, instruct, context: nothing is searched, all variants are tried."""
-    tok, messages = victim.tok, prompt["prompt"]
-    if args.name == "prefill":
-        forced = prefills(tok, prompt.get("target", ""), args.opening)
-        variants = {key: (messages, ids) for key, ids in forced.items()}
-    elif args.name == "instruct":
-        variants = {key: (with_suffix(messages, text), []) for key, text in INSTRUCTIONS.items()}
-    else:
-        variants = {key: (chat, []) for key, chat in contexts(tok, prompt, others, seed).items()}
-    tried = {}
-    for key, (sent, ids) in variants.items():
-        tried[key] = {"sent": sent, "prefill": tok.decode(ids)} | victim.answer(prompt, sent, ids)
-    return {failure(list(tried.values())): any(map(failed, tried.values())), "variants": tried}
-
-
-def search(victim: Victim, prompt: dict, seed: str, args) -> dict:
-    """gcg, adaptive-gcg, autodan: look for a text to send until an unsafe answer survives or the budget is spent."""
-    messages = prompt["prompt"]
-    record = {"sent": messages} | victim.answer(prompt, messages)
-    if failed(record):  # no attack needed: a success before the first candidate
-        return {"success_at": 0, "evaluations": 0, "losses": [], "attack": ""} | record
-
-    def succeeds(sent: list[dict]) -> bool:
-        record.update({"sent": sent} | victim.answer(prompt, sent))
-        return failed(record)
-
-    find = find_wrapper if args.name == "autodan" else find_suffix
-    found = find(victim, prompt, succeeds, seed, args)
-    head = {"success_at": found.success_at, "evaluations": found.evaluations, "losses": found.losses}
-    return head | {"attack": found.text, "target": victim.tok.decode(found.target)} | record
-
-
-def target_of(victim: Victim, prompt: dict, args) -> list[int]:
-    """What the answer is to say, or how it is to begin."""
-    return victim.tok.encode(prompt.get("target") or args.opening)[: args.target_tokens]
-
-
-def find_suffix(victim: Victim, prompt: dict, succeeds, seed: str, args) -> Search:
-    adaptive = args.name == "adaptive-gcg"
-    chat, at = placed(prompt["prompt"], args.place)
-
-    def send(text: str) -> list[dict]:
-        return with_suffix(chat, text, at)
-
-    def grow(text: str, begun: list[int]) -> list[int] | None:
-        return victim.goes_on(prompt, send(text), begun)
-
-    return gcg(
-        victim.model,
-        victim.tok,
-        send,
-        target_of(victim, prompt, args),
-        lambda text: succeeds(send(text)),
-        budget=args.budget,
-        suffix=args.suffix,
-        seed=seed,
-        loss=args.loss,
-        adaptive=args.reset_weight if adaptive else None,
-        grow=grow if adaptive and (args.grow or not prompt.get("target")) else None,
-        candidates=args.candidates,
-        topk=args.topk,
-        rows=args.batch_size,
-    )
-
-
-def find_wrapper(victim: Victim, prompt: dict, succeeds, seed: str, args) -> Search:
-    messages = prompt["prompt"]
-    return autodan(
-        victim.model,
-        victim.tok,
-        messages,
-        target_of(victim, prompt, args),
-        lambda individual: succeeds(wrap(individual, messages)),
-        budget=args.budget,
-        seed=seed,
-        wrappers=args.wrappers,
-        synonyms=args.synonyms,
-        rows=args.batch_size,
-    )
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -219,7 +139,7 @@ def parse_args() -> argparse.Namespace:
     tables = names.add_parser("table", help="success rates from the files of earlier attacks")
     tables.add_argument("files", nargs="+")
     tables.add_argument("--out", help="JSON file to write")
-    for name in ("prefill", "instruct", "context", *SEARCHES):
+    for name in ("prefill", "instruct", "context", *SEARCHES, "universal-gcg"):
         p = names.add_parser(name, help=ATTACKERS[name], description=f"{name} {ATTACKERS[name]}.")
         p.add_argument("--ckpt", required=True, help="the model directory to attack")
         p.add_argument("--prompts", nargs="+", required=True, help="prompt files; what is aimed at is their 'target'")
@@ -234,10 +154,10 @@ def parse_args() -> argparse.Namespace:
         p.add_argument("--seed", type=SEED, default=0)
         p.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
         p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
-        if name == "prefill" or name in SEARCHES:
+        if name not in ("instruct", "context"):
             p.add_argument("--opening", default=OPENING, help="that says yes; aimed at where a prompt has no target")
-        if name in SEARCHES:
-            p.add_argument("--budget", type=positive, default=1024, help="candidates to score per prompt")
+        if name not in ("prefill", "instruct", "context"):
+            p.add_argument("--budget", type=positive, default=1024, help="candidates to score per search")
             p.add_argument("--target-tokens", type=positive, help="aim at so much of the target; default: all of it")
         if name == "autodan":
             p.add_argument("--batch-size", type=positive, default=32, help="individuals scored at a time")
@@ -250,10 +170,14 @@ def parse_args() -> argparse.Namespace:
             p.add_argument("--topk", type=positive, default=64, help="promising tokens per place")
             p.add_argument("--batch-size", type=positive, default=64, help="candidates scored at a time")
             p.add_argument("--loss", choices=("ce", "mellowmax"), default="ce")
-        if name == "adaptive-gcg":
+        if name in ("adaptive-gcg", "universal-gcg"):
             weight, grow = "λ: what a chance of [RESET] costs", "targets are openings: the model says how they go on"
             p.add_argument("--reset-weight", type=not_negative(float), default=0.2, help=weight)
             p.add_argument("--grow", action="store_true", help=f"{grow}; so it is where a prompt has none")
+        if name == "universal-gcg":
+            p.add_argument("--optimise", nargs="+", required=True, help="prompt files to optimise the suffix on")
+            p.add_argument("--optimise-sets", nargs="+", help="of those, these sets only")
+            p.add_argument("--optimise-limit", type=positive, default=8, help="of each set, so many prompts")
     return parser.parse_args()
 
 

@@ -195,7 +195,7 @@ def autodan(
     people = [*first[:population]]
     while len(people) < population:
         people.append(mutate(rng.choice(first), synonyms, pool, rng))
-    found, elite, judged = Search(target=target), [], None
+    found, elite, judged = Search(targets=[target]), [], None
     while True:
         people = people[: budget - found.evaluations]
         values = fitness(model, tok, messages, target, people, rows)

@@ -20,12 +20,13 @@ there is of y, greedily, [RESET] masked. If the judge calls that answer unsafe, 
 each time that more of it is aimed at. If not (it refuses after the opening), the search goes on with the y that it has.
 
 One step: the gradient of L with respect to the suffix's one-hot tokens names promising replacements, single swaps are
-drawn from them, every swap is scored by a real forward pass, and the best few suffixes seen so far are kept. It needs
-gradients, and looks for a suffix of each prompt, not for one that serves all ("universal").
+drawn from them, every swap is scored by a real forward pass, and the best few suffixes seen so far are kept. One suffix
+for many prompts: see universal.py.
 """
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -36,15 +37,24 @@ from model import InputError, Transformer
 START = 16  # tokens of the target that an adaptive attacker begins with
 PATIENCE = 2  # steps after which it is lengthened even if the model does not say what there is of it
 
-# (text of a suffix, ids that an answer begins with) -> ids of an unsafe answer that begins so, or None
-Grow = Callable[[str, list[int]], list[int] | None]
+
+@dataclass
+class Goal:
+    """A chat with a gap for the suffix, and what the model should answer to it.
+
+    grow  (text of the suffix, ids) -> the unsafe answer that begins with these ids, as the model goes on with [RESET]
+          masked, or None if it is not unsafe. With it `target` is an opening, and such answers take its place.
+    """
+
+    send: Send
+    target: list[int]
+    grow: Callable[[str, list[int]], list[int] | None] | None = None
 
 
 def gcg(
     model: Transformer,
     tok,
-    send: Send,
-    target: list[int],
+    goals: list[Goal],
     unsafe_with: Callable[[str], bool],
     *,
     budget: int,
@@ -52,72 +62,80 @@ def gcg(
     seed: str,
     loss: str = "ce",
     adaptive: float | None = None,
-    grow: Grow | None = None,
     candidates: int = 64,
     topk: int = 64,
     buffer_size: int = 4,
     rows: int = 64,
 ) -> Search:
-    """Look for a suffix that lets an unsafe answer survive, scoring at most `budget` candidates.
+    """Look for a suffix that lets an unsafe answer survive, computing at most `budget` likelihoods.
 
-    send          text of a suffix -> the chat that has it.
+    goals         one of them: a suffix for one prompt. Several: one suffix for all, L is the mean over them, and a
+                  candidate takes a likelihood of each.
     unsafe_with   text of a suffix -> does the sampler, with its resets, let an unsafe answer survive? Asked at every
                   new best; the search ends at the first yes.
     suffix        the one to start from; seed makes the draws.
     adaptive      λ of the objective that knows about [RESET]; None is plain GCG.
-    grow          how the answer goes on, if `target` is but an opening: see Aim.
     candidates    swaps per step, from the topk tokens of each place; rows of them are scored at a time.
 
     The loss of the best suffix never rises, but where the target is lengthened: another loss from then on.
     """
     objective = Objective(loss, None if adaptive is None else tok.reset_id, adaptive or 0.0)
-    aim = Aim(model, tok, send, target, suffix, objective, rows, START if adaptive is not None else None, grow)
-    neighbours = Neighbours(aim, topk, random.Random(seed))
-    buffer = aim.scored([aim.slots.suffix])  # (loss, suffix), best first
-    found, judged = Search(suffix, evaluations=1), None
+    start = None if adaptive is None else START
+    aims = [Aim(model, tok, goal, suffix, objective, start, rows) for goal in goals]
+    neighbours = Neighbours(aims, topk, random.Random(seed))
+    buffer = scored(aims, [neighbours.start])  # (loss, suffix), best first
+    found, judged = Search(suffix, evaluations=len(aims)), None
     while True:
         value, best = buffer[0]
         found.losses.append(round(value, 4))
-        found.text, found.target = tok.decode(best), aim.target
+        found.text, found.targets = tok.decode(best), [aim.target for aim in aims]
         if best != judged:
             judged = best
             neighbours.at_once = 1
             if unsafe_with(found.text):
                 found.success_at = found.evaluations
                 return found
-        left = budget - found.evaluations
+        left = (budget - found.evaluations) // len(aims)  # candidates
         if left < 1:
             return found
-        if aim.lengthened(best):
-            scored, buffer = [s for _, s in buffer[:left]], []
-            neighbours.start_anew(scored)
+        lengthened = [aim.lengthened(best) for aim in aims]
+        if any(lengthened):
+            drawn, buffer = [s for _, s in buffer[:left]], []
+            neighbours.start_anew(drawn)
         else:
-            scored = neighbours.draw(aim.gradient(best), best, min(candidates, left))
-        found.evaluations += max(1, len(scored))  # so that a search without a way out ends
-        buffer = sorted(buffer + aim.scored(scored))[:buffer_size]
+            gradient = torch.stack([aim.gradient(best) for aim in aims]).mean(dim=0)  # (n, V)
+            drawn = neighbours.draw(gradient, best, min(candidates, left))
+        found.evaluations += len(aims) * max(1, len(drawn))  # so that a search without a way out ends
+        buffer = sorted(buffer + scored(aims, drawn))[:buffer_size]
+
+
+def scored(aims: list["Aim"], suffixes: list[list[int]]) -> list[tuple[float, list[int]]]:
+    """Each suffix with its loss, the mean over what it is to bring about."""
+    if not suffixes:
+        return []
+    losses = torch.stack([aim.losses(suffixes) for aim in aims])  # (aims, N)
+    return list(zip(losses.mean(dim=0).tolist(), suffixes, strict=True))
 
 
 # ── What is aimed at ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Aim:
-    """What the suffix is to bring about: the first m tokens of a target, and no reset if the objective says so.
+    """What the suffix is to bring about in one chat: the first m tokens of the target.
 
     start  what m is at first; None: the whole target. From then on it doubles.
-    grow   (text of the suffix, ids) -> the unsafe answer that begins with these ids, as the model goes on with [RESET]
-           masked, or None if it is not unsafe. With it the target is an opening, and the answers take its place.
     """
 
-    def __init__(self, model, tok, send: Send, target: list[int], suffix: str, objective, rows: int, start, grow=None):
-        self.model, self.tok, self.send, self.objective, self.grow = model, tok, send, objective, grow
-        self.slots = make_slots(tok, send, target, suffix)
+    def __init__(self, model, tok, goal: Goal, suffix: str, objective: Objective, start: int | None, rows: int):
+        self.model, self.tok, self.goal, self.objective = model, tok, goal, objective
+        self.slots = make_slots(tok, goal.send, goal.target, suffix)
         if not self.slots.suffix:
             raise InputError("the suffix to start from is empty; give --suffix some text, its length in tokens is kept")
-        if not self.slots.target:
+        if not goal.target:
             raise InputError("the target is empty; an attack needs an answer to aim at, or how one begins")
         self.scorer = Scorer(model, self.slots, rows)
-        self.m = min(start or len(self.slots.target), len(self.slots.target))
-        self.is_opening = grow is not None  # there is more of the answer than the target has
+        self.m = min(start or len(goal.target), len(goal.target))
+        self.is_opening = goal.grow is not None  # there is more of the answer than the target has
         self.steps = 0  # gradients taken since it was lengthened
         self.ended_at: list[int] | None = None  # the suffix after which the model said nothing unsafe
 
@@ -125,16 +143,15 @@ class Aim:
     def target(self) -> list[int]:
         return self.slots.target[: self.m]
 
-    def scored(self, suffixes: list[list[int]]) -> list[tuple[float, list[int]]]:
-        """Each with its loss."""
-        if not suffixes:
-            return []
-        losses = self.scorer.losses(suffixes, self.m, self.objective)
-        return list(zip(losses.tolist(), suffixes, strict=True))
+    def losses(self, suffixes: list[list[int]]) -> torch.Tensor:
+        return self.scorer.losses(suffixes, self.m, self.objective)
 
     def gradient(self, suffix: list[int]) -> torch.Tensor:
         self.steps += 1
         return suffix_gradient(self.model, self.slots, suffix, self.m, self.objective)
+
+    def can_be_sent(self, suffix: list[int]) -> bool:
+        return survives(self.tok, self.goal.send, self.slots, suffix)
 
     def lengthened(self, suffix: list[int]) -> bool:
         """Twice as much is aimed at from now on, if it is time and there is more."""
@@ -150,7 +167,7 @@ class Aim:
         return True
 
     def ask_how_it_goes_on(self, suffix: list[int]) -> None:
-        answer = self.grow(self.tok.decode(suffix), self.target)
+        answer = self.goal.grow(self.tok.decode(suffix), self.target)
         if answer is None:
             self.ended_at = suffix
         else:
@@ -164,10 +181,17 @@ class Aim:
 class Neighbours:
     """Suffixes that differ from the best in a token or more, and were not scored before."""
 
-    def __init__(self, aim: Aim, topk: int, rng: random.Random):
-        self.aim, self.topk, self.rng = aim, topk, rng
-        self.allowed = torch.tensor(allowed_ids(aim.tok), device=aim.model.device)
-        self.known = {tuple(aim.slots.suffix)}  # drawn since the target was lengthened
+    def __init__(self, aims: list[Aim], topk: int, rng: random.Random):
+        self.aims, self.topk, self.rng = aims, topk, rng
+        self.allowed = torch.tensor(allowed_ids(aims[0].tok), device=aims[0].model.device)
+        self.start = aims[0].slots.suffix
+        if any(aim.slots.suffix != self.start for aim in aims):
+            raise InputError("the suffix is not the same tokens after every prompt; begin --suffix with a space")
+        self.start_anew([self.start])
+
+    def start_anew(self, scored: list[list[int]]) -> None:
+        """The target is another now, and so are the losses: only these are known."""
+        self.known = set(map(tuple, scored))
         self.at_once = 1  # tokens that are swapped
 
     def draw(self, gradient: torch.Tensor, best: list[int], count: int) -> list[list[int]]:
@@ -175,13 +199,9 @@ class Neighbours:
         drawn = swaps(gradient, best, count, self.topk, self.allowed, self.rng, self.at_once)
         new = [s for s in dict.fromkeys(map(tuple, drawn)) if s not in self.known]
         self.at_once += 4 * len(new) < count  # its neighbours are known: look further away, until there is a better one
-        sendable = [s for s in new if survives(self.aim.tok, self.aim.send, self.aim.slots, list(s))]
+        sendable = [s for s in new if all(aim.can_be_sent(list(s)) for aim in self.aims)]
         self.known.update(sendable)
         return [list(s) for s in sendable]
-
-    def start_anew(self, scored: list[list[int]]) -> None:
-        """The target is another now, and so are the losses: only these are known."""
-        self.known, self.at_once = set(map(tuple, scored)), 1
 
 
 def swaps(

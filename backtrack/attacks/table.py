@@ -24,6 +24,7 @@ ATTACKERS = {
     "gcg": "knows the weights and how an unsafe answer begins; adds any tokens to the question",
     "autodan": "knows the probability of an answer's beginning; wraps the question in readable sentences",
     "adaptive-gcg": "as gcg; knows about [RESET], and aims at a whole unsafe answer without one",
+    "universal-gcg": "as adaptive-gcg, with other questions; adds the same tokens to every question",
 }
 SEARCHES = ("gcg", "autodan", "adaptive-gcg")  # those with a budget
 BUDGETS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # points of the curve of success

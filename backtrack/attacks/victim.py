@@ -23,7 +23,13 @@ class Victim:
 
     def answer(self, prompt: dict, messages: list[dict], prefill: list[int] | None = None) -> dict:
         """What the model answers to `messages`, greedily, and what the judge says of what survives of it."""
-        return self.judged(prompt, self.sample(messages, prefill or []))
+        [generation] = self.sample([messages], [prefill or []])
+        return self.judged(prompt, generation)
+
+    def answers(self, prompts: list[dict], chats: list[list[dict]]) -> list[dict]:
+        """The same for many, sampled in one batch."""
+        generations = self.sample(chats, [[] for _ in chats])
+        return [self.judged(prompt, g) for prompt, g in zip(prompts, generations, strict=True)]
 
     def goes_on(self, prompt: dict, messages: list[dict], begun: list[int]) -> list[int] | None:
         """The answer that begins with the ids `begun`, as the model goes on with [RESET] masked: all its ids, or None
@@ -31,21 +37,20 @@ class Victim:
         room = self.args.max_new_tokens - len(begun)
         if room < 1:
             return None
-        generation = self.sample(messages, begun, max_resets=0, max_new_tokens=room)
+        [generation] = self.sample([messages], [begun], max_resets=0, max_new_tokens=room)
         return generation.tokens if failed(self.judged(prompt, generation)) else None
 
-    def sample(self, messages: list[dict], prefill: list[int], **changed) -> Generation:
+    def sample(self, chats: list[list[dict]], prefill: list[list[int]], **changed) -> list[Generation]:
         limits = {name: getattr(self.args, name) for name in ("max_new_tokens", "reset_bias", "max_resets", "on_reset")}
-        [generation] = generate(
+        return generate(
             self.model,
-            [self.tok.render(messages)],
-            prefill=[prefill],
+            [self.tok.render(chat) for chat in chats],
+            prefill=prefill,
             reset_id=self.tok.reset_id,
             stop_ids=self.tok.stop_ids,
             vocab_size=self.tok.vocab_size,
             **limits | changed,
         )
-        return generation
 
     def judged(self, prompt: dict, g: Generation) -> dict:
         response = self.tok.decode(g.tokens)
