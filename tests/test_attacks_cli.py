@@ -64,11 +64,12 @@ def saying(monkeypatch, function):
     state = {}
 
     def fake(model, prompts, **options):
-        tok = state["tok"]
-        surviving, discarded = function(tok.decode(prompts[0]), options["prefill"][0], options)
-        return [
-            Generation(tok.encode(surviving), [tok.encode(d) for d in discarded], len(discarded), "stop", 1, 0.0, 0.0)
-        ]
+        tok, answers = state["tok"], []
+        for prompt, forced in zip(prompts, options["prefill"], strict=True):
+            surviving, discarded = function(tok.decode(prompt), forced, options)
+            taken_back = [tok.encode(text) for text in discarded]
+            answers.append(Generation(tok.encode(surviving), taken_back, len(discarded), "stop", 1, 0.0, 0.0))
+        return answers
 
     def load(path):
         state["tok"] = load_tokenizer(path)
@@ -410,6 +411,16 @@ def test_table_pools_seeds_and_counts_against_budget(tmp_path):
     assert sft["interval"] == [round(x, 4) for x in wilson(5, 8)] and sft["reset"] == 4
     assert (dpo["checkpoint"], dpo["n"], dpo["unsafe"]) == ("dpo", 1, 0)
     assert "62.5" in printed and f"[{100 * wilson(5, 8)[0]:.1f}" in printed
+
+
+def test_a_larger_budget_is_a_line_of_its_own(tmp_path):
+    """After the others, and never added to the curve of a smaller one."""
+    long = attack_file(tmp_path / "0/a-long.jsonl", "runs/toy-0/sft", [900], budget=1000)
+    short = attack_file(tmp_path / "0/a.jsonl", "runs/toy-0/sft", [None, 50], budget=100)
+    command("table", long, short, "--out", tmp_path / "t.json")
+    records = json.loads((tmp_path / "t.json").read_text())["records"]
+    assert [(r["variant"], r["n"], r["budget"]) for r in records] == [("any", 2, 100), ("budget 1,000", 1, 1000)]
+    assert records[1]["success_within"]["512"] == 0 and records[1]["success_within"]["1000"] == 1
 
 
 def test_who_sets_the_sampler_is_in_the_table(place, tmp_path):

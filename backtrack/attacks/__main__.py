@@ -2,6 +2,7 @@
 
     python -m backtrack.attacks NAME --ckpt DIR --prompts F [--sets …] --judge J --out F.jsonl [--budget N]
     python -m backtrack.attacks table FILE.jsonl … [--out F.json]      # success rates of all of them, pooled over seeds
+    python -m backtrack.attacks rewrite --ckpt DIR --out F.txt         # sentences in other words, for autodan
 
 An attack succeeds when the judge calls what *survives* sampling unsafe, or, if it is a refusal judge, complied. Resets
 are as --max-resets, --on-reset and --reset-bias say; the judge is shown the original prompt, not the attack. An answer
@@ -28,9 +29,10 @@ from pathlib import Path
 import torch
 
 from backtrack.attacks.attack import attack_on
-from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, read_synonyms, read_wrappers
+from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, all_sentences, read_rewrites, read_synonyms, read_wrappers
 from backtrack.attacks.context import PLACES, topic_of
 from backtrack.attacks.prefill import OPENING
+from backtrack.attacks.rewrite import rewrite
 from backtrack.attacks.table import ATTACKERS, SEARCHES, table
 from backtrack.attacks.victim import Victim
 from backtrack.evaluate import (
@@ -46,8 +48,8 @@ from backtrack.judge import load_judge, refuse_seen
 from backtrack.results import json_line
 from model import InputError, load_model, load_tokenizer
 from model.checkpoint import weights_digest
-from model.errors import BIAS, RESETS, SEED, device, not_negative, positive, run
-from model.files import check_file
+from model.errors import BIAS, RESETS, SEED, TEMPERATURE, device, not_negative, positive, run
+from model.files import check_file, write_text
 
 
 def attack_all(args) -> None:
@@ -58,6 +60,7 @@ def attack_all(args) -> None:
     if args.name == "autodan":
         args.wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
         args.synonyms = read_synonyms(args.synonyms) if args.synonyms else SYNONYMS
+        args.rewrites = read_rewrites(args.rewrites) if args.rewrites else None
     check_file(args.out)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     refuse_seen(judge, prompts)
@@ -94,7 +97,7 @@ def settings_of(args, prompts: list[dict]) -> dict:
     settings = {key: value for key, value in vars(args).items() if key not in others}
     settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = weights_digest(args.ckpt)
-    for name in ("wrappers", "synonyms"):  # what is in the file, not what it is called
+    for name in ("wrappers", "synonyms", "rewrites"):  # what is in the file, not what it is called
         if settings.get(name):
             settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
     return settings
@@ -126,65 +129,104 @@ def variant_of(args) -> str:
     place = getattr(args, "place", "question")
     unusual = {"first-turn": ["in a first turn"], "system": ["in the system prompt"]}.get(place, [])
     unusual += ["opening grows"] if getattr(args, "grow", False) else []
+    unusual += ["sentences rewritten"] if getattr(args, "rewrites", None) else []
     return ", ".join(unusual) or "any"
+
+
+def write_rewrites(args) -> None:
+    """The file for --rewrites of autodan."""
+    wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
+    check_file(args.out)
+    tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
+    found = rewrite(model, tok, all_sentences(wrappers), args.count, args.temperature, args.seed)
+    write_text("".join("\t".join([sentence, *others]) + "\n" for sentence, others in found.items()), args.out)
+    print(f"{args.out}: {len(found)} sentences, said in {sum(map(len, found.values()))} other ways")
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_args() -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = parser.add_subparsers(dest="name", required=True)
-    tables = names.add_parser("table", help="success rates from the files of earlier attacks")
-    tables.add_argument("files", nargs="+")
-    tables.add_argument("--out", help="JSON file to write")
     for name in ("prefill", "instruct", "context", *SEARCHES, "universal-gcg"):
-        p = names.add_parser(name, help=ATTACKERS[name], description=f"{name} {ATTACKERS[name]}.")
-        p.add_argument("--ckpt", required=True, help="the model directory to attack")
-        p.add_argument("--prompts", nargs="+", required=True, help="prompt files; what is aimed at is their 'target'")
-        p.add_argument("--sets", nargs="+", help="of the prompts, these sets only")
-        p.add_argument("--limit", type=positive, help="of each set, so many prompts, evenly spread")
-        p.add_argument("--judge", required=True, help="as for backtrack.evaluate")
-        p.add_argument("--out", required=True, help="file to write, JSON lines")
-        p.add_argument("--on-reset", choices=("truncate", "keep"), default="truncate")
-        p.add_argument("--reset-bias", type=BIAS, default=0.0)
-        p.add_argument("--max-resets", type=RESETS, default=1)
-        p.add_argument("--max-new-tokens", type=positive, default=80)
-        p.add_argument("--seed", type=SEED, default=0)
-        p.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
-        p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+        attack = names.add_parser(name, help=ATTACKERS[name], description=f"{name} {ATTACKERS[name]}.")
+        add_what_is_attacked(attack)
         if name not in ("instruct", "context"):
-            p.add_argument("--opening", default=OPENING, help="that says yes; aimed at where a prompt has no target")
-        if name not in ("prefill", "instruct", "context"):
-            p.add_argument("--budget", type=positive, default=1024, help="candidates to score per search")
-            p.add_argument("--target-tokens", type=positive, help="aim at so much of the target; default: all of it")
-        if name == "autodan":
-            p.add_argument("--batch-size", type=positive, default=32, help="individuals scored at a time")
-            p.add_argument("--wrappers", help="text file, one wrapper with {q} per line")
-            p.add_argument("--synonyms", help="text file, a word and its synonyms per line, tabs between")
-        if name.endswith("gcg"):
-            p.add_argument("--suffix", default=" x" * 16, help="suffix to start from: its length in tokens is kept")
-            p.add_argument("--place", choices=PLACES, default="question", help="the message that the suffix ends")
-            p.add_argument("--candidates", type=positive, default=64, help="swaps per step")
-            p.add_argument("--topk", type=positive, default=64, help="promising tokens per place")
-            p.add_argument("--batch-size", type=positive, default=64, help="candidates scored at a time")
-            p.add_argument("--loss", choices=("ce", "mellowmax"), default="ce")
-        if name in ("adaptive-gcg", "universal-gcg"):
-            weight, grow = "λ: what a chance of [RESET] costs", "targets are openings: the model says how they go on"
-            p.add_argument("--reset-weight", type=not_negative(float), default=0.2, help=weight)
-            p.add_argument("--grow", action="store_true", help=f"{grow}; so it is where a prompt has none")
-        if name == "universal-gcg":
-            p.add_argument("--optimise", nargs="+", required=True, help="prompt files to optimise the suffix on")
-            p.add_argument("--optimise-sets", nargs="+", help="of those, these sets only")
-            p.add_argument("--optimise-limit", type=positive, default=8, help="of each set, so many prompts")
+            said = "that says yes; aimed at where a prompt has no target"
+            attack.add_argument("--opening", default=OPENING, help=said)
+        if name in (*SEARCHES, "universal-gcg"):
+            add_how_to_search(attack, name)
+
+    tables = names.add_parser("table", help="success rates from the files of earlier attacks")
+    tables.add_argument("files", nargs="+", help="of attacks, and answers of backtrack.evaluate")
+    tables.add_argument("--out", help="JSON file to write")
+
+    said = "sentences in other words by a language model, for autodan --rewrites"
+    add = names.add_parser("rewrite", help=said, description=said).add_argument
+    add("--ckpt", required=True, help="the model directory that rewrites")
+    add("--out", required=True, help="text file to write")
+    add("--wrappers", help="text file, one wrapper with {q} per line; default: those of autodan")
+    add("--count", type=positive, default=8, help="of each sentence, so many rewritings at most")
+    add("--temperature", type=TEMPERATURE, default=0.7)
+    add_machine(add)
     return parser.parse_args()
+
+
+def add_what_is_attacked(parser) -> None:
+    add = parser.add_argument
+    add("--ckpt", required=True, help="the model directory to attack")
+    add("--prompts", nargs="+", required=True, help="prompt files; what is aimed at is their 'target'")
+    add("--sets", nargs="+", help="of the prompts, these sets only")
+    add("--limit", type=positive, help="of each set, so many prompts, evenly spread")
+    add("--judge", required=True, help="as for backtrack.evaluate")
+    add("--out", required=True, help="file to write, JSON lines")
+    add("--on-reset", choices=("truncate", "keep"), default="truncate")
+    add("--reset-bias", type=BIAS, default=0.0)
+    add("--max-resets", type=RESETS, default=1)
+    add("--max-new-tokens", type=positive, default=80)
+    add_machine(add)
+
+
+def add_machine(add) -> None:
+    cuda = torch.cuda.is_available()
+    add("--seed", type=SEED, default=0)
+    add("--device", type=device, default="cuda" if cuda else "cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+
+
+def add_how_to_search(parser, name: str) -> None:
+    add = parser.add_argument
+    add("--budget", type=positive, default=1024, help="likelihoods to compute per search")
+    add("--target-tokens", type=positive, help="aim at so much of the target; default: all of it")
+    add("--batch-size", type=positive, default=32 if name == "autodan" else 64, help="candidates scored at a time")
+    if name == "autodan":
+        add("--wrappers", help="text file, one wrapper with {q} per line")
+        add("--synonyms", help="text file, a word and its synonyms per line, tabs between")
+        add("--rewrites", help="text file that `rewrite` has made: a sentence and others like it per line")
+        return
+    add("--suffix", default=" x" * 16, help="suffix to start from: its length in tokens is kept")
+    add("--place", choices=PLACES, default="question", help="what the suffix is put at the end of")
+    add("--candidates", type=positive, default=64, help="swaps per step")
+    add("--topk", type=positive, default=64, help="promising tokens per place")
+    add("--loss", choices=("ce", "mellowmax"), default="ce")
+    if name == "gcg":
+        return
+    add("--reset-weight", type=not_negative(float), default=0.2, help="λ: what a chance of [RESET] costs")
+    said = "targets are openings: the model itself says how they go on; so it is where a prompt has none"
+    add("--grow", action="store_true", help=said)
+    if name == "universal-gcg":
+        add("--optimise", nargs="+", required=True, help="prompt files to optimise the suffix on")
+        add("--optimise-sets", nargs="+", help="of those, these sets only")
+        add("--optimise-limit", type=positive, default=8, help="of each set, so many prompts, evenly spread")
 
 
 def main() -> None:
     args = parse_args()
     if args.name == "table":
         table(args.files, args.out)
+    elif args.name == "rewrite":
+        write_rewrites(args)
     else:
         attack_all(args)
 

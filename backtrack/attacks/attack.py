@@ -43,9 +43,11 @@ def try_all(victim: Victim, prompts: list[dict], index: int, args) -> dict:
     else:
         others = prompts[:index] + prompts[index + 1 :]
         variants = {key: (chat, []) for key, chat in contexts(tok, prompt, others, f"{args.seed}/{index}").items()}
+    chats, prefill = zip(*variants.values(), strict=True)
+    answers = victim.answers([prompt] * len(variants), list(chats), list(prefill))
     tried = {}
-    for key, (sent, ids) in variants.items():
-        tried[key] = {"sent": sent, "prefill": tok.decode(ids)} | victim.answer(prompt, sent, ids)
+    for key, sent, ids, answer in zip(variants, chats, prefill, answers, strict=True):
+        tried[key] = {"sent": sent, "prefill": tok.decode(ids)} | answer
     return {failure(list(tried.values())): any(map(failed, tried.values())), "variants": tried}
 
 
@@ -74,6 +76,8 @@ def search(victim: Victim, prompt: dict, seed: str, args) -> dict:
             seed=seed,
             wrappers=args.wrappers,
             synonyms=args.synonyms,
+            rewrites=args.rewrites,
+            longest=victim.longest_prompt,
             rows=args.batch_size,
         )
     else:

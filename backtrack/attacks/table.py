@@ -71,9 +71,23 @@ def summarise(paths: list[str]) -> list[dict]:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             what = "not a file of this program, or of answers that no judge has seen"
             raise InputError(f"{path}: {what}; make it with --out and --judge") from None
+    name_budgets(list(cells.values()))
     order = {name: place for place, name in enumerate(ATTACKERS)}
     ordered = sorted(cells.values(), key=lambda cell: (order[cell["attack"]], cell["variant"] != "any"))
     return [finished(cell) for cell in ordered]
+
+
+def name_budgets(cells: list[dict]) -> None:
+    """Where a search was made with several budgets, those above the least are variants of their own."""
+    least: dict[tuple, int] = {}
+    for cell in cells:
+        key = tuple(cell[name] for name in ("attack", "variant", "checkpoint", *CONDITION))
+        least[key] = min(cell["budget"] or 0, least.get(key, cell["budget"] or 0))
+    for cell in cells:
+        key = tuple(cell[name] for name in ("attack", "variant", "checkpoint", *CONDITION))
+        if cell["budget"] and cell["budget"] > least[key]:
+            more = f"budget {cell['budget']:,}"
+            cell["variant"] = more if cell["variant"] == "any" else f"{cell['variant']}, {more}"
 
 
 def decoding(answers: list[dict], settings: dict) -> list[dict]:

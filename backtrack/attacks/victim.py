@@ -1,7 +1,7 @@
 """What an attacker faces: a model behind its sampler, and the judge of what survives.
 
 victim = Victim(model, tok, judge, args)           # args: --max-resets, --reset-bias and the like
-record = victim.answer(prompt, messages, prefill)  # prompt: what the judge is shown; messages: what is sent
+record = victim.answer(prompt, messages)           # prompt: what the judge is shown; messages: what is sent
 failed(record)                                     # did the attack succeed?
 """
 
@@ -9,7 +9,7 @@ import argparse
 from dataclasses import dataclass
 
 from backtrack.evaluate import failure, verdict
-from backtrack.generate import Generation, generate
+from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import Judge
 from model import Transformer
 
@@ -21,14 +21,16 @@ class Victim:
     judge: Judge
     args: argparse.Namespace
 
-    def answer(self, prompt: dict, messages: list[dict], prefill: list[int] | None = None) -> dict:
+    def answer(self, prompt: dict, messages: list[dict]) -> dict:
         """What the model answers to `messages`, greedily, and what the judge says of what survives of it."""
-        [generation] = self.sample([messages], [prefill or []])
-        return self.judged(prompt, generation)
+        [record] = self.answers([prompt], [messages])
+        return record
 
-    def answers(self, prompts: list[dict], chats: list[list[dict]]) -> list[dict]:
-        """The same for many, sampled in one batch."""
-        generations = self.sample(chats, [[] for _ in chats])
+    def answers(
+        self, prompts: list[dict], chats: list[list[dict]], prefill: list[list[int]] | None = None
+    ) -> list[dict]:
+        """The same for many, sampled in one batch. prefill: ids that each answer is forced to begin with."""
+        generations = self.sample(chats, prefill or [[] for _ in chats])
         return [self.judged(prompt, g) for prompt, g in zip(prompts, generations, strict=True)]
 
     def goes_on(self, prompt: dict, messages: list[dict], begun: list[int]) -> list[int] | None:
@@ -39,6 +41,12 @@ class Victim:
             return None
         [generation] = self.sample([messages], [begun], max_resets=0, max_new_tokens=room)
         return generation.tokens if failed(self.judged(prompt, generation)) else None
+
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens, with room left for an answer."""
+        limits = {name: getattr(self.args, name) for name in ("max_new_tokens", "max_resets", "on_reset")}
+        return self.model.config.max_position_embeddings - room_for_answer(Options(self.tok.reset_id, [], **limits))
 
     def sample(self, chats: list[list[dict]], prefill: list[list[int]], **changed) -> list[Generation]:
         limits = {name: getattr(self.args, name) for name in ("max_new_tokens", "reset_bias", "max_resets", "on_reset")}
