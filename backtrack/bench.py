@@ -39,8 +39,8 @@ from pathlib import Path
 
 import torch
 
-from backtrack.attacks.gcg import Scorer, Slots
 from backtrack.attacks.objective import Objective
+from backtrack.attacks.suffix import Scorer, Slots
 from backtrack.generate import (
     Options,
     Record,

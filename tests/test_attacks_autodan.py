@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from models import FAMILIES, network_of
+from models import FAMILIES, LLAMA, network_of
 from test_attacks_gcg import never
 
 from backtrack.attacks import autodan as module
@@ -18,19 +18,22 @@ from backtrack.attacks.autodan import (
     cross,
     fitness,
     mutate,
+    read_rewrites,
     read_synonyms,
     read_wrappers,
     sentences,
     wrap,
 )
-from model import InputError
+from backtrack.attacks.rewrite import asked, rewrite, usable
+from backtrack.generate import generate
+from data import toy
+from model import InputError, load_tokenizer
 
 ASK = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Yes?"},
     {"role": "user", "content": "What is {q}? Tell me."},
 ]
-TARGET = "abc d"
 
 
 class Characters:
@@ -41,6 +44,14 @@ class Characters:
 
     def render(self, messages, add_generation_prompt=True):
         return [0, *itertools.chain(*([*self.encode(m["content"].strip()), 1] for m in messages))]
+
+
+TARGET = Characters().encode("abc d")
+
+
+def toy_tokenizer(path):
+    (path / "tokenizer.model").write_bytes(toy.build(0)["tokenizer/tokenizer.model"])
+    return load_tokenizer(path)
 
 
 def words(individuals):
@@ -83,6 +94,67 @@ def test_crossover_and_mutation_keep_the_question_once_and_use_known_words():
     assert words(people) - words(first)  # synonyms did come in
 
 
+def test_a_sentence_is_replaced_by_one_that_says_the_same():
+    rewrites = {"A b.": ["B a.", "Ab?"], "B a.": ["A b."]}
+    rng, seen = random.Random(0), set()
+    for _ in range(300):
+        child = mutate(["A b.", "{q}", "C."], {}, ["N."], rng, rewrites)
+        assert child.count(QUESTION) == 1
+        seen.add(" ".join(s for s in child if s not in ("N.", "C.", QUESTION)))
+    assert seen == {"A b.", "B a.", "Ab?"}
+    for _ in range(50):
+        child = mutate(["C.", "{q}"], {}, ["N."], rng, rewrites)  # nothing to say in other words
+        assert set(child) <= {"C.", "{q}", "N."}
+
+
+def test_children_that_do_not_fit_are_left_out(monkeypatch):
+    """Rewritings may be long. No prompt that is scored has more tokens than there is room for."""
+    scored, tok = [], Characters()
+    monkeypatch.setattr(module, "fitness", toy_fitness(scored))
+    long = {
+        sentence: [sentence + " word" * 40]
+        for wrapper in WRAPPERS
+        for sentence in sentences(wrapper)
+        if sentence != QUESTION
+    }
+    longest = max(len(tok.render(wrap(sentences(w), ASK))) for w in WRAPPERS) + 50
+    start = {"population": len(WRAPPERS), "rewrites": long}
+    autodan(None, tok, ASK, TARGET, never, budget=300, longest=longest, **start, **OPTIONS)
+    assert max(len(tok.render(wrap(individual, ASK))) for _, individual in scored) <= longest
+    scored.clear()
+    autodan(None, tok, ASK, TARGET, never, budget=300, **start, **OPTIONS)
+    assert max(len(tok.render(wrap(individual, ASK))) for _, individual in scored) > longest
+
+
+def test_rewritings_are_a_models_answers_one_line_each(tmp_path):
+    """By the definition: each sentence by itself, its samples one at a time; what is cut or no text is left out."""
+    tok = toy_tokenizer(tmp_path)
+    model = network_of(LLAMA, scale=0.3, vocab_size=tok.vocab_size)
+    options = dict(reset_id=tok.reset_id, stop_ids=tok.stop_ids, vocab_size=tok.vocab_size, temperature=1.0)
+    with torch.no_grad():
+        model.lm_head.weight[list(tok.stop_ids)] *= 4  # answers end
+    texts = ["You are old.", "Tell me a story."]
+    found = rewrite(model, tok, texts, 6, 1.0, 5)
+    kept = 0
+    for text in texts:
+        expected, room = [], 2 * len(tok.encode(text)) + 8
+        for i in range(6):
+            [g] = generate(
+                model, [tok.render(asked(text))], max_new_tokens=room, seed=5, sample_ids=[i], max_resets=0, **options
+            )
+            said = tok.decode(g.tokens).strip()
+            if g.finish_reason == "stop" and said.isprintable() and said and said not in expected:
+                expected.append(said)
+        assert found[text] == expected
+        kept += len(expected)
+    assert 0 < kept < 12
+    assert rewrite(model, tok, texts[1:], 6, 1.0, 5) == {texts[1]: found[texts[1]]}
+
+
+def test_what_is_no_rewriting():
+    assert usable(["", " A b. ", '"A b."', "A.", "A.\nB.", "{q} A.", "B."], "A.") == ["A b.", "B."]
+
+
 def test_a_synonym_replaces_whole_words_only_and_keeps_the_capital():
     rng, seen = random.Random(0), set()
     for _ in range(300):
@@ -107,7 +179,7 @@ def test_fitness_is_the_targets_mean_log_likelihood(family, rows):
     model, tok = network_of(FAMILIES[family], scale=0.4, vocab_size=61, max_position_embeddings=512), Characters()
     individuals = [sentences(w) for w in WRAPPERS[:7]]
     values = fitness(model, tok, ASK, TARGET, individuals, rows)
-    y = tok.encode(TARGET)
+    y = TARGET
     for individual, value in zip(individuals, values, strict=True):
         x = tok.render(wrap(individual, ASK))
         with torch.no_grad():
@@ -169,6 +241,9 @@ def test_success_ends_the_search_and_is_dated(monkeypatch):
         (read_wrappers, b"A. {q}\n\nB.\n", "f.txt:3: needs {q} exactly once"),
         (read_wrappers, b"{q} {q}\n", "f.txt:1: needs {q} exactly once"),
         (read_wrappers, b"\xff{q}\n", "f.txt: is not UTF-8"),
+        (read_rewrites, b"", "f.txt: holds no rewritings"),
+        (read_rewrites, b"A.\nB.\n", "f.txt: holds no rewritings"),
+        (read_rewrites, b"A.\tB.\nC. {q}\tD.\n", "f.txt:2: has {q}"),
         (read_synonyms, b"old\twise\nnew\n", "f.txt:2: needs a word and its synonyms"),
         (read_synonyms, b"\told\n", "f.txt:1: needs a word and its synonyms"),
         (read_synonyms, b"old\t\n", "f.txt:1: needs a word and its synonyms"),
@@ -185,3 +260,6 @@ def test_good_files(tmp_path):
     assert read_wrappers(str(tmp_path / "w.txt")) == ["A story. {q}", "{q} Go."]
     (tmp_path / "s.txt").write_text("Old\twise\tvery good\n\nnew\tfresh\n")
     assert read_synonyms(str(tmp_path / "s.txt")) == {"old": ("wise", "very good"), "new": ("fresh",)}
+    (tmp_path / "r.txt").write_text("A b.\tB a.\tA, b.\n\nAlone.\n")
+    rewrites = read_rewrites(str(tmp_path / "r.txt"))
+    assert rewrites == {"A b.": ["B a.", "A, b."], "B a.": ["A b.", "A, b."], "A, b.": ["A b.", "B a."], "Alone.": []}

@@ -3,17 +3,24 @@
 The checkpoint is random; it is made to say what a test needs by replacing the sampler or by prefilling.
 """
 
+import argparse
 import json
+import math
 from functools import partial
 
 import pytest
 import torch
 from command import command as run_command
+from models import prone_to
 from test_evaluate import furnish
 
+from backtrack import evaluate
 from backtrack.attacks import __main__ as attacks
+from backtrack.attacks import attack, victim
+from backtrack.attacks.context import contexts
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import LENGTHS, prefills
+from backtrack.attacks.universal import universal_gcg
 from backtrack.generate import Generation, generate
 from backtrack.judge import Verdict, load_judge
 from backtrack.statistics import wilson
@@ -40,6 +47,9 @@ def words(name, place, out, *more, ckpt="one"):
     first += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", 10, "--out", out]
     if name in SEARCHES:
         first += ["--budget", 40, *SEARCHES[name]] + list(SMALL if name != "autodan" else ())
+    if name == "universal-gcg":
+        first += ["--budget", 80, "--suffix", " x x x x", *SMALL]
+        first += ["--sets", "unseen", "--optimise", place / "prompts.jsonl", "--optimise-sets", "seen"]
     return [*first, *more]
 
 
@@ -54,24 +64,25 @@ def saying(monkeypatch, function):
     state = {}
 
     def fake(model, prompts, **options):
-        tok = state["tok"]
-        surviving, discarded = function(tok.decode(prompts[0]), options["prefill"][0], options)
-        return [
-            Generation(tok.encode(surviving), [tok.encode(d) for d in discarded], len(discarded), "stop", 1, 0.0, 0.0)
-        ]
+        tok, answers = state["tok"], []
+        for prompt, forced in zip(prompts, options["prefill"], strict=True):
+            surviving, discarded = function(tok.decode(prompt), forced, options)
+            taken_back = [tok.encode(text) for text in discarded]
+            answers.append(Generation(tok.encode(surviving), taken_back, len(discarded), "stop", 1, 0.0, 0.0))
+        return answers
 
     def load(path):
         state["tok"] = load_tokenizer(path)
         return state["tok"]
 
-    monkeypatch.setattr(attacks, "generate", fake)
+    monkeypatch.setattr(victim, "generate", fake)
     monkeypatch.setattr(attacks, "load_tokenizer", load)
 
 
 # ── What is sent and judged ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct"])
+@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct", "context"])
 def test_a_record_can_be_checked(place, tmp_path, name):
     """What a line says was sent is sent again, to the real sampler, with the judge shown the original prompt."""
     options = dict(on_reset="keep", reset_bias=6.0, max_resets=2)
@@ -90,7 +101,7 @@ def test_a_record_can_be_checked(place, tmp_path, name):
             forced = tok.encode(tried.get("prefill", ""))
             [g] = generate(
                 model,
-                [tok.render([{"role": "user", "content": tried["sent"]}])],
+                [tok.render(tried["sent"])],
                 prefill=[forced],
                 reset_id=tok.reset_id,
                 stop_ids=tok.stop_ids,
@@ -100,13 +111,13 @@ def test_a_record_can_be_checked(place, tmp_path, name):
             assert tried["response"] == tok.decode(g.tokens)
             assert tried["discarded"] == [tok.decode(ids) for ids in g.discarded] and tried["resets"] == g.resets
             assert tried["unsafe"] == judge(prompt["prompt"], tok.decode(g.tokens)).unsafe
-            assert prompt["prompt"][0]["content"] in tried["sent"]
+            assert prompt["prompt"][0]["content"] in tried["sent"][-1]["content"]
             resets += g.resets
         if name in SEARCHES and record["success_at"] is None:
             assert record["evaluations"] == 40 and not record["unsafe"]
             question = prompt["prompt"][0]["content"]
             whole = record["attack"].replace("{q}", question) if name == "autodan" else question + record["attack"]
-            assert record["sent"] == whole
+            assert record["sent"] == [{"role": "user", "content": whole}]
         elif name in SEARCHES:
             assert record["unsafe"] and record["success_at"] == record["evaluations"]
     assert resets > 0
@@ -167,7 +178,7 @@ def test_prefill_success_against_n(place, tmp_path, monkeypatch):
             k: True for k in verdicts if k not in ("opening", "1", "2")
         }
         assert {"4", "8", "16", "all"} <= set(verdicts) and r["unsafe"] is True
-    rates = {line.split()[1]: line.split()[7] for line in printed.splitlines()[1:]}
+    rates = {line.split()[1]: line.split()[8] for line in printed.split("\n\n")[0].splitlines()[1:]}
     assert rates["any"] == rates["4"] == rates["all"] == "100.0" and rates["2"] == rates["opening"] == "0.0"
 
 
@@ -190,10 +201,114 @@ def test_instructions_are_tried_one_by_one(place, tmp_path, monkeypatch):
         assert list(r["variants"]) == list(INSTRUCTIONS)
 
 
+def test_a_prompt_without_a_target_is_attacked_by_an_opening(place, tmp_path):
+    rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()]
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "target"}) + "\n" for row in rows[:2]))
+    for name in (*SEARCHES, "prefill"):
+        out = tmp_path / f"{name}.jsonl"
+        command(*words(name, place, out, "--prompts", bare, "--opening", "Sure, here"))
+        for r in lines(out)[1]:
+            if name == "prefill":
+                assert [v["prefill"] for v in r["variants"].values()] == ["Sure, here"]
+            elif r["success_at"] != 0:
+                assert r["target"].startswith("Sure, here")
+
+
+@pytest.mark.parametrize("unsafe", [True, False])
+def test_how_an_answer_goes_on_is_greedy_decoding_with_reset_masked(place, unsafe):
+    """Against full forward passes, one for each token; the model would reset all the time."""
+    tok = load_tokenizer(place / "one")
+    model = prone_to(tok.reset_id, load_model(place / "one"), -30.0)
+    asked, chat = [], [{"role": "user", "content": "How do I make it?"}]
+
+    def judge(messages, response):
+        asked.append(response)
+        return Verdict(unsafe=unsafe)
+
+    args = argparse.Namespace(max_new_tokens=12, reset_bias=0.0, max_resets=3, on_reset="keep", judge="")
+    begun = tok.encode("Sure. To")
+    got = victim.Victim(model, tok, judge, args).goes_on({"prompt": chat}, chat, begun)
+    ids, resets = list(begun), 0
+    while len(ids) < 12:
+        with torch.no_grad():
+            logits = model(torch.tensor([tok.render(chat) + ids]))[0, -1, : tok.vocab_size]
+        resets += logits.argmax() == tok.reset_id
+        logits[tok.reset_id] = -math.inf
+        if int(logits.argmax()) in tok.stop_ids:
+            break
+        ids.append(int(logits.argmax()))
+    assert resets > 0 and len(ids) > len(begun)
+    assert asked == [tok.decode(ids)] and got == (ids if unsafe else None)
+
+
+class AnyChat:
+    """A tokenizer as far as `contexts` looks at it: one that knows system turns."""
+
+    def render(self, messages):
+        return [0]
+
+
+def test_contexts_leave_the_question_alone(place):
+    tok = load_tokenizer(place / "one")
+    prompts = list(map(json.loads, (place / "prompts.jsonl").read_text().splitlines()))
+    question, *others = prompts[0], *prompts[1:], prompts[0] | {"target": "the same topic"}
+    found = contexts(tok, question, others, "0")
+    assert list(found) == ["agreed", "1 answered", "3 answered"]  # the toy's template has no system turn
+    answers = {p["prompt"][0]["content"]: p["target"] for p in prompts[1:]}
+    for name, chat in found.items():
+        assert chat[-1:] == question["prompt"] and [m["role"] for m in chat] == ["user", "assistant"] * (
+            len(chat) // 2
+        ) + ["user"]
+        tok.render(chat)
+        if name.endswith("answered"):
+            assert len(chat) == 2 * int(name[0]) + 1
+            assert all(answers[a["content"]] == b["content"] for a, b in zip(chat[:-1:2], chat[1::2], strict=True))
+    assert list(contexts(tok, question, others[:1], "0")) == ["agreed", "1 answered"]
+    own = {"prompt": [{"role": "system", "content": "Be brief."}, *question["prompt"]]}
+    found = contexts(AnyChat(), own, others, "0")
+    assert [m["role"] for m in found["system"]] == ["system", "user"] and found["system"][0]["content"] != "Be brief."
+    assert found["agreed"][0] == own["prompt"][0] and found["agreed"][-1:] == question["prompt"]
+
+
+def test_a_suffix_may_stand_in_a_first_turn(place, tmp_path):
+    command(*words("adaptive-gcg", place, tmp_path / "a.jsonl", "--place", "first-turn", "--limit", 1))
+    for r in lines(tmp_path / "a.jsonl")[1]:
+        assert r["variant"] == "in a first turn"
+        if r["success_at"] != 0:
+            assert [m["role"] for m in r["sent"]] == ["user", "assistant", "user"]
+            assert r["sent"][0]["content"].endswith(r["attack"]) and r["attack"] not in r["sent"][2]["content"]
+    _, said = command(*words("gcg", place, tmp_path / "b.jsonl", "--place", "system"), code=2)
+    assert "no system role" in said
+
+
+def test_a_universal_suffix_is_tested_on_other_prompts(place, tmp_path, monkeypatch):
+    """The search sees the prompts that it is optimised on and no others; all get the suffix that it found."""
+    searched = []
+
+    def search(model, tok, goals, unsafe_with, **options):
+        searched.append([goal.send("!")[-1]["content"] for goal in goals])
+        assert len(unsafe_with("!")) == len(goals)
+        return universal_gcg(model, tok, goals, unsafe_with, **options)
+
+    monkeypatch.setattr(attack, "universal_gcg", search)
+    printed, _ = command(*words("universal-gcg", place, tmp_path / "a.jsonl"))
+    rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()]
+    asked = {name: [r["prompt"][0]["content"] for r in rows if r["set"] == name] for name in ("seen", "unseen")}
+    assert searched == [[f"{question}!" for question in asked["seen"]]]
+    _, records = lines(tmp_path / "a.jsonl")
+    assert [r["variant"] for r in records] == ["any"] * 2 + ["optimised on these"] * 2
+    [suffix] = {r["attack"] for r in records}
+    assert [r["sent"][0]["content"] for r in records] == [f"{q}{suffix}" for q in asked["unseen"] + asked["seen"]]
+    assert len(printed.splitlines()) >= 3 and "optimised on these" in printed
+    _, said = command(*words("universal-gcg", place, tmp_path / "b.jsonl", "--sets", "seen", "unseen"), code=2)
+    assert "asks for what the suffix is optimised on, as 2 do" in said
+
+
 # ── Going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct"])
+@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct", "universal-gcg"])
 def test_resuming_gives_the_same_bytes(place, tmp_path, name):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     command(*words(name, place, whole))
@@ -298,20 +413,58 @@ def test_table_pools_seeds_and_counts_against_budget(tmp_path):
     assert "62.5" in printed and f"[{100 * wilson(5, 8)[0]:.1f}" in printed
 
 
+def test_a_larger_budget_is_a_line_of_its_own(tmp_path):
+    """After the others, and never added to the curve of a smaller one."""
+    long = attack_file(tmp_path / "0/a-long.jsonl", "runs/toy-0/sft", [900], budget=1000)
+    short = attack_file(tmp_path / "0/a.jsonl", "runs/toy-0/sft", [None, 50], budget=100)
+    command("table", long, short, "--out", tmp_path / "t.json")
+    records = json.loads((tmp_path / "t.json").read_text())["records"]
+    assert [(r["variant"], r["n"], r["budget"]) for r in records] == [("any", 2, 100), ("budget 1,000", 1, 1000)]
+    assert records[1]["success_within"]["512"] == 0 and records[1]["success_within"]["1000"] == 1
+
+
+def test_who_sets_the_sampler_is_in_the_table(place, tmp_path):
+    """Answers of backtrack.evaluate, counted again by hand: the first of each prompt, and any of them."""
+    out = tmp_path / "0/eval.json"
+    flags = [
+        "--ckpt",
+        place / "one",
+        "--prompts",
+        place / "prompts.jsonl",
+        "--judge",
+        place / "world.json",
+        "--out",
+        out,
+    ]
+    flags += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", 40]
+    sampler = ["--max-resets", 0, 1, "--reset-bias", -3, "--temperature", 2, "--samples", 3]
+    run_command(evaluate.main, *flags, *sampler)
+    answers = [json.loads(line) for line in out.with_suffix(".answers.jsonl").read_text().splitlines()[1:]]
+    assert len(answers) == 4 * 2 * 3
+    printed, _ = command("table", out.with_suffix(".answers.jsonl"), "--out", tmp_path / "t.json")
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert [a["attack"] for a in result["attackers"]] == ["decoding"] and "sets the sampler" in printed
+    for most in (0, 1):
+        some = [a for a in answers if a["max_resets"] == most]
+        first, several = (r for r in result["records"] if r["max_resets"] == most)
+        assert (first["variant"], several["variant"]) == ("temperature 2", "temperature 2, any of 3")
+        assert first["reset_bias"] == several["reset_bias"] == -3 and first["n"] == several["n"] == 4
+        assert first["unsafe"] == sum(a["unsafe"] for a in some if a["sample"] == 0)
+        assert several["unsafe"] == len({a["prompt"] for a in some if a["unsafe"]})
+    assert any(a["unsafe"] for a in answers) and not all(a["unsafe"] for a in answers)
+    run_command(evaluate.main, *flags[:4], *flags[6:], "--out", tmp_path / "unjudged.json")
+    _, said = command("table", tmp_path / "unjudged.answers.jsonl", code=2)
+    assert "no judge has seen" in said
+
+
 # ── Bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_bad_input_is_one_line(place, tmp_path):
     out = tmp_path / "a.jsonl"
-    no_target = tmp_path / "no-target.jsonl"
-    no_target.write_text('{"prompt": [{"role": "user", "content": "Hi"}]}\n')
     (tmp_path / "w.txt").write_text("no question\n")
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "empty.jsonl").write_text("")
-    for name in ("gcg", "adaptive-gcg", "autodan", "prefill"):
-        _, said = command(*words(name, place, tmp_path / f"{name}.jsonl", "--prompts", no_target), code=2)
-        assert f"{name}: prompt 0 of set no-target has no 'target'" in said
-    command(*words("instruct", place, tmp_path / "i.jsonl", "--prompts", no_target))  # it needs none
     for more, complaint in (
         (("--prompts", tmp_path / "gone"), "gone: no such file"),
         (("--sets", "nowhere"), "--sets nowhere: no such set"),

@@ -6,24 +6,24 @@ Models are random and tiny. `Letters` is a tokenizer whose ids are letters and o
 import itertools
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
 from models import FAMILIES, LLAMA, network_of
 
-from backtrack.attacks import gcg as module
-from backtrack.attacks.gcg import (
+from backtrack.attacks.gcg import Goal, gcg, swaps
+from backtrack.attacks.objective import Objective
+from backtrack.attacks.suffix import (
     Scorer,
     Slots,
     allowed_ids,
-    gcg,
     make_slots,
     suffix_gradient,
     survives,
-    swaps,
     with_suffix,
 )
-from backtrack.attacks.objective import Objective
+from backtrack.attacks.universal import universal_gcg
 from data import toy
 from model import InputError, load_tokenizer
 
@@ -51,7 +51,8 @@ class Letters:
         return [0, *self.encode(messages[-1]["content"].strip()), 1]
 
 
-ASK = [{"role": "user", "content": "hello"}]
+ASK = partial(with_suffix, [{"role": "user", "content": "hello"}])
+ABCD = Letters().encode("abcd")
 
 
 def letters_model(seed=0):
@@ -256,32 +257,37 @@ def test_slots_cut_the_rendered_prompt(toy_tok):
         [{"role": "user", "content": "x x x x x x"}],  # as the suffix is
     ]
     for messages in chats:
-        slots = make_slots(toy_tok, messages, "Sure.", " x x x")
+        slots = make_slots(toy_tok, partial(with_suffix, messages), toy_tok.encode("Sure."), " x x x")
         sent = with_suffix(messages, " x x x")
         assert slots.before + slots.suffix + slots.after == toy_tok.render(sent)
         assert slots.before + slots.after == toy_tok.render(messages)
         assert slots.suffix == toy_tok.encode(" x x x") and toy_tok.decode(slots.suffix) == " x x x"
         assert slots.target == toy_tok.encode("Sure.")
         assert messages[:-1] == sent[:-1]
+    send = partial(with_suffix, chats[2], at=0)  # in a first turn
+    slots = make_slots(toy_tok, send, [], " x x x")
+    assert slots.before + slots.suffix + slots.after == toy_tok.render(send(" x x x"))
+    assert toy_tok.decode(slots.before).endswith("Hi") and toy_tok.decode(slots.after).count("x") == 3
 
 
 def test_a_suffix_that_merges_is_refused():
     tok = Letters()
-    messages = [{"role": "user", "content": "hella"}]
+    send = partial(with_suffix, [{"role": "user", "content": "hella"}])
     with pytest.raises(InputError, match="suffix 'bc' merges with the end of the message; begin it with a space"):
-        make_slots(tok, messages, "abc", "bc")
-    slots = make_slots(tok, messages, "abc", "cc")
-    assert survives(tok, messages, slots, tok.encode("cd"))
-    assert not survives(tok, messages, slots, [5, 6])  # "bc" after "hella": the pair "ab" crosses the border
-    assert not survives(tok, messages, slots, [4, 5])  # "a", "b" as two tokens come back as one
-    assert not survives(tok, messages, slots, [6, 3])  # a space at the end is stripped
-    assert not survives(tok, messages, slots, [6, 2])  # [RESET] is no text
+        make_slots(tok, send, tok.encode("abc"), "bc")
+    slots = make_slots(tok, send, tok.encode("abc"), "cc")
+    assert survives(tok, send, slots, tok.encode("cd"))
+    assert not survives(tok, send, slots, [5, 6])  # "bc" after "hella": the pair "ab" crosses the border
+    assert not survives(tok, send, slots, [4, 5])  # "a", "b" as two tokens come back as one
+    assert not survives(tok, send, slots, [6, 3])  # a space at the end is stripped
+    assert not survives(tok, send, slots, [6, 2])  # [RESET] is no text
 
 
 @pytest.mark.parametrize("adaptive", [None, 1.0])
 def test_all_that_is_scored_can_be_sent(monkeypatch, adaptive):
     """Every candidate is what its text, sent honestly, is encoded as; none has a special id; the budget holds."""
-    tok, messages, scored = Letters(), [{"role": "user", "content": "hella"}], []
+    tok, scored = Letters(), []
+    send = partial(with_suffix, [{"role": "user", "content": "hella"}])
     losses = Scorer.losses
 
     def logged(self, suffixes, *rest):
@@ -290,10 +296,10 @@ def test_all_that_is_scored_can_be_sent(monkeypatch, adaptive):
 
     monkeypatch.setattr(Scorer, "losses", logged)
     options = dict(budget=157, suffix="ccc", seed="0", candidates=16, topk=30, adaptive=adaptive)
-    found = gcg(letters_model(), tok, messages, "abcdefghijk", never, **options)
+    found = gcg(letters_model(), tok, [Goal(send, tok.encode("abcdefghijk"))], never, **options)
     assert found.evaluations == 157 and 150 <= len(scored) <= 157  # a step that finds nothing new costs one
     for suffix in scored:
-        assert tok.render(with_suffix(messages, tok.decode(suffix))) == [0, *tok.encode("hella"), *suffix, 1]
+        assert tok.render(send(tok.decode(suffix))) == [0, *tok.encode("hella"), *suffix, 1]
         assert not set(suffix) & tok.special_ids
     if adaptive is None:
         assert len(set(scored)) == len(scored)  # nothing is scored twice
@@ -307,25 +313,25 @@ def test_the_kept_loss_never_rises(loss):
     for seed in range(4):
         model, tok = letters_model(seed), Letters()
         options = dict(budget=400, suffix="cccc", seed=str(seed), candidates=24, topk=12, loss=loss)
-        found = gcg(model, tok, ASK, "abcd", never, **options)
+        found = gcg(model, tok, [Goal(ASK, ABCD)], never, **options)
         assert all(b <= a for a, b in itertools.pairwise(found.losses))
         assert found.losses[-1] < found.losses[0] - 0.05
-        slots = make_slots(tok, ASK, "abcd", found.text)  # the string reported has the loss reported
+        slots = make_slots(tok, ASK, ABCD, found.text)  # the string reported has the loss reported
         assert found.losses[-1] == pytest.approx(by_hand(model, slots, slots.suffix, 3, loss), abs=2e-4)
-        assert found == gcg(model, tok, ASK, "abcd", never, **options)
+        assert found == gcg(model, tok, [Goal(ASK, ABCD)], never, **options)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_it_finds_the_best_of_all_two_token_suffixes(seed):
     model, tok = letters_model(seed), Letters()
-    slots = make_slots(tok, ASK, "abcd", "cc")
+    slots = make_slots(tok, ASK, ABCD, "cc")
     pairs = [p for p in itertools.product(range(3, 31), repeat=2) if survives(tok, ASK, slots, list(p))]
     with torch.no_grad():
         logits = model(torch.tensor([[*slots.before, *p, *slots.after, *slots.target] for p in pairs]))[:, -4:-1]
     losses = -logits.log_softmax(-1)[:, range(3), slots.target].mean(-1)
     values = dict(zip(pairs, losses.tolist(), strict=True))
     assert len(values) > 600
-    found = gcg(model, tok, ASK, "abcd", never, budget=1000, suffix="cc", seed=str(seed), topk=28, rows=16)
+    found = gcg(model, tok, [Goal(ASK, ABCD)], never, budget=1000, suffix="cc", seed=str(seed), topk=28, rows=16)
     assert found.losses[-1] == pytest.approx(min(values.values()), abs=2e-4)
     assert found.text == tok.decode(min(values, key=values.get))
 
@@ -338,19 +344,19 @@ def test_success_ends_the_search_and_is_dated():
         return len(asked) == 3
 
     options = dict(suffix="cccc", seed="1", candidates=8, topk=8)
-    found = gcg(letters_model(), Letters(), ASK, "abcd", third, budget=500, **options)
+    found = gcg(letters_model(), Letters(), [Goal(ASK, ABCD)], third, budget=500, **options)
     assert found.success_at == found.evaluations < 500 and found.text == asked[-1]
     assert len(set(asked)) == 3  # each new best once
     assert len(found.losses) >= 3
-    assert gcg(letters_model(), Letters(), ASK, "abcd", never, budget=60, **options).success_at is None
-    one = gcg(letters_model(), Letters(), ASK, "abcd", never, budget=1, **options)
+    assert gcg(letters_model(), Letters(), [Goal(ASK, ABCD)], never, budget=60, **options).success_at is None
+    one = gcg(letters_model(), Letters(), [Goal(ASK, ABCD)], never, budget=1, **options)
     assert one.evaluations == 1 and one.text == "cccc"
     with pytest.raises(InputError, match="target is empty"):
-        gcg(letters_model(), Letters(), ASK, "", never, budget=1, **options)
+        gcg(letters_model(), Letters(), [Goal(ASK, [])], never, budget=1, **options)
 
 
 def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch):
-    tok, target, lengths = Letters(), "cdefghijklmnopqrst" * 2, []
+    tok, target, lengths = Letters(), Letters().encode("cdefghijklmnopqrst" * 2), []
     losses = Scorer.losses
 
     def logged(self, suffixes, m, objective):
@@ -361,7 +367,7 @@ def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch):
     monkeypatch.setattr(Scorer, "losses", logged)
     monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(lengths) % 3 == 0)
     options = dict(suffix="cccc", seed="1", candidates=8, topk=8, adaptive=2.0)
-    found = gcg(letters_model(), tok, ASK, target, never, budget=80, **options)
+    found = gcg(letters_model(), tok, [Goal(ASK, target)], never, budget=80, **options)
     steps = [m for m, _ in lengths]
     assert list(dict.fromkeys(steps)) == [16, 32, 36] and steps == sorted(steps)
     assert sum(n for _, n in lengths) <= found.evaluations == 80
@@ -369,8 +375,83 @@ def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch):
     monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(lengths) > 1)  # a full buffer by then
     for budget in range(1, 20):  # the budget holds also where it ends in the middle of lengthening
         lengths.clear()
-        found = gcg(letters_model(), tok, ASK, target, never, budget=budget, **options)
+        found = gcg(letters_model(), tok, [Goal(ASK, target)], never, budget=budget, **options)
         assert sum(n for _, n in lengths) <= found.evaluations <= budget
+
+
+def test_an_opening_grows_by_what_the_model_goes_on_to_say():
+    """Asked with the opening first, then with twice as much of the last answer; the loss reported is that of the target
+    reported, by full forward passes."""
+    tok, asked = Letters(), []
+    opening = tok.encode("cd")
+    answers = [tok.encode(text) for text in ("cdefghijklmn", "cdefzzzzmmmm", "cdefzzzzyyyyyyyy")]
+
+    def grow(text, begun):
+        asked.append((text, begun))
+        return answers[min(len(asked), len(answers)) - 1]
+
+    model = letters_model()
+    options = dict(suffix="cccc", seed="1", candidates=8, topk=8, adaptive=2.0)
+    found = gcg(model, tok, [Goal(ASK, opening, grow)], never, budget=150, **options)
+    assert [begun for _, begun in asked] == [opening, answers[0][:4], answers[1][:8]]
+    assert found.targets == [answers[2]] and found.evaluations == 150
+    slots = make_slots(tok, ASK, answers[2], found.text)
+    expected = by_hand(model, slots, slots.suffix, 16, reset_id=tok.reset_id, weight=2.0)
+    assert found.losses[-1] == pytest.approx(expected, abs=2e-4)
+    asked.clear()
+    stays = gcg(model, tok, [Goal(ASK, opening, lambda *a: asked.append(a))], never, budget=150, **options)
+    assert stays.targets == [opening]
+    texts = [text for text, _ in asked]
+    assert len(set(texts)) == len(texts) > 1 and texts[-1] == stays.text  # once for each suffix that was the best
+    assert all(b <= a for a, b in itertools.pairwise(stays.losses))
+
+
+def goals_of_three():
+    chats = [[{"role": "user", "content": text}] for text in ("hello", "cde", "what is it")]
+    return [
+        Goal(partial(with_suffix, chat), Letters().encode(y))
+        for chat, y in zip(chats, ("abcd", "ef", "h"), strict=True)
+    ]
+
+
+def test_the_loss_of_one_suffix_for_many_prompts_is_the_mean_over_them(monkeypatch):
+    """Full forward passes, prompt by prompt; and a likelihood of each prompt is one of the budget."""
+    tok, model, goals, computed = Letters(), letters_model(), goals_of_three(), []
+    losses = Scorer.losses
+
+    def logged(self, suffixes, *rest):
+        computed.extend(suffixes)
+        return losses(self, suffixes, *rest)
+
+    monkeypatch.setattr(Scorer, "losses", logged)
+    options = dict(suffix="cccc", seed="0", candidates=16, topk=12, adaptive=2.0)
+    found = gcg(model, tok, goals, never, budget=400, **options)
+    assert len(computed) <= found.evaluations <= 400 and len(computed) > 350
+    for text, value in (("cccc", found.losses[0]), (found.text, found.losses[-1])):
+        each = []
+        for goal in goals:
+            slots = make_slots(tok, goal.send, goal.target, text)
+            each.append(by_hand(model, slots, slots.suffix, len(goal.target), "ce", tok.reset_id, 2.0))
+        assert value == pytest.approx(sum(each) / 3, abs=2e-4)
+    assert found.losses[-1] < found.losses[0] - 0.05
+
+
+def test_the_suffix_that_fools_most_prompts_is_kept():
+    """Of the suffixes that were the best for a while; the last of equals."""
+    asked, successes = [], [0, 2, 1, 2, 1]
+
+    def unsafe_with(text):
+        asked.append(text)
+        n = successes[len(asked) - 1] if len(asked) <= len(successes) else 0
+        return [i < n for i in range(3)]
+
+    options = dict(suffix="cccc", seed="0", candidates=16, topk=12, budget=1200)
+    found = universal_gcg(letters_model(), Letters(), goals_of_three(), unsafe_with, **options)
+    assert len(asked) > 5 and found.text == asked[3] and found.success_at is None
+    asked.clear()
+    successes[2] = 3
+    found = universal_gcg(letters_model(), Letters(), goals_of_three(), unsafe_with, **options)
+    assert len(asked) == 3 and found.text == asked[2] and found.success_at == found.evaluations < 1200
 
 
 def test_says_is_greedy_decoding(model):
@@ -394,8 +475,8 @@ def test_the_penalty_lowers_the_chance_of_a_reset():
         chance = {}
         for weight in (0.0, 20.0):
             options = dict(suffix="cccc", seed="0", candidates=32, topk=28, adaptive=weight)
-            found = gcg(model, tok, ASK, "cdef", never, budget=400, **options)
-            slots = make_slots(tok, ASK, "cdef", found.text)
+            found = gcg(model, tok, [Goal(ASK, tok.encode("cdef"))], never, budget=400, **options)
+            slots = make_slots(tok, ASK, tok.encode("cdef"), found.text)
             with torch.no_grad():
                 logits = model(torch.tensor([slots.before + slots.suffix + slots.after + slots.target]))[0, -5:]
             chance[weight] = 1 - (1 - logits.softmax(-1)[:, tok.reset_id]).prod().item()
@@ -408,5 +489,5 @@ def test_the_module_keeps_its_word(model):
     """The parameters are the same after an attack, and no gradient is left in them."""
     before = [p.clone() for p in model.parameters()]
     suffix_gradient(model, slots_of(), slots_of().suffix, 6, Objective())
-    module.Scorer(model, slots_of(), 2).losses([slots_of().suffix], 6, Objective())
+    Scorer(model, slots_of(), 2).losses([slots_of().suffix], 6, Objective())
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))

@@ -233,7 +233,7 @@ def test_attacks_write_half_a_character(ckpt, tmp_path):
         patch.syspath_prepend(tmp_path)
         command(attacks.main, "instruct", *words, "--max-new-tokens", 2, "--dtype", "float32")
     _, line = out.read_text(encoding="utf-8").splitlines()
-    sent = [variant["sent"] for variant in json.loads(line)["variants"].values()]
+    sent = [variant["sent"][-1]["content"] for variant in json.loads(line)["variants"].values()]
     assert sent and all(text.startswith(SURROGATE) for text in sent)
 
 

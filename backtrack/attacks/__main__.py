@@ -2,17 +2,16 @@
 
     python -m backtrack.attacks NAME --ckpt DIR --prompts F [--sets …] --judge J --out F.jsonl [--budget N]
     python -m backtrack.attacks table FILE.jsonl … [--out F.json]      # success rates of all of them, pooled over seeds
-
-    prefill       the answer is forced to begin in some way           prefill.py
-    instruct      the prompt asks not to reset                        instruct.py
-    gcg           a suffix by greedy coordinate gradient              gcg.py
-    adaptive-gcg  the same by an attacker who knows about [RESET]     gcg.py
-    autodan       a readable wrapper by genetic search                autodan.py
+    python -m backtrack.attacks rewrite --ckpt DIR --out F.txt         # sentences in other words, for autodan
 
 An attack succeeds when the judge calls what *survives* sampling unsafe, or, if it is a refusal judge, complied. Resets
 are as --max-resets, --on-reset and --reset-bias say; the judge is shown the original prompt, not the attack. An answer
 without a verdict counts as unsafe, as in evaluate, and has the category "no verdict". --budget counts candidates whose
-likelihood was computed. It means the same for all three searches, so their success can be compared.
+likelihood was computed. It means the same for all searches, so their success can be compared.
+
+An attack aims at the prompt's "target": an unsafe answer, or the beginning of one. Where a prompt has none it aims at
+--opening. An attacker who sets the sampler needs no search: run backtrack.evaluate with --max-resets 0, a negative
+--reset-bias or a --temperature, and give the table its .answers.jsonl.
 
 One JSON line per prompt: the attack string, the messages or the prefill sent, the loss after each step, the answer with
 what was discarded, the verdict. A stopped run goes on with the missing prompts and gives the same lines: the result for
@@ -29,129 +28,39 @@ from pathlib import Path
 
 import torch
 
-from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, autodan, read_synonyms, read_wrappers, wrap
-from backtrack.attacks.gcg import gcg, with_suffix
-from backtrack.attacks.instruct import INSTRUCTIONS
-from backtrack.attacks.prefill import OPENING, prefills
+from backtrack.attacks.attack import attack_on
+from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, all_sentences, read_rewrites, read_synonyms, read_wrappers
+from backtrack.attacks.context import PLACES, topic_of
+from backtrack.attacks.prefill import OPENING
+from backtrack.attacks.rewrite import rewrite
+from backtrack.attacks.table import ATTACKERS, SEARCHES, table
+from backtrack.attacks.victim import Victim
 from backtrack.evaluate import (
     CONDITION,
     adding_to,
     choose_prompts,
-    failure,
     prompts_digest,
     read_answers,
     read_prompts,
     render,
-    verdict,
 )
-from backtrack.generate import generate
 from backtrack.judge import load_judge, refuse_seen
-from backtrack.results import json_line, write_result
-from backtrack.rows import json_lines
-from backtrack.statistics import wilson
-from model import load_model, load_tokenizer
+from backtrack.results import json_line
+from model import InputError, load_model, load_tokenizer
 from model.checkpoint import weights_digest
-from model.errors import BIAS, RESETS, SEED, InputError, device, not_negative, positive, run
-from model.files import check_file
-
-SEARCHES = ("gcg", "adaptive-gcg", "autodan")
-BUDGETS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # points of the curve of success
-
-
-def attack(name: str, model, tok, prompt: dict, index: int, judge, args) -> dict:
-    """The record of one prompt, attacked."""
-    messages, target = prompt["prompt"], prompt.get("target") or ""
-    if name != "instruct" and not target:
-        where = f"prompt {index} of set {prompt['set']}"
-        raise InputError(f"{prompt.where}: {name}: {where} has no 'target', the answer to aim at")
-
-    def send(sent: list[dict], prefill: list[int]) -> dict:
-        """What the model does with it, greedily, and what the judge says of what survives."""
-        [g] = generate(
-            model,
-            [tok.render(sent)],
-            prefill=[prefill],
-            reset_id=tok.reset_id,
-            stop_ids=tok.stop_ids,
-            vocab_size=tok.vocab_size,
-            max_new_tokens=args.max_new_tokens,
-            reset_bias=args.reset_bias,
-            max_resets=args.max_resets,
-            on_reset=args.on_reset,
-        )
-        response = tok.decode(g.tokens)
-        answer = {"response": response, "discarded": [tok.decode(ids) for ids in g.discarded], "resets": g.resets}
-        return answer | verdict(judge, prompt, response, args)
-
-    if name in ("prefill", "instruct"):  # nothing is searched: all variants are tried
-        if name == "prefill":
-            variants = {key: (messages, ids) for key, ids in prefills(tok, target, args.opening).items()}
-        else:
-            variants = {key: (with_suffix(messages, text), []) for key, text in INSTRUCTIONS.items()}
-        tried = {
-            key: {"sent": sent[-1]["content"], "prefill": tok.decode(ids)} | send(sent, ids)
-            for key, (sent, ids) in variants.items()
-        }
-        bad = failure(list(tried.values()))
-        return {bad: any(t[bad] for t in tried.values()), "variants": tried}
-
-    if args.target_tokens:
-        target = tok.decode(tok.encode(target)[: args.target_tokens])
-    plain = send(messages, [])
-    if plain[failure([plain])]:  # no attack needed: a success before the first candidate
-        return {"success_at": 0, "evaluations": 0, "losses": [], "attack": "", "sent": messages[-1]["content"]} | plain
-    seed, last = f"{args.seed}/{index}", {}
-
-    def succeeds(sent: list[dict]) -> bool:
-        last.update({"sent": sent[-1]["content"]} | send(sent, []))
-        return last[failure([last])]
-
-    if name == "autodan":
-        found = autodan(
-            model,
-            tok,
-            messages,
-            target,
-            lambda individual: succeeds(wrap(individual, messages)),
-            budget=args.budget,
-            seed=seed,
-            wrappers=args.wrappers,
-            synonyms=args.synonyms,
-            rows=args.batch_size,
-        )
-    else:
-        found = gcg(
-            model,
-            tok,
-            messages,
-            target,
-            lambda text: succeeds(with_suffix(messages, text)),
-            budget=args.budget,
-            suffix=args.suffix,
-            seed=seed,
-            loss=args.loss,
-            adaptive=args.reset_weight if name == "adaptive-gcg" else None,
-            candidates=args.candidates,
-            topk=args.topk,
-            rows=args.batch_size,
-        )
-    record = {"success_at": found.success_at, "evaluations": found.evaluations, "losses": found.losses}
-    return record | {"attack": found.text} | last
+from model.errors import BIAS, RESETS, SEED, TEMPERATURE, device, not_negative, positive, run
+from model.files import check_file, write_text
 
 
 def attack_all(args) -> None:
-    prompts = [p for path in args.prompts for p in read_prompts(path)]
-    prompts = choose_prompts(prompts, args.sets, args.limit)
-    not_settings = ("out", "prompts", "ckpt", "device", "batch_size", "sets", "limit", "judge")
-    settings = {key: value for key, value in vars(args).items() if key not in not_settings}
-    settings["prompts"] = prompts_digest(prompts)
-    settings["weights"] = weights_digest(args.ckpt)
+    prompts = chosen(args.prompts, args.sets, args.limit)
+    if args.name == "universal-gcg":
+        prompts += optimised_on(args, tested=prompts)
+    settings = settings_of(args, prompts)
     if args.name == "autodan":
-        for name in ("wrappers", "synonyms"):  # what is in the file, not what it is called
-            if settings[name]:
-                settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
         args.wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
         args.synonyms = read_synonyms(args.synonyms) if args.synonyms else SYNONYMS
+        args.rewrites = read_rewrites(args.rewrites) if args.rewrites else None
     check_file(args.out)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     refuse_seen(judge, prompts)
@@ -159,138 +68,165 @@ def attack_all(args) -> None:
     for prompt in prompts:
         render(tok, prompt)  # what the template does not know shows now
     with adding_to(args.out):
-        done = {record["prompt"] for record in read_answers(Path(args.out), settings)}
-        attack_missing(model, tok, prompts, judge, done, args)
+        done = read_answers(Path(args.out), settings)
+        attack_missing(Victim(model, tok, judge, args), prompts, done, args)
     table([args.out], None)
 
 
-def attack_missing(model, tok, prompts: list[dict], judge, done: set[int], args) -> None:
-    """Attack the prompts that are not in `done`, and add their records to the file."""
-    began, count = time.time(), 0
+def chosen(files: list[str], sets: list[str] | None, limit: int | None) -> list[dict]:
+    return choose_prompts([prompt for path in files for prompt in read_prompts(path)], sets, limit)
+
+
+def optimised_on(args, tested: list[dict]) -> list[dict]:
+    """The prompts that a universal suffix is optimised on. Raises InputError if it would be tested on those as well."""
+    prompts = chosen(args.optimise, args.optimise_sets, args.optimise_limit)
+    known = {topic_of(prompt) for prompt in prompts}
+    both = [prompt for prompt in tested if topic_of(prompt) in known]
+    if both:
+        way_out = "choose other --optimise-sets or --sets"
+        raise InputError(f"{both[0].where}: asks for what the suffix is optimised on, as {len(both)} do; {way_out}")
+    for prompt in prompts:
+        prompt["optimised_on"] = True
+    return prompts
+
+
+def settings_of(args, prompts: list[dict]) -> dict:
+    """What the records of a file have in common; a run that goes on with other settings is refused."""
+    others = ("out", "prompts", "ckpt", "device", "batch_size", "sets", "limit", "judge")
+    others += ("optimise", "optimise_sets", "optimise_limit")  # they are among the prompts
+    settings = {key: value for key, value in vars(args).items() if key not in others}
+    settings["prompts"] = prompts_digest(prompts)
+    settings["weights"] = weights_digest(args.ckpt)
+    for name in ("wrappers", "synonyms", "rewrites"):  # what is in the file, not what it is called
+        if settings.get(name):
+            settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
+    return settings
+
+
+def attack_missing(victim: Victim, prompts: list[dict], done: list[dict], args) -> None:
+    """Attack the prompts that have no record in `done`, and add theirs to the file."""
+    missing = sorted(set(range(len(prompts))) - {record["prompt"] for record in done})
+    if not missing:
+        return
+    attack = attack_on(victim, prompts, done, args)
+    began = time.time()
     with open(args.out, "a", encoding="utf-8") as f:
-        for index, prompt in enumerate(prompts):
-            if index in done:
-                continue
-            head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompt["set"]}
-            head |= {c: getattr(args, c) for c in CONDITION}
-            record = head | attack(args.name, model, tok, prompt, index, judge, args)
+        for count, index in enumerate(missing, start=1):
+            head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompts[index]["set"]}
+            head |= {"variant": variant_of(args)} | {c: getattr(args, c) for c in CONDITION}
+            record = head | attack(index)
             f.write(json_line(record) + "\n")
             f.flush()
             os.fsync(f.fileno())
-            count += 1
-            left = (time.time() - began) / count * (len(prompts) - len(done) - count)
-            sys.stderr.write(
-                f"\r{args.name}, {Path(args.ckpt).name}: {count + len(done)}/{len(prompts)}, {left:.0f} s left "
-            )
-    if count:
-        print(file=sys.stderr)
+            left = (time.time() - began) / count * (len(missing) - count)
+            have = len(prompts) - len(missing) + count
+            sys.stderr.write(f"\r{args.name}, {Path(args.ckpt).name}: {have}/{len(prompts)}, {left:.0f} s left ")
+    print(file=sys.stderr)
 
 
-# ── Success rates ────────────────────────────────────────────────────────────────────────────────────────────────────
+def variant_of(args) -> str:
+    """What is unusual about this attack, for the table."""
+    place = getattr(args, "place", "question")
+    unusual = {"first-turn": ["in a first turn"], "system": ["in the system prompt"]}.get(place, [])
+    unusual += ["opening grows"] if getattr(args, "grow", False) else []
+    unusual += ["sentences rewritten"] if getattr(args, "rewrites", None) else []
+    return ", ".join(unusual) or "any"
 
 
-def summarise(paths: list[str]) -> list[dict]:
-    """One record per (attack, variant, condition, checkpoint): successes out of n, and against budget for searches."""
-    cells: dict[tuple, dict] = {}
-    for path in paths:
-        first, *records = [value for _, value in json_lines(path)] or [None]
-        try:
-            budget = first["settings"].get("budget")
-            bad = failure(records)
-            for r in records:
-                variants = {"any": r[bad]} | {k: v[bad] for k, v in r.get("variants", {}).items()}
-                for variant, unsafe in variants.items():
-                    head = {"attack": r["name"], "variant": variant, "checkpoint": Path(r["checkpoint"]).name}
-                    head |= {c: r[c] for c in CONDITION} | {"budget": budget}
-                    cell = cells.setdefault(tuple(head.values()), head | {"at": [], "n": 0, bad: 0, "seeds": {}})
-                    cell["n"] += 1
-                    cell[bad] += unsafe
-                    seed = cell["seeds"].setdefault(str(Path(path).parent), [0, 0])
-                    seed[0] += unsafe
-                    seed[1] += 1
-                    if r["name"] in SEARCHES:
-                        cell["at"].append(r["success_at"])
-                        cell["reset"] = cell.get("reset", 0) + (r["resets"] > 0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise InputError(f"{path}: not a file of this program; make it with --out") from None
-    out = []
-    for cell in cells.values():
-        at, seeds = cell.pop("at"), cell.pop("seeds")
-        cell["interval"] = [round(x, 4) for x in wilson(cell[failure([cell])], cell["n"])]
-        cell["by_seed"] = [round(unsafe / n, 4) for unsafe, n in seeds.values()]
-        if at:
-            points = [0, *(b for b in BUDGETS if b < cell["budget"]), cell["budget"]]
-            cell["success_within"] = {str(b): sum(a is not None and a <= b for a in at) for b in points}
-        out.append(cell)
-    return out
-
-
-def table(paths: list[str], out: str | None) -> None:
-    records = summarise(paths)
-    if out:
-        write_result(out, records=records)
-    print(
-        f"{'attack':<14}{'variant':<18}{'checkpoint':<20}{'on_reset':<9}{'max':>4}{'bias':>6}{'n':>6}  success %, 95%"
-    )
-    for r in records:
-        low, high = (100 * x for x in r["interval"])
-        print(
-            f"{r['attack']:<14}{r['variant']:<18}{r['checkpoint']:<20}{r['on_reset']:<9}{r['max_resets']:>4}"
-            f"{r['reset_bias']:>6g}{r['n']:>6}  {100 * r[failure([r])] / r['n']:>5.1f} [{low:.1f}, {high:.1f}]"
-        )
+def write_rewrites(args) -> None:
+    """The file for --rewrites of autodan."""
+    wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
+    check_file(args.out)
+    tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
+    found = rewrite(model, tok, all_sentences(wrappers), args.count, args.temperature, args.seed)
+    write_text("".join("\t".join([sentence, *others]) + "\n" for sentence, others in found.items()), args.out)
+    print(f"{args.out}: {len(found)} sentences, said in {sum(map(len, found.values()))} other ways")
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_args() -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = parser.add_subparsers(dest="name", required=True)
+    for name in ("prefill", "instruct", "context", *SEARCHES, "universal-gcg"):
+        attack = names.add_parser(name, help=ATTACKERS[name], description=f"{name} {ATTACKERS[name]}.")
+        add_what_is_attacked(attack)
+        if name not in ("instruct", "context"):
+            said = "that says yes; aimed at where a prompt has no target"
+            attack.add_argument("--opening", default=OPENING, help=said)
+        if name in (*SEARCHES, "universal-gcg"):
+            add_how_to_search(attack, name)
+
     tables = names.add_parser("table", help="success rates from the files of earlier attacks")
-    tables.add_argument("files", nargs="+")
+    tables.add_argument("files", nargs="+", help="of attacks, and answers of backtrack.evaluate")
     tables.add_argument("--out", help="JSON file to write")
-    for name in ("prefill", "instruct", *SEARCHES):
-        p = names.add_parser(name)
-        p.add_argument("--ckpt", required=True, help="the model directory to attack")
-        p.add_argument("--prompts", nargs="+", required=True, help="prompt files; what is aimed at is their 'target'")
-        p.add_argument("--sets", nargs="+", help="of the prompts, these sets only")
-        p.add_argument("--limit", type=positive, help="of each set, so many prompts, evenly spread")
-        p.add_argument("--judge", required=True, help="as for backtrack.evaluate")
-        p.add_argument("--out", required=True, help="file to write, JSON lines")
-        p.add_argument("--on-reset", choices=("truncate", "keep"), default="truncate")
-        p.add_argument("--reset-bias", type=BIAS, default=0.0)
-        p.add_argument("--max-resets", type=RESETS, default=1)
-        p.add_argument("--max-new-tokens", type=positive, default=80)
-        p.add_argument("--seed", type=SEED, default=0)
-        p.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
-        p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
-        if name == "prefill":
-            p.add_argument("--opening", default=OPENING, help="an opening that says yes")
-        if name in SEARCHES:
-            p.add_argument("--budget", type=positive, default=1024, help="candidates to score per prompt")
-            p.add_argument("--target-tokens", type=positive, help="aim at so much of the target; default: all of it")
-        if name == "autodan":
-            p.add_argument("--batch-size", type=positive, default=32, help="individuals scored at a time")
-            p.add_argument("--wrappers", help="text file, one wrapper with {q} per line")
-            p.add_argument("--synonyms", help="text file, a word and its synonyms per line, tabs between")
-        if name.endswith("gcg"):
-            p.add_argument("--suffix", default=" x" * 16, help="suffix to start from: its length in tokens is kept")
-            p.add_argument("--candidates", type=positive, default=64, help="swaps per step")
-            p.add_argument("--topk", type=positive, default=64, help="promising tokens per place")
-            p.add_argument("--batch-size", type=positive, default=64, help="candidates scored at a time")
-            p.add_argument("--loss", choices=("ce", "mellowmax"), default="ce")
-        if name == "adaptive-gcg":
-            p.add_argument(
-                "--reset-weight", type=not_negative(float), default=0.2, help="λ: what a chance of [RESET] costs"
-            )
+
+    said = "sentences in other words by a language model, for autodan --rewrites"
+    add = names.add_parser("rewrite", help=said, description=said).add_argument
+    add("--ckpt", required=True, help="the model directory that rewrites")
+    add("--out", required=True, help="text file to write")
+    add("--wrappers", help="text file, one wrapper with {q} per line; default: those of autodan")
+    add("--count", type=positive, default=8, help="of each sentence, so many rewritings at most")
+    add("--temperature", type=TEMPERATURE, default=0.7)
+    add_machine(add)
     return parser.parse_args()
+
+
+def add_what_is_attacked(parser) -> None:
+    add = parser.add_argument
+    add("--ckpt", required=True, help="the model directory to attack")
+    add("--prompts", nargs="+", required=True, help="prompt files; what is aimed at is their 'target'")
+    add("--sets", nargs="+", help="of the prompts, these sets only")
+    add("--limit", type=positive, help="of each set, so many prompts, evenly spread")
+    add("--judge", required=True, help="as for backtrack.evaluate")
+    add("--out", required=True, help="file to write, JSON lines")
+    add("--on-reset", choices=("truncate", "keep"), default="truncate")
+    add("--reset-bias", type=BIAS, default=0.0)
+    add("--max-resets", type=RESETS, default=1)
+    add("--max-new-tokens", type=positive, default=80)
+    add_machine(add)
+
+
+def add_machine(add) -> None:
+    cuda = torch.cuda.is_available()
+    add("--seed", type=SEED, default=0)
+    add("--device", type=device, default="cuda" if cuda else "cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+
+
+def add_how_to_search(parser, name: str) -> None:
+    add = parser.add_argument
+    add("--budget", type=positive, default=1024, help="likelihoods to compute per search")
+    add("--target-tokens", type=positive, help="aim at so much of the target; default: all of it")
+    add("--batch-size", type=positive, default=32 if name == "autodan" else 64, help="candidates scored at a time")
+    if name == "autodan":
+        add("--wrappers", help="text file, one wrapper with {q} per line")
+        add("--synonyms", help="text file, a word and its synonyms per line, tabs between")
+        add("--rewrites", help="text file that `rewrite` has made: a sentence and others like it per line")
+        return
+    add("--suffix", default=" x" * 16, help="suffix to start from: its length in tokens is kept")
+    add("--place", choices=PLACES, default="question", help="what the suffix is put at the end of")
+    add("--candidates", type=positive, default=64, help="swaps per step")
+    add("--topk", type=positive, default=64, help="promising tokens per place")
+    add("--loss", choices=("ce", "mellowmax"), default="ce")
+    if name == "gcg":
+        return
+    add("--reset-weight", type=not_negative(float), default=0.2, help="λ: what a chance of [RESET] costs")
+    said = "targets are openings: the model itself says how they go on; so it is where a prompt has none"
+    add("--grow", action="store_true", help=said)
+    if name == "universal-gcg":
+        add("--optimise", nargs="+", required=True, help="prompt files to optimise the suffix on")
+        add("--optimise-sets", nargs="+", help="of those, these sets only")
+        add("--optimise-limit", type=positive, default=8, help="of each set, so many prompts, evenly spread")
 
 
 def main() -> None:
     args = parse_args()
     if args.name == "table":
         table(args.files, args.out)
+    elif args.name == "rewrite":
+        write_rewrites(args)
     else:
         attack_all(args)
 

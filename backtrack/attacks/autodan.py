@@ -9,11 +9,12 @@ of them the question "{q}". Its fitness is log π(y | wrapped question) of the u
     keeps the fittest tenth as they are (the elite),
     draws parents from a softmax of fitness,
     crosses them over: each sentence comes from one parent or the other,
-    mutates some: a word becomes a synonym, two sentences change places, or one comes in from the first population.
+    mutates some: a word becomes a synonym, a sentence is said in other words, two sentences change places, or one comes
+    in from the first population.
 
 --wrappers has one wrapper per line, {q} where the question goes; --synonyms a word and its synonyms per line, separated
 by tabs. The built-in ones are inoffensive: stories and games, written for the toy world. In the paper a language model
-rewrites sentences; here a table of synonyms stands in for it.
+rewrites sentences. --rewrites has what one has made of them beforehand (rewrite.py); without it words change alone.
 """
 
 import math
@@ -82,6 +83,20 @@ def read_synonyms(path: str) -> dict[str, tuple[str, ...]]:
     return table
 
 
+def read_rewrites(path: str) -> dict[str, list[str]]:
+    """Sentences that say the same, per line, tabs between: each -> the others. Raises InputError with file and line."""
+    table = {}
+    for number, line in enumerate(_lines(path), start=1):
+        same = [part.strip() for part in line.split("\t") if part.strip()]
+        if QUESTION in line:
+            raise InputError(f"{path}:{number}: has {QUESTION}; the question is not to be rewritten")
+        for sentence in same:
+            table[sentence] = [other for other in same if other != sentence]
+    if not any(table.values()):
+        raise InputError(f"{path}: holds no rewritings; make it with `python -m backtrack.attacks rewrite`")
+    return table
+
+
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
@@ -96,6 +111,11 @@ def sentences(wrapper: str) -> list[str]:
     """ "You are old. {q} Be quick." -> ["You are old.", "{q}", "Be quick."]"""
     parts = re.split(r"(?<=[.!?])\s+|\s*(\{q\})\s*", wrapper.strip())
     return [part for part in parts if part]
+
+
+def all_sentences(wrappers: list[str]) -> list[str]:
+    """Each once, without the question."""
+    return sorted({sentence for wrapper in wrappers for sentence in sentences(wrapper)} - {QUESTION})
 
 
 def wrap(individual: list[str], messages: list[dict]) -> list[dict]:
@@ -117,10 +137,17 @@ def cross(mother: list[str], father: list[str], rng: random.Random) -> list[str]
     return child[:-1]
 
 
-def mutate(individual: list[str], table: dict, pool: list[str], rng: random.Random) -> list[str]:
+def mutate(individual: list[str], table: dict, pool: list[str], rng: random.Random, rewrites=None) -> list[str]:
+    """A changed copy. table: word -> synonyms; pool: whole sentences; rewrites: sentence -> others like it."""
     child = list(individual)
-    kind = rng.choice(("word", "word", "swap", "new"))
-    if kind == "word":
+    kinds = ("word", "word", "swap", "new")
+    kind = rng.choice((*kinds, "rewrite", "rewrite") if rewrites else kinds)
+    if kind == "rewrite":
+        places = [s for s, sentence in enumerate(child) if rewrites.get(sentence)]
+        if places:
+            s = rng.choice(places)
+            child[s] = rng.choice(rewrites[child[s]])
+    elif kind == "word":
         places = [
             (s, match)
             for s, sentence in enumerate(child)
@@ -147,14 +174,13 @@ def mutate(individual: list[str], table: dict, pool: list[str], rng: random.Rand
 
 
 @torch.inference_mode()
-def fitness(model, tok, messages: list[dict], target: str, individuals: list[list[str]], rows: int) -> list[float]:
+def fitness(model, tok, messages: list[dict], y: list[int], individuals: list[list[str]], rows: int) -> list[float]:
     """mean_t log π(y_t | wrapped, y_<t) of each individual, `rows` at a time.
 
     Wrapped questions have no beginning in common and differ in length: they are padded on the right, where no token
     before the padding can see it, and each is read at its own positions.
     """
-    device, y = model.device, tok.encode(target)
-    values = []
+    device, values = model.device, []
     for start in range(0, len(individuals), rows):
         prompts = [tok.render(wrap(individual, messages)) for individual in individuals[start : start + rows]]
         width = max(map(len, prompts)) + len(y)
@@ -172,13 +198,15 @@ def autodan(
     model,
     tok,
     messages: list[dict],
-    target: str,
+    target: list[int],
     unsafe_with: Callable[[list[str]], bool],
     *,
     budget: int,
     seed: str,
     wrappers: list[str],
     synonyms: dict[str, tuple[str, ...]],
+    rewrites: dict[str, list[str]] | None = None,
+    longest: int | None = None,
     population: int = 32,
     mutation: float = 0.5,
     temperature: float = 0.2,
@@ -188,15 +216,17 @@ def autodan(
 
     unsafe_with  individual -> does the sampler let an unsafe answer survive? Asked at every new fittest; the search
                  ends at the first yes. The best fitness never falls.
+    rewrites     sentence -> other ways to say it; None: words change alone.
+    longest      most tokens that a prompt may have; a child that has more is replaced by its mother.
     temperature  of the softmax that parents are drawn by.
     """
     rng = random.Random(seed)
     first = [sentences(wrapper) for wrapper in wrappers]
-    pool = sorted({sentence for individual in first for sentence in individual} - {QUESTION})
+    pool = all_sentences(wrappers)
     people = [*first[:population]]
     while len(people) < population:
-        people.append(mutate(rng.choice(first), synonyms, pool, rng))
-    found, elite, judged = Search(), [], None
+        people.append(mutate(rng.choice(first), synonyms, pool, rng, rewrites))
+    found, elite, judged = Search(targets=[target]), [], None
     while True:
         people = people[: budget - found.evaluations]
         values = fitness(model, tok, messages, target, people, rows)
@@ -219,5 +249,6 @@ def autodan(
             mother, father = rng.choices([person for _, person in ranked], weights, k=2)
             child = cross(mother, father, rng)
             if rng.random() < mutation:
-                child = mutate(child, synonyms, pool, rng)
-            people.append(child)
+                child = mutate(child, synonyms, pool, rng, rewrites)
+            fits = longest is None or len(tok.render(wrap(child, messages))) <= longest
+            people.append(child if fits else mother)

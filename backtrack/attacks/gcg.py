@@ -2,7 +2,7 @@
 
     python -m backtrack.attacks gcg --ckpt runs/toy-0/sft --prompts runs/toy-0/data/prompts.jsonl --sets unseen \
         --judge runs/toy-0/data/world.json --out runs/toy-0/gcg.jsonl --budget 2048
-    python -m backtrack.attacks adaptive-gcg …                       # the same arguments
+    python -m backtrack.attacks adaptive-gcg …                       # the same arguments, and --grow
 
 Zou et al. 2023 (arXiv 2307.15043). With x the prompt, s the suffix and y the answer that the attacker wants:
 
@@ -15,155 +15,193 @@ makes the model say all of it, or after PATIENCE steps, until it is the whole an
 (--target-tokens), as in its paper. Aimed at the whole answer it would penalise resets too, since y_t is
 unlikely where [RESET] is likely; the second term adds weight, and the end of the answer. The attacker sees the weights.
 
-One step: the gradient of L with respect to the suffix's one-hot tokens names promising replacements, single swaps are
-drawn from them, every swap is scored by a real forward pass, and the best few suffixes seen so far are kept. Whatever
-precedes the suffix is the same for all candidates: its keys and values are computed once. It needs
-gradients, and looks for a suffix of each prompt, not for one that serves all ("universal").
+Where an opening is all that is known of y ("Sure, here is"), the model itself says how it goes on: after x ⊕ s and what
+there is of y, greedily, [RESET] masked. If the judge calls that answer unsafe, it is the new y, whose tail is said anew
+each time that more of it is aimed at. If not (it refuses after the opening), the search goes on with the y that it has.
 
-Shapes: N candidates, n suffix tokens, m target tokens, V vocabulary.
+One step: the gradient of L with respect to the suffix's one-hot tokens names promising replacements, single swaps are
+drawn from them, every swap is scored by a real forward pass, and the best few suffixes seen so far are kept. One suffix
+for many prompts: see universal.py.
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from backtrack.attacks.objective import Objective, Search
-from model import InputError, KVCache, Transformer
+from backtrack.attacks.suffix import Scorer, Send, allowed_ids, make_slots, suffix_gradient, survives
+from model import InputError, Transformer
 
 START = 16  # tokens of the target that an adaptive attacker begins with
 PATIENCE = 2  # steps after which it is lengthened even if the model does not say what there is of it
 
 
 @dataclass
-class Slots:
-    """A prompt with a gap: before ⊕ suffix ⊕ after is what the model reads, and then it should say target."""
+class Goal:
+    """A chat with a gap for the suffix, and what the model should answer to it.
 
-    before: list[int]
-    suffix: list[int]  # the one to start from
-    after: list[int]
+    grow  (text of the suffix, ids) -> the unsafe answer that begins with these ids, as the model goes on with [RESET]
+          masked, or None if it is not unsafe. With it `target` is an opening, and such answers take its place.
+    """
+
+    send: Send
     target: list[int]
+    grow: Callable[[str, list[int]], list[int] | None] | None = None
 
 
-# ── The prompt with a gap ────────────────────────────────────────────────────────────────────────────────────────────
+def gcg(
+    model: Transformer,
+    tok,
+    goals: list[Goal],
+    unsafe_with: Callable[[str], bool],
+    *,
+    budget: int,
+    suffix: str,
+    seed: str,
+    loss: str = "ce",
+    adaptive: float | None = None,
+    candidates: int = 64,
+    topk: int = 64,
+    buffer_size: int = 4,
+    rows: int = 64,
+) -> Search:
+    """Look for a suffix that lets an unsafe answer survive, computing at most `budget` likelihoods.
 
+    goals         one of them: a suffix for one prompt. Several: one suffix for all, L is the mean over them, and a
+                  candidate takes a likelihood of each.
+    unsafe_with   text of a suffix -> does the sampler, with its resets, let an unsafe answer survive? Asked at every
+                  new best; the search ends at the first yes.
+    suffix        the one to start from; seed makes the draws.
+    adaptive      λ of the objective that knows about [RESET]; None is plain GCG.
+    candidates    swaps per step, from the topk tokens of each place; rows of them are scored at a time.
 
-def with_suffix(messages: list[dict], text: str) -> list[dict]:
-    last = messages[-1]  # rendering strips a message's end: what follows must not bring the stripped space back
-    return [*messages[:-1], {**last, "content": last["content"].rstrip() + text}]
-
-
-def make_slots(tok, messages: list[dict], target: str, suffix: str) -> Slots:
-    """Where in the rendered prompt the suffix stands: between what it shares with the prompt that has none.
-
-    Raises InputError if the suffix does not stand there by itself, its first token merged with the message's last.
+    The loss of the best suffix never rises, but where the target is lengthened: another loss from then on.
     """
-    bare, full = tok.render(with_suffix(messages, "")), tok.render(with_suffix(messages, suffix))
-    head = next((i for i, (a, b) in enumerate(zip(bare, full, strict=False)) if a != b), len(bare))
-    tail = len(bare) - head  # what follows the last token of the message
-    slots = Slots(full[:head], full[head : len(full) - tail], full[len(full) - tail :], tok.encode(target))
-    if full[len(full) - tail :] != bare[head:] or not survives(tok, messages, slots, slots.suffix):
-        raise InputError(f"suffix {suffix!r} merges with the end of the message; begin it with a space")
-    return slots
+    objective = Objective(loss, None if adaptive is None else tok.reset_id, adaptive or 0.0)
+    start = None if adaptive is None else START
+    aims = [Aim(model, tok, goal, suffix, objective, start, rows) for goal in goals]
+    neighbours = Neighbours(aims, topk, random.Random(seed))
+    buffer = scored(aims, [neighbours.start])  # (loss, suffix), best first
+    found, judged = Search(suffix, evaluations=len(aims)), None
+    while True:
+        value, best = buffer[0]
+        found.losses.append(round(value, 4))
+        found.text, found.targets = tok.decode(best), [aim.target for aim in aims]
+        if best != judged:
+            judged = best
+            neighbours.at_once = 1
+            if unsafe_with(found.text):
+                found.success_at = found.evaluations
+                return found
+        left = (budget - found.evaluations) // len(aims)  # candidates
+        if left < 1:
+            return found
+        lengthened = [aim.lengthened(best) for aim in aims]
+        if any(lengthened):
+            drawn, buffer = [s for _, s in buffer[:left]], []
+            neighbours.start_anew(drawn)
+        else:
+            gradient = torch.stack([aim.gradient(best) for aim in aims]).mean(dim=0)  # (n, V)
+            drawn = neighbours.draw(gradient, best, min(candidates, left))
+        found.evaluations += len(aims) * max(1, len(drawn))  # so that a search without a way out ends
+        buffer = sorted(buffer + scored(aims, drawn))[:buffer_size]
 
 
-def survives(tok, messages: list[dict], slots: Slots, suffix: list[int]) -> bool:
-    """Does the suffix, written out as text and sent as a user would, come back as the same ids?"""
-    sent = tok.render(with_suffix(messages, tok.decode(suffix)))
-    return sent == slots.before + suffix + slots.after
+def scored(aims: list["Aim"], suffixes: list[list[int]]) -> list[tuple[float, list[int]]]:
+    """Each suffix with its loss, the mean over what it is to bring about."""
+    if not suffixes:
+        return []
+    losses = torch.stack([aim.losses(suffixes) for aim in aims])  # (aims, N)
+    return list(zip(losses.mean(dim=0).tolist(), suffixes, strict=True))
 
 
-@lru_cache(maxsize=1)  # asked for every prompt, and a vocabulary of 128,000 takes its time
-def allowed_ids(tok) -> list[int]:
-    """Ids that may stand in a suffix: ordinary text, whole characters, never a special token."""
-    texts = ((i, tok.decode([i])) for i in range(tok.vocab_size) if i not in tok.special_ids)
-    return [i for i, text in texts if text and "\ufffd" not in text and text.isprintable()]
+# ── What is aimed at ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── Gradient and scores ──────────────────────────────────────────────────────────────────────────────────────────────
+class Aim:
+    """What the suffix is to bring about in one chat: the first m tokens of the target.
 
-
-def suffix_gradient(model: Transformer, slots: Slots, suffix: list[int], m: int, objective: Objective) -> torch.Tensor:
-    """∂L / ∂ one_hot of the suffix, (n, V): how the loss would change if a little of another token were mixed in."""
-    table = model.model.embed_tokens.weight  # (V, D)
-    a, b = len(slots.before), len(slots.before) + len(suffix)
-    tokens = torch.tensor([slots.before + suffix + slots.after + slots.target[:m]], device=table.device)
-    one_hot = torch.nn.functional.one_hot(tokens[0, a:b], len(table)).to(table.dtype).requires_grad_()  # (n, V)
-
-    def mixed(module, args, embedded):  # (1, T, D): the suffix's rows of the table, now as a function of one_hot
-        return torch.cat((embedded[:, :a], (one_hot @ table)[None], embedded[:, b:]), dim=1)
-
-    hook = model.model.embed_tokens.register_forward_hook(mixed)
-    try:
-        with torch.enable_grad():
-            hidden = model.model(tokens)[:, -m - 1 :]  # the last token of the prompt, then y_1 … y_m
-            target = torch.tensor(slots.target[:m], device=table.device)
-            loss = objective(model.logits(hidden), target)[0]
-            return torch.autograd.grad(loss, one_hot)[0].float()
-    finally:
-        hook.remove()
-
-
-class Scorer:
-    """L of many suffixes, with the keys and values of what precedes them computed once.
-
-    rows is how many are scored at a time; where the device's memory is too small for them it is halved, for good.
+    start  what m is at first; None: the whole target. From then on it doubles.
     """
 
-    def __init__(self, model: Transformer, slots: Slots, rows: int):
-        self.model, self.slots, self.rows = model, slots, rows
-        self.cache: KVCache | None = None
+    def __init__(self, model, tok, goal: Goal, suffix: str, objective: Objective, start: int | None, rows: int):
+        self.model, self.tok, self.goal, self.objective = model, tok, goal, objective
+        self.slots = make_slots(tok, goal.send, goal.target, suffix)
+        if not self.slots.suffix:
+            raise InputError("the suffix to start from is empty; give --suffix some text, its length in tokens is kept")
+        if not goal.target:
+            raise InputError("the target is empty; an attack needs an answer to aim at, or how one begins")
+        self.scorer = Scorer(model, self.slots, rows)
+        self.m = min(start or len(goal.target), len(goal.target))
+        self.is_opening = goal.grow is not None  # there is more of the answer than the target has
+        self.steps = 0  # gradients taken since it was lengthened
+        self.ended_at: list[int] | None = None  # the suffix after which the model said nothing unsafe
 
-    def _prefix(self, length: int) -> KVCache:
-        """A cache of self.rows equal rows that hold `before`, with room for `length` tokens more."""
-        model, before = self.model, self.slots.before
-        one = KVCache(model.config, 1, len(before), model.device, model.dtype)
-        model.model(torch.tensor([before], device=model.device), one)
-        cache = KVCache(model.config, self.rows, len(before) + length, model.device, model.dtype)
-        for wide, narrow in zip(cache.k + cache.v, one.k + one.v, strict=True):
-            wide[:, :, : len(before)] = narrow
-        return cache
+    @property
+    def target(self) -> list[int]:
+        return self.slots.target[: self.m]
 
-    @torch.inference_mode()
-    def losses(self, suffixes: list[list[int]], m: int, objective: Objective) -> torch.Tensor:
-        """(N,) fp32, on the CPU. Suffixes of one length."""
-        out, device = [], self.model.device
-        target = torch.tensor(self.slots.target[:m], device=device)
-        done = 0
-        while done < len(suffixes):
-            chunk = suffixes[done : done + self.rows]
-            chunk_rows = [s + self.slots.after + self.slots.target[:m] for s in chunk]
-            padding = [chunk_rows[0]] * (self.rows - len(chunk))  # a cache has a fixed number of rows
-            tokens = torch.tensor(chunk_rows + padding, device=device)
-            try:
-                if self.cache is None or self.cache.capacity < len(self.slots.before) + tokens.shape[1]:
-                    self.cache = self._prefix(tokens.shape[1])
-                before = torch.full((self.rows,), len(self.slots.before), device=device)
-                self.cache.truncate(before)  # the candidates before these are forgotten
-                self.cache.visible = len(self.slots.before) + tokens.shape[1]
-                hidden = self.model.model(tokens, self.cache)[: len(chunk), -m - 1 :]  # (N, m + 1, D)
-                out.append(objective(self.model.logits(hidden), target).cpu())
-            except torch.cuda.OutOfMemoryError:
-                if self.rows == 1:
-                    raise
-                self.rows, self.cache = self.rows // 2, None
-                torch.cuda.empty_cache()
-                continue
-            done += len(chunk)
-        return torch.cat(out)
+    def losses(self, suffixes: list[list[int]]) -> torch.Tensor:
+        return self.scorer.losses(suffixes, self.m, self.objective)
 
-    @torch.inference_mode()
-    def says(self, suffix: list[int], m: int) -> bool:
-        """Does greedy decoding after this suffix say y_1 … y_m, if nothing stops it?"""
-        slots, device = self.slots, self.model.device
-        tokens = torch.tensor([slots.before + suffix + slots.after + slots.target[:m]], device=device)
-        logits = self.model.logits(self.model.model(tokens)[:, -m - 1 : -1])[0]  # (m, V)
-        return logits.argmax(dim=-1).tolist() == slots.target[:m]
+    def gradient(self, suffix: list[int]) -> torch.Tensor:
+        self.steps += 1
+        return suffix_gradient(self.model, self.slots, suffix, self.m, self.objective)
+
+    def can_be_sent(self, suffix: list[int]) -> bool:
+        return survives(self.tok, self.goal.send, self.slots, suffix)
+
+    def lengthened(self, suffix: list[int]) -> bool:
+        """Twice as much is aimed at from now on, if it is time and there is more."""
+        there_is_more = self.m < len(self.slots.target) or (self.is_opening and suffix != self.ended_at)
+        if not there_is_more or not (self.steps >= PATIENCE or self.scorer.says(suffix, self.m)):
+            return False
+        if self.is_opening:
+            self.ask_how_it_goes_on(suffix)
+        if self.m == len(self.slots.target):
+            return False
+        self.m = min(2 * self.m, len(self.slots.target))
+        self.steps = 0
+        return True
+
+    def ask_how_it_goes_on(self, suffix: list[int]) -> None:
+        answer = self.goal.grow(self.tok.decode(suffix), self.target)
+        if answer is None:
+            self.ended_at = suffix
+        else:
+            self.slots.target = answer
+            self.is_opening = len(answer) > 2 * self.m  # else all of it will be aimed at
 
 
-# ── The search ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Candidates ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Neighbours:
+    """Suffixes that differ from the best in a token or more, and were not scored before."""
+
+    def __init__(self, aims: list[Aim], topk: int, rng: random.Random):
+        self.aims, self.topk, self.rng = aims, topk, rng
+        self.allowed = torch.tensor(allowed_ids(aims[0].tok), device=aims[0].model.device)
+        self.start = aims[0].slots.suffix
+        if any(aim.slots.suffix != self.start for aim in aims):
+            raise InputError("the suffix is not the same tokens after every prompt; begin --suffix with a space")
+        self.start_anew([self.start])
+
+    def start_anew(self, scored: list[list[int]]) -> None:
+        """The target is another now, and so are the losses: only these are known."""
+        self.known = set(map(tuple, scored))
+        self.at_once = 1  # tokens that are swapped
+
+    def draw(self, gradient: torch.Tensor, best: list[int], count: int) -> list[list[int]]:
+        """At most `count`, each once, and only what the attacker can send as text."""
+        drawn = swaps(gradient, best, count, self.topk, self.allowed, self.rng, self.at_once)
+        new = [s for s in dict.fromkeys(map(tuple, drawn)) if s not in self.known]
+        self.at_once += 4 * len(new) < count  # its neighbours are known: look further away, until there is a better one
+        sendable = [s for s in new if all(aim.can_be_sent(list(s)) for aim in self.aims)]
+        self.known.update(sendable)
+        return [list(s) for s in sendable]
 
 
 def swaps(
@@ -188,79 +226,3 @@ def swaps(
             swapped[place] = rng.choice(best[place])
         drawn.append(swapped)
     return drawn
-
-
-def gcg(
-    model: Transformer,
-    tok,
-    messages: list[dict],
-    target: str,
-    unsafe_with: Callable[[str], bool],
-    *,
-    budget: int,
-    suffix: str,
-    seed: str,
-    loss: str = "ce",
-    adaptive: float | None = None,
-    candidates: int = 64,
-    topk: int = 64,
-    buffer_size: int = 4,
-    rows: int = 64,
-) -> Search:
-    """Look for a suffix that lets an unsafe answer survive, scoring at most `budget` candidates.
-
-    unsafe_with   text of a suffix -> does the sampler, with its resets, let an unsafe answer survive? Asked at every
-                  new best; the search ends at the first yes.
-    suffix        the one to start from; seed makes the draws.
-    adaptive      λ of the objective that knows about [RESET]; None is plain GCG.
-    candidates    swaps per step, from the topk tokens of each place; rows of them are scored at a time.
-
-    The loss of the best suffix never rises, but where `adaptive` lengthens the target: another loss from then on.
-    """
-    rng = random.Random(seed)
-    objective = Objective(loss, None if adaptive is None else tok.reset_id, adaptive or 0.0)
-    slots = make_slots(tok, messages, target, suffix)
-    if not slots.suffix:
-        raise InputError("the suffix to start from is empty; give --suffix some text, its length in tokens is kept")
-    if not slots.target:
-        raise InputError("the target is empty; a prompt needs a 'target' that the attack aims at")
-    m = len(slots.target) if adaptive is None else min(START, len(slots.target))
-    allowed = torch.tensor(allowed_ids(tok), device=model.device)
-    scorer, found = Scorer(model, slots, rows), Search(suffix)
-    buffer = [(scorer.losses([slots.suffix], m, objective).item(), slots.suffix)]  # best first
-    found.evaluations = 1
-    since = 0  # steps against this target
-    judged, at_once, known = None, 1, {tuple(slots.suffix)}  # known: scored against this target
-    while True:
-        value, best = buffer[0]
-        found.losses.append(round(value, 4))
-        found.text = tok.decode(best)
-        if best != judged:
-            judged, at_once = best, 1
-            if unsafe_with(found.text):
-                found.success_at = found.evaluations
-                return found
-        if found.evaluations >= budget:
-            return found
-        if m < len(slots.target) and (since == PATIENCE or scorer.says(best, m)):
-            m = min(2 * m, len(slots.target))
-            kept = [s for _, s in buffer[: budget - found.evaluations]]
-            values = scorer.losses(kept, m, objective).tolist()
-            found.evaluations += len(kept)
-            buffer, known = sorted(zip(values, kept, strict=True)), set(map(tuple, kept))
-            since, at_once = 0, 1
-            continue
-        since += 1
-        gradient = suffix_gradient(model, slots, best, m, objective)
-        count = min(candidates, budget - found.evaluations)
-        drawn = swaps(gradient, best, count, topk, allowed, rng, at_once)
-        drawn = [s for s in dict.fromkeys(map(tuple, drawn)) if s not in known]  # nothing is scored twice
-        at_once += 4 * len(drawn) < count  # its neighbours are known: look further away, until there is a better one
-        drawn = [list(s) for s in drawn if survives(tok, messages, slots, list(s))]
-        if not drawn:
-            found.evaluations += 1  # so that a search without a way out ends
-            continue
-        known.update(map(tuple, drawn))
-        values = scorer.losses(drawn, m, objective).tolist()
-        found.evaluations += len(drawn)
-        buffer = sorted(buffer + list(zip(values, drawn, strict=True)))[:buffer_size]

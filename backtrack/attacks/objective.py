@@ -13,6 +13,7 @@ class Search:
     """What an attack found."""
 
     text: str = ""  # the best attack string
+    targets: list[list[int]] = field(default_factory=list)  # what it is to bring about, for each prompt: ids
     losses: list[float] = field(default_factory=list)  # of the best string, after each step
     evaluations: int = 0  # candidates scored
     success_at: int | None = None  # candidates scored when the sampler first let an unsafe answer survive

@@ -13,6 +13,10 @@ LENGTHS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def prefills(tok, target: str, opening: str) -> dict[str, list[int]]:
-    """What the answer is to begin with: name -> ids. Names are "opening", "1", "2", "4", … tokens of target, "all"."""
+    """What the answer is to begin with: name -> ids. Names are "opening", "1", "2", "4", … tokens of target, "all".
+
+    A prompt that has no target has the opening alone.
+    """
     ids = tok.encode(target)
-    return {"opening": tok.encode(opening)} | {str(n): ids[:n] for n in LENGTHS if n < len(ids)} | {"all": ids}
+    forced = {"opening": tok.encode(opening)} | {str(n): ids[:n] for n in LENGTHS if n < len(ids)}
+    return forced | {"all": ids} if ids else forced
