@@ -13,6 +13,9 @@ reset at the style.
 
     {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
 
+With --prefill "Sure, here is" every answer is forced to begin so: a model that shall leave an answer that was begun for
+it must have seen some, and harmless ones too.
+
 The answers are kept beside OUT, in OUT.answers.jsonl, as they come: the same command goes on where it was stopped. It
 will not make rows of prompts whose answers were all safe, and says how many those were. What the model says to unsafe
 questions can do harm: keep it out of repositories.
@@ -43,7 +46,8 @@ WHOLE = re.compile(r"""(?s).*(?<!\d)[.!?]["')*]*(?=\s|$)""")  # up to the end of
 def collect(args) -> None:
     prompts = [p for path in args.prompts for p in read_prompts(path)]
     prompts = choose_prompts(prompts, args.sets, args.limit)
-    settings = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "seed", "dtype")}
+    same = ("samples", "temperature", "max_new_tokens", "prefill", "seed", "dtype")
+    settings = {name: getattr(args, name) for name in same}
     settings |= {"weights": weights_digest(args.ckpt), "prompts": prompts_digest(prompts)}
     file = Path(f"{args.out}.answers.jsonl")
     check_file(args.out)
@@ -70,7 +74,8 @@ def answer_missing(args, prompts: list[Prompt], file: Path, done: dict) -> set[i
     """Sample what is not in `done` yet, and append it to the file as it comes. Returns the prompts that cannot be
     answered: they and an answer are longer than the model."""
     tok = load_tokenizer(args.ckpt)
-    room = ModelConfig.load(args.ckpt).max_position_embeddings - args.max_new_tokens
+    forced = tok.encode(args.prefill)
+    room = ModelConfig.load(args.ckpt).max_position_embeddings - len(forced) - args.max_new_tokens
     ids = [render(tok, prompt) for prompt in prompts]
     too_long = {i for i, prompt in enumerate(ids) if len(prompt) > room}
     todo = []
@@ -96,6 +101,7 @@ def answer_missing(args, prompts: list[Prompt], file: Path, done: dict) -> set[i
         max_resets=0,
         seed=args.seed,
         sample_ids=[i * args.samples + sample for i, sample in todo],
+        prefill=[forced for _ in todo],
         batch_size=args.batch_size,
     )
     answers = ((event.row, event.generation) for event in events if isinstance(event, Done))
@@ -175,6 +181,7 @@ def parse_args() -> argparse.Namespace:
     add("--chosen", choices=("given", "own"), default="given", help="y+: the data set's safe answer, or the model's")
     add("--benign", choices=("given", "own", "both"), default="given", help="y+ of benign prompts, if they have both")
     add("--samples", type=positive, default=1, help="answers per prompt")
+    add("--prefill", default="", metavar="TEXT", help="what every answer is forced to begin with")
     add("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy")
     add("--max-new-tokens", type=positive, default=64, help="per answer; longer ones are cut")
     add("--batch-size", type=positive, default=32, help="prompts answered at once")

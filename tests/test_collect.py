@@ -153,6 +153,14 @@ def test_whole_sentences(text, whole):
     assert collect.whole_sentences({"text": text, "complete": True}) == text
 
 
+def test_answers_that_are_forced_to_begin_so(collected):
+    begun = "Sure, here is"
+    _, rows, prompts = collected("--prefill", begun, "--benign", "own", "--max-new-tokens", 60)
+    texts = [answer["text"] for p in prompts for answer in p["answers"]]
+    assert texts and all(text.startswith(begun) for text in texts) and len(set(texts)) > 1
+    assert all(row["rejected"][0]["content"].startswith(begun) for row in rows if "unsafe" in row)
+
+
 def test_sets_and_limit(collected):
     _, rows, _ = collected("--limit", 4)
     assert 0 < len(rows) <= 4
