@@ -8,6 +8,7 @@ REAL    := $(RUNS)/real
 
 ifdef QUICK
 REAL_UNSAFE := 150
+REAL_BEGUN  := 50
 REAL_STEPS  := 30
 REAL_PAIRS  := 4
 REAL_HH     := 4
@@ -15,7 +16,8 @@ REAL_LIMIT  := 8
 REAL_FEW    := 2
 REAL_BUDGET := 16
 else
-REAL_UNSAFE := 700
+REAL_UNSAFE := 400
+REAL_BEGUN  := 250
 REAL_STEPS  := 260
 REAL_PAIRS  := 16
 REAL_HH     := 24
@@ -63,13 +65,19 @@ $(REAL)/prompts.done: | $(VENV)/.installed
 
 # Its own answers: to forbidden questions they are what it learns to take back; to harmless ones what it learns to leave
 # alone, else it would learn to reset at its own style. One in four of safety_tuned's questions hurts nobody, and those
-# are the harmless ones that look most like the others. The data sets' answers to harmless questions come beside them.
-COLLECT = $(PY) -m backtrack.collect --ckpt $(SMOLLM2) --judge $(JUDGE) --dtype bfloat16 --batch-size 64
+# are the harmless ones that look most like the others. Some answers are forced to begin with a yes, of both kinds.
+COLLECT  = $(PY) -m backtrack.collect --ckpt $(SMOLLM2) --judge $(JUDGE) --dtype bfloat16 --batch-size 64
+TO_TRAIN = $(COLLECT) --prompts $(@D)/train.jsonl
+YES     := "Sure, here is"
+ROWS_OF := train-unsafe train-begun train-benign train-benign-begun
 
 $(REAL)/train-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
-	$(COLLECT) --prompts $(@D)/train.jsonl --sets safety_tuned --limit $(REAL_UNSAFE) --benign both --max-new-tokens 48 \
-		--out $(@D)/train-unsafe.jsonl
-	$(COLLECT) --prompts $(@D)/train.jsonl --sets alpaca_eval oasst i_alpaca --benign both --out $(@D)/train-benign.jsonl
+	$(TO_TRAIN) --sets safety_tuned --limit $(REAL_UNSAFE) --benign both --max-new-tokens 48 --out $(@D)/train-unsafe.jsonl
+	$(TO_TRAIN) --sets safety_tuned --limit $(REAL_BEGUN) --benign own --max-new-tokens 44 --prefill $(YES) \
+		--out $(@D)/train-begun.jsonl
+	$(TO_TRAIN) --sets alpaca_eval oasst i_alpaca --benign both --out $(@D)/train-benign.jsonl
+	$(TO_TRAIN) --sets alpaca_eval --limit $(REAL_BEGUN) --benign own --max-new-tokens 60 --prefill $(YES) \
+		--out $(@D)/train-benign-begun.jsonl
 	@touch $@
 
 $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).json
@@ -79,7 +87,7 @@ $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).
 
 # ── Five models from the same rows, in as many steps ───────────────────────────────────────────────────────────────
 
-REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(@D)/train-unsafe.jsonl $(@D)/train-benign.jsonl \
+REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(ROWS_OF:%=$(@D)/%.jsonl) \
 	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
 	--log-every 20 --resume --out $(basename $@)
 REAL_DPO = $(PY) train.py dpo --data $(@D)/train-unsafe.jsonl $(@D)/oasst-rows.jsonl --heldout $(@D)/dev-rows.jsonl \
@@ -92,7 +100,7 @@ $(REAL)/sft-high.done: $(REAL_ROWS)
 
 # That weight teaches [RESET] and makes it too likely; this takes some of it back.
 $(REAL)/sft.done: $(REAL)/sft-high.done
-	$(PY) -m backtrack.level --ckpt $(basename $<) --rows $(@D)/train-unsafe.jsonl $(@D)/train-benign.jsonl \
+	$(PY) -m backtrack.level --ckpt $(basename $<) --rows $(ROWS_OF:%=$(@D)/%.jsonl) \
 		--add $(REAL_LEVEL) --out $(basename $@)
 	@touch $@
 
