@@ -89,7 +89,7 @@ $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).
 
 REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(ROWS_OF:%=$(@D)/%.jsonl) \
 	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
-	--log-every 20 --resume --out $(basename $@)
+	--log-every 20 --save-every 50 --resume --out $(basename $@)
 REAL_DPO = $(PY) train.py dpo --data $(@D)/train-unsafe.jsonl $(@D)/oasst-rows.jsonl --heldout $(@D)/dev-rows.jsonl \
 	--dtype bfloat16 --batch-size 2 --grad-accum 4 --max-length 512 --steps $(REAL_PAIRS) --resume --out $(basename $@)
 REAL_ROWS := $(REAL)/train-rows.done $(REAL)/dev-rows.done

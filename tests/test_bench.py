@@ -144,12 +144,12 @@ def test_batches_and_entering_prompts_are_counted():
     model = bench.random_model(TINY)
     prompts = [ids[: 2 + i] for i, ids in enumerate(bench.random_prompts(TINY, 11, length=12))]
     options = {"reset_id": None, "stop_ids": range(8), "max_new_tokens": 30}
-    batches, entering, differ = bench_batches.measured(model, prompts, [[]] * 11, 4, repeats=1, options=options)
+    batches, entering, differ = bench_batches.measured(model, prompts, [[]] * 11, 4, options)
     steps = [g.steps for g in bench.generate(model, prompts, **options)]
     assert batches.rows == entering.rows == sum(steps) - 11 and differ == 0
     assert batches.steps == sum(max(steps[i : i + 4]) - 1 for i in (0, 4, 8)) > entering.steps
     assert (batches.readings, batches.tokens) == (3, 4 * 5 + 4 * 9 + 3 * 12) and entering.readings > 3
-    assert f"{batches.steps / entering.steps:.2f}" in bench_batches.report(batches, entering)
+    assert f"{batches.steps / entering.steps:.2f}" in bench_batches.report([batches], [entering])
 
 
 def test_random_models_do_not_just_repeat_themselves():
