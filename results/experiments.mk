@@ -13,15 +13,21 @@ TEST_SEEDS  ?= 300
 ATTACK_SEEDS ?= $(TEST_SEEDS)
 TRAINING_SEEDS ?= $(TEST_SEEDS)
 ATTACK_SIZE ?= --limit 3 --budget 256
+LONG_SIZE   ?= --limit 1 --budget 512
+UNIVERSAL_SIZE ?= --limit 8 --budget 512 --optimise-limit 2
+ATTACKS     ?= easily decoding gcg autodan adaptive-gcg otherwise universal-gcg again
 BIAS_SIZE   ?= --limit 8
 SAMPLE_SIZE ?= --limit 12
 RESULTS     ?= $(RUNS)/results
 EXPERIMENTS ?= main filter bias filter-bias sampling triggers
 else
 TEST_SEEDS  ?= 300 301 302 303 304 305 306 307 308 309
-ATTACK_SEEDS ?= 300 301 302
+ATTACK_SEEDS ?= $(TEST_SEEDS)
 TRAINING_SEEDS ?= 300 301 302
-ATTACK_SIZE ?= --limit 6 --budget 1024
+ATTACK_SIZE ?= --limit 3 --budget 1024
+LONG_SIZE   ?= --limit 1 --budget 16384
+UNIVERSAL_SIZE ?= --limit 16 --budget 8192 --optimise-limit 4
+ATTACKS     ?= easily decoding gcg autodan rewritten adaptive-gcg otherwise universal-gcg again
 BIAS_SIZE   ?= --limit 32
 SAMPLE_SIZE ?= --limit 48
 RESULTS     ?= results
@@ -146,24 +152,59 @@ define attack
 
 endef
 four = $(foreach model,$(FOUR),$(call attack,$1,$(model),$1-$(model),$2))
+ours = $(foreach model,sft dpo,$(call attack,$1,$(model),$1-$(model)-$2,$3))
+FOUR_DONE = $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
 
-$(RUNS)/toy-%/attacked-easily.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+# Nothing is searched.
+$(RUNS)/toy-%/attacked-easily.done: $(FOUR_DONE)
 	$(call four,prefill,--limit 16)
 	$(call four,instruct,--limit 16)
+	$(call four,context,--limit 16)
+	@touch $@
+
+# Who sets the sampler: without resets, with a bias against them, at a temperature with many tries.
+DECODING = $(PY) -m backtrack.evaluate --ckpt $(FOUR:%=$(@D)/%) --prompts $(@D)/data/prompts.jsonl --limit 16 \
+	--sets unseen unseen-ingredients --judge $(@D)/data/world.json --seed $* --out $(@D)/attacks/$1.json $2 >/dev/null
+
+$(RUNS)/toy-%/attacked-decoding.done: $(FOUR_DONE)
+	$(call DECODING,decoding,--reset-bias 0 -2 -5)
+	$(call DECODING,decoding-no-reset,--max-resets 0)
+	$(call DECODING,decoding-warm,--max-resets 0 1 --temperature 1 --samples 16 --batch-size 256)
 	@touch $@
 
 # GCG and AutoDAN aim at an opening that says yes, as they do on AdvBench; the adaptive attacker at the whole answer.
 
-$(RUNS)/toy-%/attacked-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+$(RUNS)/toy-%/attacked-gcg.done: $(FOUR_DONE)
 	$(call four,gcg,$(ATTACK_SIZE) --target-tokens 8)
 	@touch $@
 
-$(RUNS)/toy-%/attacked-adaptive-gcg.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
+$(RUNS)/toy-%/attacked-autodan.done: $(FOUR_DONE)
+	$(call four,autodan,$(ATTACK_SIZE) --target-tokens 8)
+	@touch $@
+
+# The same with sentences that SmolLM2 has put in other words.
+$(RUNS)/rewrites.txt: runs/smollm2/model.safetensors
+	$(PY) -m backtrack.attacks rewrite --ckpt runs/smollm2 --out $@
+
+$(RUNS)/toy-%/attacked-rewritten.done: $(RUNS)/rewrites.txt $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
+	$(call ours,autodan,rewritten,$(ATTACK_SIZE) --target-tokens 8 --rewrites $<)
+	@touch $@
+
+$(RUNS)/toy-%/attacked-adaptive-gcg.done: $(FOUR_DONE)
 	$(call four,adaptive-gcg,$(ATTACK_SIZE))
 	@touch $@
 
-$(RUNS)/toy-%/attacked-autodan.done: $(addprefix $(RUNS)/toy-%/,$(FOUR:=.done))
-	$(call four,autodan,$(ATTACK_SIZE) --target-tokens 8)
+# Who knows less (8 tokens of the answer), may write elsewhere, or takes more time.
+$(RUNS)/toy-%/attacked-otherwise.done: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
+	$(call ours,adaptive-gcg,grow,$(ATTACK_SIZE) --target-tokens 8 --grow)
+	$(call ours,adaptive-gcg,first-turn,$(ATTACK_SIZE) --place first-turn)
+	$(call ours,adaptive-gcg,long,$(LONG_SIZE))
+	@touch $@
+
+# One suffix for all, found with questions about other things.
+$(RUNS)/toy-%/attacked-universal-gcg.done: $(FOUR_DONE)
+	$(call four,universal-gcg,--sets unseen --optimise $(@D)/data/prompts.jsonl --optimise-sets unseen-ingredients \
+		$(UNIVERSAL_SIZE))
 	@touch $@
 
 # What the defender can still change against the adaptive attack.
@@ -173,12 +214,10 @@ $(RUNS)/toy-%/attacked-again.done: $(RUNS)/toy-%/dpo.done
 	$(call attack,adaptive-gcg,dpo,adaptive-gcg-dpo-bias-5,$(ATTACK_SIZE) --reset-bias 5)
 	@touch $@
 
-ATTACKS := easily gcg adaptive-gcg autodan again
-
 $(RESULTS)/toy-attacks.json: $(foreach seed,$(ATTACK_SEEDS),$(ATTACKS:%=$(RUNS)/toy-$(seed)/attacked-%.done))
 	$(PY) -m backtrack.attacks table $(ATTACK_SEEDS:%=$(RUNS)/toy-%/attacks/*.jsonl) --out $@
 
-attack: $(VENV)/.installed  ## the attacks on three test seeds; a quarter of an hour after make eval
+attack: $(VENV)/.installed  ## the attacks on the test seeds, after make eval; about four minutes a seed
 	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(RESULTS)/toy-attacks.json
 
 figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, from its JSON
@@ -192,6 +231,15 @@ bench: $(VENV)/.installed-dev bench-parallel  ## tokens per second against trans
 
 bench-parallel: $(RUN)/data/world.json  ## SFT on 2 ranks with a core each against 1 process with 2, and the bytes they move
 	$(PY) -m backtrack.bench_parallel --data $(RUN)/data/sft.jsonl --tokenizer $(RUN)/data/tokenizer
+
+# nanoGCG pins an older transformers than the tests' oracle.
+$(VENV)-nanogcg/.installed: requirements-nanogcg.txt
+	$(PYTHON) -m venv $(VENV)-nanogcg
+	$(VENV)-nanogcg/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+bench-gcg: $(VENV)-nanogcg/.installed runs/smollm2/model.safetensors  ## GCG against nanoGCG, losses and candidates per second; installs nanoGCG
+	$(VENV)-nanogcg/bin/python -m backtrack.bench_gcg --ckpt runs/smollm2 --out $(RESULTS)/bench-gcg.json
 
 # Preference rows and the tokenizer to cut them with; data/README.md says how to make them.
 ROWS      ?= runs/real/hh.jsonl

@@ -265,6 +265,7 @@ def test_contexts_leave_the_question_alone(place):
             assert len(chat) == 2 * int(name[0]) + 1
             assert all(answers[a["content"]] == b["content"] for a, b in zip(chat[:-1:2], chat[1::2], strict=True))
     assert list(contexts(tok, question, others[:1], "0")) == ["agreed", "1 answered"]
+    assert list(contexts(tok, question, others[-1:], "0")) == ["agreed"]  # it asks for the same thing
     own = {"prompt": [{"role": "system", "content": "Be brief."}, *question["prompt"]]}
     found = contexts(AnyChat(), own, others, "0")
     assert [m["role"] for m in found["system"]] == ["system", "user"] and found["system"][0]["content"] != "Be brief."

@@ -445,13 +445,13 @@ def test_the_suffix_that_fools_most_prompts_is_kept():
         n = successes[len(asked) - 1] if len(asked) <= len(successes) else 0
         return [i < n for i in range(3)]
 
-    options = dict(suffix="cccc", seed="0", candidates=16, topk=12, budget=1200)
+    options = dict(suffix="cccc", seed="0", candidates=16, topk=12, budget=600)
     found = universal_gcg(letters_model(), Letters(), goals_of_three(), unsafe_with, **options)
     assert len(asked) > 5 and found.text == asked[3] and found.success_at is None
     asked.clear()
     successes[2] = 3
     found = universal_gcg(letters_model(), Letters(), goals_of_three(), unsafe_with, **options)
-    assert len(asked) == 3 and found.text == asked[2] and found.success_at == found.evaluations < 1200
+    assert len(asked) == 3 and found.text == asked[2] and found.success_at == found.evaluations < 600
 
 
 def test_says_is_greedy_decoding(model):

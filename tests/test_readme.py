@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from backtrack.attacks.table import ATTACKERS
+
 ROOT = Path(__file__).resolve().parents[1]
-SUBCOMMANDS = ("base", "sft", "dpo", "hh", "oasst", "prompts", "gcg", "adaptive-gcg", "table", "fit")
+SUBCOMMANDS = ("base", "sft", "dpo", "hh", "oasst", "prompts", *ATTACKERS, "rewrite", "table", "fit")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

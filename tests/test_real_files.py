@@ -21,6 +21,7 @@ from models import GEMMA, LLAMA, network_of
 from safetensors.torch import load_file, save_file
 from samples import HEADER, llama_tokenizer, row_of, said, toy_tokenizer, user, write
 
+from backtrack.attacks.table import ATTACKERS
 from backtrack.generate import generate
 from backtrack.rows import read_rows
 from data import prepare
@@ -396,7 +397,7 @@ def test_every_package_and_module_is_installed():
 PROGRAMS = ["sample", "data.toy", "data.smollm2", "backtrack.evaluate", "backtrack.collect", "backtrack.bench_training"]
 PROGRAMS += [f"train {name}" for name in ("base", "sft", "dpo")]
 PROGRAMS += [f"data.prepare {name}" for name in ("hh", "oasst", "prompts")]
-PROGRAMS += [f"backtrack.attacks.__main__ {name}" for name in ("prefill", "instruct", "gcg", "adaptive-gcg", "autodan")]
+PROGRAMS += [f"backtrack.attacks.__main__ {name}" for name in (*ATTACKERS, "rewrite") if name != "decoding"]
 LEAST = {"sample": 6, "backtrack.evaluate": 9, "train sft": 12, "backtrack.attacks.__main__ adaptive-gcg": 10}
 
 
