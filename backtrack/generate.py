@@ -135,8 +135,7 @@ def stream(
     temperature     0 is greedy. top_p keeps the smallest set of tokens that has this probability.
     reset_bias      added to the logit of [RESET]: the paper's dial between safety and efficiency.
     max_resets      after that many, [RESET] is masked (1 in the paper).
-    on_reset        "truncate": the retry sees prompt ⊕ [RESET]^r. "keep" (the paper): it sees all
-                    that was discarded.
+    on_reset        "truncate": a retry sees prompt ⊕ [RESET]^r. "keep" (the paper): all it discarded.
     prefill         tokens forced at the start of each answer. A reset discards them like the rest.
     seed            row i's sample depends on (seed, i) only, not on the rows beside it.
     sample_ids      numbers in place of i: so it matters not how a list is cut into batches.
@@ -146,15 +145,10 @@ def stream(
 
     A row's Token events since its last Reset are, in order, its surviving tokens (prefill first).
     On a reset a user has to forget what they were shown; hold_back makes that less.
-    Raises InputError for an empty or over-long prompt, ids outside the vocabulary, options out of
-    range, and logits that are not finite.
+    Raises InputError for prompts, ids and options out of range, and logits that are not finite.
     """
     prefill = [[] for _ in prompts] if prefill is None else prefill
     sample_ids = list(range(len(prompts))) if sample_ids is None else sample_ids
-    if batch_size is None:
-        batch_size = len(prompts)
-    elif batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}, must be at least 1")
     options = Options(
         reset_id=reset_id,
         stop_ids=sorted(set(stop_ids)),
@@ -165,11 +159,12 @@ def stream(
         reset_bias=reset_bias,
         max_resets=0 if reset_id is None else max_resets,
         on_reset=on_reset,
+        batch_size=batch_size,
         watch=watch,
     )
     check(options, prompts, prefill, sample_ids, model.config)
     seeds = [f"{seed}/{i}" for i in sample_ids]
-    events = decode(model, prompts, prefill, options, seeds, batch_size) if prompts else iter(())
+    events = decode(model, prompts, prefill, options, seeds) if prompts else iter(())
     return held_back(events, hold_back, prefill)
 
 
@@ -213,6 +208,7 @@ class Options:
     reset_bias: float = 0.0
     max_resets: int = 1
     on_reset: str = "truncate"
+    batch_size: int | None = None
     watch: Callable[[torch.Tensor, KVCache], None] | None = None
     vocab_size: int | None = None
 
@@ -241,7 +237,7 @@ class Record:
     done: bool = False
 
 
-def decode(model, prompts, prefill, options: Options, seeds: list[str], batch_size: int):
+def decode(model, prompts, prefill, options: Options, seeds: list[str]):
     """The loop: pick a token in every row, tell the host, feed the tokens back."""
     records = []
     for row, (prompt, forced) in enumerate(zip(prompts, prefill, strict=True)):
@@ -249,7 +245,8 @@ def decode(model, prompts, prefill, options: Options, seeds: list[str], batch_si
         for id in forced:
             yield Token(row, id)
 
-    active, waiting = records[:batch_size], deque(records[batch_size:])
+    size = options.batch_size or len(records)
+    active, waiting = records[:size], deque(records[size:])
     capacity = max(record.entries for record in records) + room_for_answer(options)
     logits, cache, rows = read_prompts(model, active, capacity)
     draws = Draws(seeds, options, model.device) if options.temperature > 0 else None
@@ -281,8 +278,8 @@ def decode(model, prompts, prefill, options: Options, seeds: list[str], batch_si
             with torch.inference_mode():
                 logits = feed(model, token, rows, cache, options)  # (B, V)
         # Not one by one: to read a few prompts takes as long as a step, in which all others wait.
-        if waiting and 4 * (batch_size - len(kept)) >= batch_size:
-            active, rows, logits = let_in(model, waiting, batch_size, active, rows, logits, cache)
+        if waiting and 4 * (size - len(kept)) >= size:
+            active, rows, logits = let_in(model, waiting, size, active, rows, logits, cache)
 
 
 def feed(model, token: torch.Tensor, rows: Rows, cache: KVCache, options: Options) -> torch.Tensor:
@@ -358,11 +355,11 @@ def read_prompts(model, records: list[Record], capacity: int | None = None):
         return logits, cache, Rows(prompt, torch.zeros_like(prompt))
 
 
-def let_in(model, waiting: deque, batch_size: int, active: list[Record], rows: Rows, logits, cache):
+def let_in(model, waiting: deque, size: int, active: list[Record], rows: Rows, logits, cache):
     """Read waiting prompts, in a cache of their own, and put them behind the rows that go on."""
     active, rows, logits = close_ranks(unfinished(active), active, rows, logits, cache)
     newcomers = []
-    while waiting and len(active) + len(newcomers) < batch_size:
+    while waiting and len(active) + len(newcomers) < size:
         newcomers.append(waiting.popleft())
     their_logits, their_cache, theirs = read_prompts(model, newcomers)
     cache.add_rows(their_cache)
@@ -523,6 +520,8 @@ def check_options(options: Options, vocab_size: int) -> None:
         raise InputError(f"top_p is {options.top_p}, must be in (0, 1]")
     if options.max_resets < 0:
         raise InputError(f"max_resets is {options.max_resets}, must be 0 or more")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise InputError(f"batch_size is {options.batch_size}, must be at least 1")
     if options.on_reset not in ("truncate", "keep"):
         raise InputError(f"on_reset is {options.on_reset!r}, must be 'truncate' or 'keep'")
     if options.reset_id in options.stop_ids:
