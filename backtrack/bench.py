@@ -290,7 +290,7 @@ def reset_step(name: str, model, batch: int, steps: int, reset_id: int = 3) -> d
             self.logits[:, reset_id] = self.script[i]
             start = time.perf_counter()
             token, best = pick(self.logits, self.rows, None, options)
-            for event in read_tokens(*to_host(token, best), self.records, options):
+            for event in read_tokens(*to_host(token, best), self.records, options, start):
                 self.resets += isinstance(event, Reset)
             self.logits = feed(model, token, self.rows, self.cache, options)
             self.seconds.append(time.perf_counter() - start)

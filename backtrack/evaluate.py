@@ -140,8 +140,8 @@ def generations(ask, tok, prompts: list[dict], todo: list[tuple[int, int]], cond
     """Yields lists of ((index of the prompt, number of the sample), its Generation): all of `todo` in the order in
     which they are finished, --batch-size in a list.
 
-    ask: stream() of a model, or of a server; it is given all at once and fills its batch itself. Of several ranks each
-    takes every Nth of `todo`, and yields as often as the others: at the end perhaps nothing.
+    ask: stream() of a model, or of a server; it is given all at once. Of several ranks each takes every Nth of `todo`,
+    and yields as often as the others: at the end perhaps nothing.
     """
     encoded = {i: (render(tok, prompts[i]), tok.encode(prompts[i]["prefill"])) for i, _ in todo}
     todo = sorted(todo, key=lambda item: len(encoded[item[0]][0]))  # little padding

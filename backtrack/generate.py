@@ -12,8 +12,7 @@ temperature, prefilled answers and more resets: one decode step serves all rows,
 them is doing. A reset is one `torch.where` on the lengths of the cache (see `feed`), so a step with
 resets costs what a step without them costs, and the device never waits for the host.
 
-With a `batch_size` any number of prompts is answered by so many rows: as some finish, prompts that
-wait are read and take their places. No beam search, no speculative decoding.
+No beam search, no speculative decoding, no batch that grows while it runs.
 
 Shapes: B rows of the batch, V vocabulary.
 """
@@ -139,7 +138,7 @@ def stream(
     prefill         tokens forced at the start of each answer. A reset discards them like the rest.
     seed            row i's sample depends on (seed, i) only, not on the rows beside it.
     sample_ids      numbers in place of i: so it matters not how a list is cut into batches.
-    batch_size      most rows at once; further prompts wait for a place. None: all in one batch.
+    batch_size      most rows at once, one batch after another; None: all in one.
     hold_back       a row's Token events come this many sampled tokens late: see `held_back`.
     watch           called with the model's logits (B, V) and the cache before each token is picked.
 
@@ -164,7 +163,7 @@ def stream(
     )
     check(options, prompts, prefill, sample_ids, model.config)
     seeds = [f"{seed}/{i}" for i in sample_ids]
-    events = decode(model, prompts, prefill, options, seeds) if prompts else iter(())
+    events = batches(model, prompts, prefill, options, seeds)
     return held_back(events, hold_back, prefill)
 
 
@@ -230,56 +229,59 @@ class Record:
     tokens: list[int]  # of this attempt, prefill included
     entries: int  # of the cache, once the latest token is read
     sampled: int = 0  # tokens of this attempt
-    start: float = 0.0  # when its prompt was about to be read, by the clock
     discarded: list[list[int]] = field(default_factory=list)
     steps: int = 0
     first_token_s: float | None = None
     done: bool = False
 
 
+def batches(model, prompts, prefill, options: Options, seeds: list[str]):
+    """The events of one batch after another."""
+    size = options.batch_size or max(1, len(prompts))
+    for first in range(0, len(prompts), size):
+        some = slice(first, first + size)
+        for event in decode(model, prompts[some], prefill[some], options, seeds[some]):
+            event.row += first
+            yield event
+
+
 def decode(model, prompts, prefill, options: Options, seeds: list[str]):
     """The loop: pick a token in every row, tell the host, feed the tokens back."""
+    start = time.perf_counter()
     records = []
     for row, (prompt, forced) in enumerate(zip(prompts, prefill, strict=True)):
         records.append(Record(row, prompt, list(forced), entries=len(prompt) + len(forced)))
         for id in forced:
             yield Token(row, id)
 
-    size = options.batch_size or len(records)
-    active, waiting = records[:size], deque(records[size:])
-    capacity = max(record.entries for record in records) + room_for_answer(options)
-    logits, cache, rows = read_prompts(model, active, capacity)
-    draws = Draws(seeds, options, model.device) if options.temperature > 0 else None
+    logits, cache, rows = read_prompts(model, records, options)
+    draws = Draws(seeds) if options.temperature > 0 else None
     # On CUDA the host reads a step's tokens while the device is already at the next one; elsewhere
     # it reads at once.
     lag = 1 if model.device.type == "cuda" else 0
     unread: deque = deque()
+    active = records
     while True:
         with torch.inference_mode():
             if options.watch is not None:
                 options.watch(logits, cache)
-            u = None if draws is None else draws.next(active)  # (B, 1)
+            u = None if draws is None else draws.next(active, model.device)  # (B, 1)
             token, best = pick(logits, rows, u, options)  # (B,), (B,)
             unread.append((*to_host(token, best), active))
 
         while len(unread) > lag:
-            yield from read_tokens(*unread.popleft(), options)
-        kept = unfinished(active)
-        if not kept and not waiting:
+            yield from read_tokens(*unread.popleft(), options, start)
+        kept = [slot for slot, record in enumerate(active) if not record.done]
+        if not kept:
             return
-        # On CUDA finished rows go only when half the batch is finished, or when others come in for
-        # them: each new batch size costs a compilation there under --compile, and idle rows of a
-        # memory-bound step cost next to nothing.
-        go = lag == 0 or (not waiting and 2 * len(kept) <= len(active))
-        if len(kept) < len(active) and go:
+        # On CUDA finished rows go only when half the batch is finished: each new batch size costs a
+        # compilation there under --compile, and idle rows of a memory-bound step cost next to
+        # nothing.
+        if len(kept) < len(active) and (lag == 0 or 2 * len(kept) <= len(active)):
             active, rows, token = close_ranks(kept, active, rows, token, cache)
-        if kept:
-            cache.visible = farthest(active, cache, lag)
-            with torch.inference_mode():
-                logits = feed(model, token, rows, cache, options)  # (B, V)
-        # Not one by one: to read a few prompts takes as long as a step, in which all others wait.
-        if waiting and 4 * (size - len(kept)) >= size:
-            active, rows, logits = let_in(model, waiting, size, active, rows, logits, cache)
+        cache.visible = farthest(active, cache, lag)
+        with torch.inference_mode():
+            logits = feed(model, token, rows, cache, options)  # (B, V)
 
 
 def feed(model, token: torch.Tensor, rows: Rows, cache: KVCache, options: Options) -> torch.Tensor:
@@ -332,18 +334,17 @@ def pick(
     return index.squeeze(-1), best
 
 
-def read_prompts(model, records: list[Record], capacity: int | None = None):
-    """Read their prompts with their prefills in one go: the logits (B, V), the cache, the rows."""
+def read_prompts(model, records: list[Record], options: Options):
+    """Read all prompts with their prefills in one go: the logits (B, V), the cache, the rows."""
     device, B = model.device, len(records)
     width = max(record.entries for record in records)
-    cache = KVCache(model.config, B, capacity or width, device, model.dtype)
+    capacity = width + room_for_answer(options)
+    cache = KVCache(model.config, B, capacity, device, model.dtype)
 
     # Padded on the right with anything, which is cut off again: see Decoder.forward.
     tokens = torch.zeros(B, width, dtype=torch.int64)
-    start = time.perf_counter()
-    for slot, record in enumerate(records):
-        tokens[slot, : record.entries] = torch.tensor(record.prompt + record.tokens)
-        record.start = start
+    for record in records:
+        tokens[record.row, : record.entries] = torch.tensor(record.prompt + record.tokens)
     lengths = torch.tensor([record.entries for record in records], device=device)
     prompt = torch.tensor([len(record.prompt) for record in records], device=device)
     last = torch.arange(B, device=device) * width + lengths - 1
@@ -355,42 +356,25 @@ def read_prompts(model, records: list[Record], capacity: int | None = None):
         return logits, cache, Rows(prompt, torch.zeros_like(prompt))
 
 
-def let_in(model, waiting: deque, size: int, active: list[Record], rows: Rows, logits, cache):
-    """Read waiting prompts, in a cache of their own, and put them behind the rows that go on."""
-    active, rows, logits = close_ranks(unfinished(active), active, rows, logits, cache)
-    newcomers = []
-    while waiting and len(active) + len(newcomers) < size:
-        newcomers.append(waiting.popleft())
-    their_logits, their_cache, theirs = read_prompts(model, newcomers)
-    cache.add_rows(their_cache)
-    prompt = torch.cat((rows.prompt, theirs.prompt))
-    resets = torch.cat((rows.resets, theirs.resets))
-    return active + newcomers, Rows(prompt, resets), torch.cat((logits, their_logits))
-
-
 class Draws:
-    """Uniform numbers, a stream of its own for each row: which are used hangs on no other row."""
+    """Uniform numbers, a stream of its own for each row, drawn 256 at a time."""
 
-    def __init__(self, seeds: list[str], options: Options, device):
-        most = (options.max_resets + 1) * options.max_new_tokens  # steps of a row
-        numbers = []
-        for seed in seeds:
-            generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
-            numbers.append(torch.rand(most, generator=generator))
-        # Below 1 by more than a rounding error, or u · total could pass the last token.
-        self.numbers = torch.stack(numbers).clamp(max=1 - 1e-6).to(device)  # (rows, steps)
-        self.used = torch.zeros(len(seeds), dtype=torch.int64, device=device)
-        self.active = None
+    def __init__(self, seeds: list[str]):
+        numbers = [random.Random(seed).getrandbits(63) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(number) for number in numbers]
+        self.count, self.rows = 0, None
 
-    def next(self, active: list[Record]) -> torch.Tensor:
+    def next(self, active: list[Record], device) -> torch.Tensor:
         """(B, 1): the next number of every active row."""
-        if self.active is not active:  # the batch has changed
-            self.active = active
-            rows = [record.row for record in active]
-            self.index = torch.tensor(rows, device=self.numbers.device)
-        # A row that is finished may still be in the batch: for it the last number does.
-        column = self.used[self.index].clamp(max=self.numbers.shape[1] - 1)
-        self.used[self.index] += 1
+        column = self.count % 256
+        if column == 0:
+            self.numbers = torch.stack([torch.rand(256, generator=g) for g in self.generators])
+            # Below 1 by more than a rounding error, or u · total could pass the last token.
+            self.numbers = self.numbers.clamp(max=1 - 1e-6).to(device)
+        self.count += 1
+        if self.rows is not active:  # the batch has changed
+            self.rows = active
+            self.index = torch.tensor([record.row for record in active], device=device)
         return self.numbers[self.index, column, None]
 
 
@@ -405,11 +389,11 @@ def to_host(token: torch.Tensor, best: torch.Tensor):
     return token, best, arrived
 
 
-def read_tokens(token, best, arrived, active: list[Record], options: Options):
+def read_tokens(token, best, arrived, active: list[Record], options: Options, start: float):
     """Wait for one step's tokens, then tell row by row what they mean."""
     if arrived is not None:
         arrived.synchronize()
-    now = time.perf_counter()
+    now = time.perf_counter() - start
     for record, id, logit in zip(active, token.tolist(), best.tolist(), strict=True):
         if record.done:
             continue
@@ -418,7 +402,7 @@ def read_tokens(token, best, arrived, active: list[Record], options: Options):
                 f"row {record.row}: logits are not finite (NaN or inf) at step {record.steps};"
                 " check the weights"
             )
-        yield from told(record, id, options, now - record.start)
+        yield from told(record, id, options, now)
 
 
 def told(record: Record, id: int, options: Options, now: float) -> Iterator[Token | Reset | Done]:
@@ -467,24 +451,16 @@ def finish(record: Record, reason: str, now: float) -> Done:
     return Done(record.row, generation)
 
 
-def unfinished(active: list[Record]) -> list[int]:
-    """The slots of the batch whose answers go on, as far as the host knows."""
-    return [slot for slot, record in enumerate(active) if not record.done]
-
-
-def close_ranks(kept: list[int], active: list[Record], rows: Rows, of_rows, cache: KVCache):
-    """Drop the rows that are not kept; those at the end of the batch move into the holes.
-
-    of_rows (B, …): the tokens or the logits of the rows, of which the same are kept.
-    """
+def close_ranks(kept: list[int], active: list[Record], rows: Rows, token, cache: KVCache):
+    """Drop the rows that are not kept; those at the end of the batch move into the holes."""
     movers = [slot for slot in kept if slot >= len(kept)]
     order = []
     for slot in range(len(kept)):
         order.append(movers.pop() if active[slot].done else slot)
-    index = torch.tensor(order, dtype=torch.int64, device=of_rows.device)
+    index = torch.tensor(order, device=token.device)
     cache.keep_rows(order)
     rows = Rows(rows.prompt[index], rows.resets[index])
-    return [active[slot] for slot in order], rows, of_rows[index]
+    return [active[slot] for slot in order], rows, token[index]
 
 
 def farthest(active: list[Record], cache: KVCache, lag: int) -> int:

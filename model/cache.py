@@ -47,8 +47,7 @@ class KVCache:
         # whole cache twice.
         self.k[layer][self.rows, :, positions] = k.transpose(1, 2)  # (B, T, K, hd)
         self.v[layer][self.rows, :, positions] = v.transpose(1, 2)
-        rows, seen = len(self.rows), self.visible
-        return self.k[layer][:rows, :, :seen], self.v[layer][:rows, :, :seen]
+        return self.k[layer][:, :, : self.visible], self.v[layer][:, :, : self.visible]
 
     def grow(self, entries: int) -> None:
         """Every row has that many valid entries more. Transformer calls this after each read."""
@@ -63,19 +62,11 @@ class KVCache:
 
         A row that stays where it is costs nothing: holes are filled from the end of the batch.
         """
-        for tensor in self.k + self.v:
-            for i, row in enumerate(rows):
-                if i != row:
-                    tensor[i].copy_(tensor[row])
+        for tensors in (self.k, self.v):
+            for layer, tensor in enumerate(tensors):
+                for i, row in enumerate(rows):
+                    if i != row:
+                        tensor[i].copy_(tensor[row])
+                tensors[layer] = tensor[: len(rows)]
         self.rows = self.rows[: len(rows)]
-        index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
-        self.lengths = self.lengths[index]
-
-    def add_rows(self, other: "KVCache") -> None:
-        """The rows of another cache come behind these, in the place of rows that were dropped."""
-        first, end = len(self.rows), len(self.rows) + len(other.rows)
-        for mine, theirs in zip(self.k + self.v, other.k + other.v, strict=True):
-            mine[first:end, :, : other.capacity] = theirs
-            mine[first:end, :, other.capacity :] = 0.0  # as in a new cache: see __init__
-        self.rows = torch.arange(end, device=self.rows.device)[:, None]
-        self.lengths = torch.cat((self.lengths, other.lengths))
+        self.lengths = self.lengths[torch.tensor(rows, device=self.lengths.device)]

@@ -247,9 +247,3 @@ TOKENIZER ?= llama3-tokenizer
 
 bench-training: $(VENV)/.installed  ## row trees against separate sequences: ROWS=… TOKENIZER=…
 	$(PY) -m backtrack.bench_training --rows $(ROWS) --tokenizer $(TOKENIZER)
-
-CKPT    ?= $(RUN)/sft
-PROMPTS ?= $(RUN)/data/prompts.jsonl
-
-bench-batches: $(VENV)/.installed  ## prompts that come into a running batch against one batch after another: CKPT=… PROMPTS=…
-	$(PY) -m backtrack.bench_batches --ckpt $(CKPT) --prompts $(PROMPTS)

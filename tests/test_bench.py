@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from backtrack import bench, bench_batches
+from backtrack import bench
 from model import InputError, ModelConfig
 
 TINY = ModelConfig(
@@ -137,19 +137,6 @@ def test_reset_steps_do_reset():
 def test_retry_and_fresh_run_say_the_same():
     row = bench.retry("tiny", bench.random_model(TINY), prompt_length=20, repeats=2)
     assert row["retry_s"] > 0 and row["fresh_s"] > 0 and row["range"][0] <= row["range"][1]
-
-
-def test_batches_and_entering_prompts_are_counted():
-    """11 prompts, 4 rows: each prompt read once and each token but a row's last fed once, in fewer steps."""
-    model = bench.random_model(TINY)
-    prompts = [ids[: 2 + i] for i, ids in enumerate(bench.random_prompts(TINY, 11, length=12))]
-    options = {"reset_id": None, "stop_ids": range(8), "max_new_tokens": 30}
-    batches, entering, differ = bench_batches.measured(model, prompts, [[]] * 11, 4, options)
-    steps = [g.steps for g in bench.generate(model, prompts, **options)]
-    assert batches.rows == entering.rows == sum(steps) - 11 and differ == 0
-    assert batches.steps == sum(max(steps[i : i + 4]) - 1 for i in (0, 4, 8)) > entering.steps
-    assert (batches.readings, batches.tokens) == (3, 4 * 5 + 4 * 9 + 3 * 12) and entering.readings > 3
-    assert f"{batches.steps / entering.steps:.2f}" in bench_batches.report([batches], [entering])
 
 
 def test_random_models_do_not_just_repeat_themselves():

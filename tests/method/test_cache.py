@@ -151,13 +151,12 @@ def test_truncate_then_rewrite_equals_fresh(model):
 
 @pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
-def test_any_history_of_reads_cuts_departures_and_arrivals(model, seed):
-    """Rows read chunks, are cut back anywhere, each by itself, leave, and others come in for them;
-    lists tell what remains. Who has left leaves NaN behind, which no newcomer may meet."""
+def test_any_history_of_reads_cuts_and_departures(model, seed):
+    """Rows read chunks, are cut back anywhere, each by itself, and leave; lists tell what remains."""
     rng = random.Random(seed)
     read_by = [[] for _ in range(5)]
     cache = KVCache(model.config, 5, 60)
-    cuts = arrivals = 0
+    cuts = 0
     for _ in range(30):
         longest = max(map(len, read_by))
         T = min(rng.choice((1, 1, 1, 2, 7)), 60 - longest)
@@ -177,25 +176,15 @@ def test_any_history_of_reads_cuts_departures_and_arrivals(model, seed):
             cuts += sum(n < len(ids) for n, ids in zip(keep, read_by, strict=True))
             cache.truncate(torch.tensor(keep))
             read_by = [ids[:n] for n, ids in zip(keep, read_by, strict=True)]
-        if len(read_by) > 2 and rng.random() < 0.2:
+        if len(read_by) > 2 and rng.random() < 0.1:
             gone = rng.randrange(len(read_by))
             order = list(range(len(read_by) - 1))
             if gone < len(order):
                 order[gone] = len(read_by) - 1
             cache.keep_rows(order)
             read_by = [read_by[row] for row in order]
-            for tensor in cache.k + cache.v:
-                tensor[len(order) :] = math.nan
-        if len(read_by) < 4 and rng.random() < 0.3:
-            shape = 5 - len(read_by), rng.randint(1, 9)
-            newcomers = random_tokens(*shape, seed=rng.randrange(10**6))
-            theirs = KVCache(model.config, *shape)
-            read(model, theirs, newcomers)
-            cache.add_rows(theirs)
-            read_by += newcomers.tolist()
-            arrivals += 1
         assert cache.lengths.tolist() == [len(ids) for ids in read_by]
-    assert cuts > 10 and arrivals > 0
+    assert cuts > 10 and len(read_by) < 5
 
 
 @torch.no_grad()
@@ -273,6 +262,7 @@ def test_rows_that_stay_are_not_disturbed_by_rows_that_leave(model, order):
     cache.truncate(torch.tensor(lengths))
     cache.keep_rows(order)
     assert cache.lengths.tolist() == [lengths[old] for old in order]
+    assert all(t.shape[0] == len(order) for t in cache.k + cache.v)
     more = random_tokens(len(order), 4, seed=10)
     logits = read(model, cache, more)
     for row, old in enumerate(order):

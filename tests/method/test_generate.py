@@ -346,9 +346,6 @@ def test_times_are_those_of_the_surviving_attempt(model, monkeypatch):
     assert (g.first_token_s, g.total_s) == (before + 1, before + 12)
     [plain] = generate(model, [prompt], reset_id=None, **options)
     assert (plain.first_token_s, plain.total_s) == (1, 12)
-    # A prompt that waits for a place: from when it is read, not from the beginning.
-    done = generate(model, [prompt, prompt], reset_id=None, batch_size=1, **options)
-    assert [(g.first_token_s, g.total_s) for g in done] == [(1, 12), (1, 12)]
     # An answer that stops at once is complete when it does.
     stop = {said_at(model, prompt, 0)}
     [empty] = generate(model, [prompt], reset_id=None, stop_ids=stop, max_new_tokens=3)
@@ -525,44 +522,25 @@ def test_long_answers_draw_fresh_numbers():
     assert long.tokens[:270] == short.tokens
 
 
-# ── More prompts than rows ────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("on_reset, temperature", [("truncate", 0.0), ("keep", 1.0)])
-def test_prompts_that_come_in_later_get_the_same_answers(wavering, on_reset, temperature):
-    """16 prompts, 3 rows: token for token what each prompt gets alone, whoever it meets in there."""
+def test_batches_one_after_another_give_the_same_answers(wavering, on_reset, temperature):
+    """16 prompts, at most 3 rows: token for token what all get in one batch, and events name the row."""
     prompts, prefill = random_prompts(16, seed=30), [[] for _ in range(16)]
     for row in (1, 9, 15):
         prefill[row] = [1, 2, 3]
     options = {**ONE, "on_reset": on_reset, "temperature": temperature, "max_resets": 2, "seed": 5}
+    at_once = generate(wavering, prompts, prefill=prefill, **options)
     seen, done = watched(wavering, prompts, prefill=prefill, batch_size=3, **options)
-    for row, g in enumerate(done):
-        own = {"prefill": [prefill[row]], "sample_ids": [row]}
-        [alone] = generate(wavering, [prompts[row]], **own, **options)
-        assert outcome(g) == outcome(alone)
+    assert [outcome(g) for g in done] == [outcome(g) for g in at_once]
     assert {g.resets for g in done} >= {0, 1} and len({g.steps for g in done}) > 5
-    rows = [len(lengths) for lengths, _, _ in seen]
-    until = rows.index(2)  # none is missing before no prompt waits any more
-    assert max(rows) == 3 and until >= sum(sorted(g.steps for g in done)[:-3]) / 3
-
-
-def test_prompts_wait_until_a_quarter_of_the_rows_is_free(wavering, monkeypatch):
-    """How many are read at a time, and each of them once; meanwhile finished rows do not idle."""
-    reads, fed, forward = [], [], wavering.forward
-
-    def logged(tokens, cache, at=None):
-        (fed if at is None else reads).append(len(tokens))
-        return forward(tokens, cache, at=at)
-
-    monkeypatch.setattr(wavering, "forward", logged)
-    prompts = random_prompts(41, seed=31)
-    done = generate(wavering, prompts, batch_size=8, **ONE)
-    assert sum(reads) == 41 and reads[0] == 8 and all(2 <= n <= 8 for n in reads[1:-1])
-    assert sum(fed) == sum(g.steps - 1 for g in done)
-    assert [outcome(g) for g in done] == [outcome(g) for g in generate(wavering, prompts, **ONE)]
-    reads.clear()
-    generate(wavering, prompts, **ONE | {"stop_ids": range(V)} | {"reset_id": None}, batch_size=8)
-    assert reads == [8, 8, 8, 8, 8, 1]  # all stop at once: there is no row left to go on
+    assert max(len(lengths) for lengths, _, _ in seen) == 3
+    shown = [[] for _ in prompts]
+    for event in stream(wavering, prompts, prefill=prefill, batch_size=3, **options):
+        if isinstance(event, Token):
+            shown[event.row].append(event.id)
+        elif isinstance(event, Reset):
+            shown[event.row].clear()
+    assert shown == [g.tokens for g in done]
 
 
 # ── The step itself ───────────────────────────────────────────────────────────────────────────────
@@ -670,28 +648,6 @@ def test_a_finished_row_that_is_computed_on_stays_in_its_cache(model):
     assert lengths == [[7, 4], [8, 4], [8, 5], [7, 6], [8, 7], [8, 8]]
 
 
-def lagging(model, monkeypatch):
-    """From now on the model's device says that it is CUDA. Returns two lists that grow: how many
-    prompts are read in one go; and of each decode step how many rows, the longest, how far seen."""
-
-    class Cuda(str):
-        type = "cuda"
-
-    monkeypatch.setattr(Transformer, "device", Cuda("cpu"))
-    reads, steps, forward = [], [], model.forward
-
-    def as_on_cuda(tokens, cache, at=None):
-        if at is not None:
-            reads.append(len(tokens))
-        else:  # rows that are done stay in their cache as they do there
-            cache.truncate(cache.lengths.clamp(max=cache.capacity - 1))
-            steps.append((len(tokens), cache.lengths.max().item(), cache.visible))
-        return forward(tokens, cache, at=at)
-
-    monkeypatch.setattr(model, "forward", as_on_cuda)
-    return reads, steps
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_lagging_host_tells_the_same(name, monkeypatch):
     """A device that says it is CUDA: tokens are read a step late, finished rows leave by halves.
@@ -706,31 +662,29 @@ def test_a_lagging_host_tells_the_same(name, monkeypatch):
     expected = generate(model, prompts, **options)
     assert sum(g.finish_reason == "stop" for g in expected) >= 4
     assert sum(g.resets for g in expected) >= 5
-    reads, steps = lagging(model, monkeypatch)
+
+    class Cuda(str):
+        type = "cuda"
+
+    monkeypatch.setattr(Transformer, "device", Cuda("cpu"))
+    fed, looked, forward = [], [], model.forward
+
+    def as_on_cuda(tokens, cache, at=None):
+        fed.append(len(tokens))
+        if at is None:  # a decode step; rows that are done stay in their cache as they do there
+            cache.truncate(cache.lengths.clamp(max=cache.capacity - 1))
+            looked.append(cache.visible)
+            assert cache.lengths.max() < cache.visible
+        return forward(tokens, cache, at=at)
+
+    monkeypatch.setattr(model, "forward", as_on_cuda)
     done = generate(model, prompts, **options)
     assert [outcome(g) for g in done] == [outcome(g) for g in expected]
-    fed, longest, visible = zip(*steps, strict=True)
-    assert reads == [16] and len(fed) == max(g.steps for g in expected)  # one step past the end
-    assert all(b == a or 2 * b <= a for a, b in itertools.pairwise(fed)) and len(set(fed)) > 1
-    assert all(a < b for a, b in zip(longest, visible, strict=True))
+    steps = max(g.steps for g in expected)
+    assert len(fed) == 1 + steps  # the prompts, and one step past the end of the last row
+    assert all(b == a or 2 * b <= a for a, b in itertools.pairwise(fed)) and len(set(fed)) > 2
     capacity = max(map(len, prompts)) + 2 + 30
-    assert set(visible) == {256, capacity} and visible[0] == 256
-
-
-@pytest.mark.parametrize("temperature, max_resets", [(0.0, 2), (1.0, 0)])
-def test_a_lagging_host_lets_prompts_in_for_finished_rows(
-    wavering, monkeypatch, temperature, max_resets
-):
-    """The same answers, in steps of one size as long as prompts wait."""
-    prompts = random_prompts(40, seed=32)
-    options = {**ONE, "max_resets": max_resets, "temperature": temperature}
-    expected = generate(wavering, prompts, **options)
-    reads, steps = lagging(wavering, monkeypatch)
-    done = generate(wavering, prompts, batch_size=8, **options)
-    assert [outcome(g) for g in done] == [outcome(g) for g in expected]
-    fed = [rows for rows, _, _ in steps]
-    assert sum(reads) == 40 and reads[0] == 8 and all(2 <= n <= 8 for n in reads[1:-1])
-    assert fed == sorted(fed, reverse=True) and fed.count(8) > 30
+    assert set(looked) == {256, capacity} and looked[0] == 256
 
 
 @pytest.mark.parametrize("lag", [0, 1])
