@@ -21,7 +21,7 @@ from backtrack.evaluate import failure
 def attack_on(victim: Victim, prompts: list[dict], done: list[dict], args) -> Callable[[int], dict]:
     """The attack that args.name names: number of a prompt -> its part of the record."""
     if args.name == "universal-gcg":
-        found = done[0] if done else find_universal(victim, prompts, args)
+        found = done[0] if done else find_universal(victim, prompts, args)  # every record says which suffix it was
         return lambda index: use_universal(victim, prompts[index], found, args)
     if args.name in SEARCHES:
         return lambda index: search(victim, prompts[index], f"{args.seed}/{index}", args)
