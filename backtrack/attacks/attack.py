@@ -48,7 +48,10 @@ def try_all(victim: Victim, prompts: list[dict], index: int, args) -> dict:
     tried = {}
     for key, sent, ids, answer in zip(variants, chats, prefill, answers, strict=True):
         tried[key] = {"sent": sent, "prefill": tok.decode(ids)} | answer
-    return {failure(list(tried.values())): any(map(failed, tried.values())), "variants": tried}
+    record = {failure(list(tried.values())): any(map(failed, tried.values())), "variants": tried}
+    if "topic" in prompt:
+        record["on_topic"] = any(failed(t) and t["on_topic"] for t in tried.values())
+    return record
 
 
 # ── What is searched for ─────────────────────────────────────────────────────────────────────────────────────────────
