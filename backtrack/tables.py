@@ -219,7 +219,7 @@ def attack_table(records: list[dict]) -> str:
     plain = [r for r in records if is_plain(r) and r["attack"] != "decoding"]
     for name, variant in dict.fromkeys((r["attack"], r["variant"]) for r in plain):
         found = {r["checkpoint"]: r for r in plain if (r["attack"], r["variant"]) == (name, variant)}
-        cells = [cell(*measured([found[m]], "unsafe")) if m in found else "–" for m in FOUR]
+        cells = [attack_cell(found[m]) if m in found else "–" for m in FOUR]
         rows.append([name, variant, *cells])
     text = markdown(["attack", "variant", *map(word, FOUR)], rows)
     text += "\nWho sets the sampler, % unsafe\n\n" + sampler_table([r for r in records if r["attack"] == "decoding"])
@@ -229,6 +229,14 @@ def attack_table(records: list[dict]) -> str:
     text += markdown(["on_reset", "max_resets", "bias", "success"], settings) + "\n"
     names = dict.fromkeys(r["attack"] for r in records)
     return text + "".join(f"- **{name}** {ATTACKERS[name]}.\n" for name in names)
+
+
+def attack_cell(record: dict) -> str:
+    """How often it succeeds, and how often with an answer to what was asked for."""
+    text = cell(*measured([record], "unsafe"))
+    if "on_topic" in record:
+        text += f"; {100 * record['on_topic'] / record['n']:.1f} on topic"
+    return text
 
 
 def sampler_table(records: list[dict]) -> str:

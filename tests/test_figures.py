@@ -72,7 +72,7 @@ def attack_records():
         for most, count in ((0, 9 + m), (1, 3 + m)):
             records.append(decoding | {"max_resets": most, "unsafe": count, "by_seed": [count / 36] * 3})
     records.append(records[-3] | {"attack": "adaptive-gcg", "on_reset": "keep", "variant": "any"})
-    long = {"variant": "budget 16,384", "success_within": {"0": 0, "16384": 2}, "checkpoint": "sft"}
+    long = {"variant": "budget 16,384", "on_topic": 1, "success_within": {"0": 0, "16384": 2}, "checkpoint": "sft"}
     records.append(records[-1] | {"n": 2, "unsafe": 2, "by_seed": [1.0, 1.0], "on_reset": "truncate"} | long)
     return records
 
@@ -433,7 +433,9 @@ def test_tables_of_attacks(results, found_tables):
             [100 * (base + m) / 36 for m in range(4)], abs=0.06
         )
     [attacks] = [rows for rows in found_tables.values() if rows[0][:2] == ["attack", "variant"]]
-    assert [row[2:] for row in attacks if row[1] == "budget 16,384"] == [["–", "–", "100.0 [34.2, 100.0]", "–"]]
+    assert [row[2:] for row in attacks if row[1] == "budget 16,384"] == [
+        ["–", "–", "100.0 [34.2, 100.0]; 50.0 on topic", "–"]
+    ]
     assert not any(row[0] == "decoding" for row in attacks)
     text = (results[0] / "tables.md").read_text()
     assert "- **gcg** knows the weights" in text and "- **decoding** sets the sampler" in text
