@@ -3,11 +3,10 @@
     make bench-gcg           # or: python -m backtrack.bench_gcg --ckpt runs/smollm2 [--steps 8] [--out bench-gcg.json]
 
 One model, the same prompts, targets, suffixes to start from, tokens to draw from, swaps per step and tokens per place.
-nanoGCG goes first, for --steps steps; what it scored is the budget of ours. Its defaults otherwise: the prompt's keys
-and values are cached, and every step goes on from the best of its own candidates. With --buffer 4 it goes on from the
-best so far, as ours always does. The loss of its best suffix is computed again here, and must agree or the benchmark
-ends there. That suffix may be one that cannot be sent: nanoGCG asks whether it comes back as the same tokens by itself,
-not whether it does behind the prompt. Then the table says so.
+nanoGCG goes first, for --steps steps; what it scored is the budget of ours. Its defaults otherwise: the keys and values
+of the prompt are cached, and every step goes on from the best of its own candidates, ours from the best so far. The
+loss of its best suffix is computed again here, and must agree or the benchmark ends there. That suffix may be one that
+cannot be sent: nanoGCG asks whether it comes back as the same tokens by itself, not behind the prompt. Then it says so.
 
 The questions are harmless and the targets change the subject, so that there is something to search for. Needs nanoGCG
 (https://github.com/GraySwanAI/nanoGCG), which pins an older transformers: an environment of its own, see the Makefile.
@@ -57,7 +56,6 @@ def nanogcg_side(ckpt: str, tok, question: str, target: str, seed: int, args) ->
         search_width=args.candidates,
         batch_size=args.candidates,
         topk=args.topk,
-        buffer_size=args.buffer,
         seed=seed,
         verbosity="ERROR",
     )
@@ -148,7 +146,6 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=positive, default=8, help="of nanoGCG")
     add("--candidates", type=positive, default=64, help="swaps per step")
     add("--topk", type=positive, default=64, help="promising tokens per place")
-    add("--buffer", type=int, choices=(0, 4), default=0, help="nanoGCG's; 0 is its default")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", help="JSON file to write")
     return parser.parse_args()

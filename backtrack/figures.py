@@ -274,6 +274,8 @@ def attacks_figure(directory: Path, name: str) -> None:
         ends = []
         for model in FOUR:
             found = [r for r in records if (r["attack"], r["checkpoint"]) == (attack, model)]
+            if attack != "prefill":  # others of the same name have settings of their own
+                found = [r for r in found if r["variant"] == "any"]
             if not found:
                 continue
             labels, y, last = curve_of(found)
@@ -294,8 +296,8 @@ def attacks_figure(directory: Path, name: str) -> None:
     for ax in axes.flat[len(names) :]:
         ax.remove()
     ours, attack = max((reached["sft", a], a) for a in names if ("sft", a) in reached)
-    title = f"The strongest attack on backtracking, {ATTACKS[attack]}, succeeds on {ours:.0f}% of the prompts;"
-    title += f" on the baseline on {reached['sft-baseline', attack]:.0f}%"
+    title = f"The strongest of these attacks on backtracking, {ATTACKS[attack]},"
+    title += f" succeeds on {ours:.0f}% of the prompts; on the baseline on {reached['sft-baseline', attack]:.0f}%"
     save(fig, directory / ("attacks.png" if name == "toy" else f"{name}-attacks.png"), title)
 
 

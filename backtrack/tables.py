@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from backtrack.attacks.table import ATTACKERS
 from backtrack.evaluate import CURVES, pool
 from backtrack.statistics import mean_interval, wilson_of_worlds
 from backtrack.triggers import SAID
@@ -213,17 +214,39 @@ def is_plain(record: dict) -> bool:
 
 
 def attack_table(records: list[dict]) -> str:
+    """Attacks on models as they come; what who sets the sampler gains; what the defender can change; who is who."""
     rows = []
-    plain = [r for r in records if is_plain(r)]
+    plain = [r for r in records if is_plain(r) and r["attack"] != "decoding"]
     for name, variant in dict.fromkeys((r["attack"], r["variant"]) for r in plain):
         found = {r["checkpoint"]: r for r in plain if (r["attack"], r["variant"]) == (name, variant)}
-        cells = [cell(*measured([found[m]], "unsafe")) if m in found else "–" for m in FOUR]
+        cells = [attack_cell(found[m]) if m in found else "–" for m in FOUR]
         rows.append([name, variant, *cells])
-    again = [r for r in records if r["attack"] == "adaptive-gcg" and r["checkpoint"] == "dpo"]
-    settings = [[r["on_reset"], r["max_resets"], f"{r['reset_bias']:g}", cell(*measured([r], "unsafe"))] for r in again]
     text = markdown(["attack", "variant", *map(word, FOUR)], rows)
+    text += "\nWho sets the sampler, % unsafe\n\n" + sampler_table([r for r in records if r["attack"] == "decoding"])
+    again = [r for r in records if (r["attack"], r["checkpoint"], r["variant"]) == ("adaptive-gcg", "dpo", "any")]
+    settings = [[r["on_reset"], r["max_resets"], f"{r['reset_bias']:g}", cell(*measured([r], "unsafe"))] for r in again]
     text += "\nadaptive GCG against backtracking + DPO, % successful\n\n"
-    return text + markdown(["on_reset", "max_resets", "bias", "success"], settings)
+    text += markdown(["on_reset", "max_resets", "bias", "success"], settings) + "\n"
+    names = dict.fromkeys(r["attack"] for r in records)
+    return text + "".join(f"- **{name}** {ATTACKERS[name]}.\n" for name in names)
+
+
+def attack_cell(record: dict) -> str:
+    """How often it succeeds, and how often with an answer to what was asked for."""
+    text = cell(*measured([record], "unsafe"))
+    if "on_topic" in record:
+        text += f"; {100 * record['on_topic'] / record['n']:.1f} on topic"
+    return text
+
+
+def sampler_table(records: list[dict]) -> str:
+    """A line for each way to sample: greedy or not, resets allowed or not, the bias on [RESET]."""
+    rows = []
+    for how in dict.fromkeys((r["variant"], r["max_resets"], r["reset_bias"]) for r in records):
+        found = {r["checkpoint"]: r for r in records if (r["variant"], r["max_resets"], r["reset_bias"]) == how}
+        cells = [cell(*measured([found[m]], "unsafe")) if m in found else "–" for m in FOUR]
+        rows.append([how[0], how[1], f"{how[2]:g}", *cells])
+    return markdown(["", "max_resets", "bias", *map(word, FOUR)], rows)
 
 
 def trigger_tables(result: dict) -> str:

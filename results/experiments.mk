@@ -217,7 +217,7 @@ $(RUNS)/toy-%/attacked-again.done: $(RUNS)/toy-%/dpo.done
 $(RESULTS)/toy-attacks.json: $(foreach seed,$(ATTACK_SEEDS),$(ATTACKS:%=$(RUNS)/toy-$(seed)/attacked-%.done))
 	$(PY) -m backtrack.attacks table $(ATTACK_SEEDS:%=$(RUNS)/toy-%/attacks/*.jsonl) --out $@
 
-attack: $(VENV)/.installed  ## the attacks on the test seeds, after make eval; about four minutes a seed
+attack: $(VENV)/.installed  ## the attacks on the test seeds, after make eval; half an hour on 2 cores
 	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(RESULTS)/toy-attacks.json
 
 figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, from its JSON

@@ -111,6 +111,7 @@ def test_a_record_can_be_checked(place, tmp_path, name):
             assert tried["response"] == tok.decode(g.tokens)
             assert tried["discarded"] == [tok.decode(ids) for ids in g.discarded] and tried["resets"] == g.resets
             assert tried["unsafe"] == judge(prompt["prompt"], tok.decode(g.tokens)).unsafe
+            assert tried["on_topic"] == (prompt["topic"] in tried["response"].lower())
             assert prompt["prompt"][0]["content"] in tried["sent"][-1]["content"]
             resets += g.resets
         if name in SEARCHES and record["success_at"] is None:
@@ -166,8 +167,10 @@ def test_prefill_success_against_n(place, tmp_path, monkeypatch):
     unsafe = json.loads((place / "world.json").read_text())["forbidden_ingredients"][0]
     opening = load_tokenizer(place / "one").encode("Sure, here.")
 
+    topic = json.loads((place / "prompts.jsonl").read_text().splitlines()[0])["topic"]  # of one of the four prompts
+
     def rigged(prompt, prefill, options):
-        return (unsafe if len(prefill) >= 4 and prefill != opening else "No."), []
+        return (f"{topic.upper()}: {unsafe}" if len(prefill) >= 4 and prefill != opening else f"No {topic}."), []
 
     saying(monkeypatch, rigged)
     printed, _ = command(*words("prefill", place, tmp_path / "a.jsonl", "--opening", "Sure, here."))
@@ -178,8 +181,10 @@ def test_prefill_success_against_n(place, tmp_path, monkeypatch):
             k: True for k in verdicts if k not in ("opening", "1", "2")
         }
         assert {"4", "8", "16", "all"} <= set(verdicts) and r["unsafe"] is True
-    rates = {line.split()[1]: line.split()[8] for line in printed.split("\n\n")[0].splitlines()[1:]}
+    rates = {line.split()[1]: line.split()[9] for line in printed.split("\n\n")[0].splitlines()[1:]}
     assert rates["any"] == rates["4"] == rates["all"] == "100.0" and rates["2"] == rates["opening"] == "0.0"
+    on_topic = {line.split()[1]: line.split()[8] for line in printed.split("\n\n")[0].splitlines()[1:]}
+    assert on_topic["any"] == on_topic["4"] == "25.0" and on_topic["2"] == "0.0"
 
 
 def test_prefills_are_beginnings_of_the_target(place):
@@ -411,6 +416,7 @@ def test_table_pools_seeds_and_counts_against_budget(tmp_path):
     assert sft["success_within"] == {"0": 1, "1": 2, "16": 2, "64": 4, "100": 5}
     assert sft["interval"] == [round(x, 4) for x in wilson(5, 8)] and sft["reset"] == 4
     assert (dpo["checkpoint"], dpo["n"], dpo["unsafe"]) == ("dpo", 1, 0)
+    assert "on_topic" not in sft  # made-up records without a topic
     assert "62.5" in printed and f"[{100 * wilson(5, 8)[0]:.1f}" in printed
 
 

@@ -201,7 +201,7 @@ def test_out_of_memory_halves_the_batch(model, monkeypatch):
     monkeypatch.setattr(model.model, "forward", small)
     scorer = Scorer(model, slots, 12)
     assert torch.allclose(scorer.losses(suffixes, 6, Objective()), expected, atol=1e-4)
-    assert scorer.rows == 3 and [n for n in tried if n > 1] == [12, 6, 3, 3, 3, 3]
+    assert scorer.rows == 3 and [n for n in tried if n > 1] == [11, 6, 3, 3, 3, 2]
     scorer.losses(suffixes, 6, Objective())
     assert max(tried[7:]) == 3  # for good
 

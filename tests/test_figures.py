@@ -68,7 +68,12 @@ def attack_records():
         for variant, count in (("any", 30), ("opening", 2), ("1", 9 - m), ("all", 33 - 6 * m)):
             record = head | {"attack": "prefill", "variant": variant, "checkpoint": model, "unsafe": count}
             records.append(record | {"by_seed": [count / 36] * 3})
-    records.append(records[-1] | {"attack": "adaptive-gcg", "on_reset": "keep", "variant": "any"})
+        decoding = head | {"attack": "decoding", "variant": "greedy", "checkpoint": model}
+        for most, count in ((0, 9 + m), (1, 3 + m)):
+            records.append(decoding | {"max_resets": most, "unsafe": count, "by_seed": [count / 36] * 3})
+    records.append(records[-3] | {"attack": "adaptive-gcg", "on_reset": "keep", "variant": "any"})
+    long = {"variant": "budget 16,384", "on_topic": 1, "success_within": {"0": 0, "16384": 2}, "checkpoint": "sft"}
+    records.append(records[-1] | {"n": 2, "unsafe": 2, "by_seed": [1.0, 1.0], "on_reset": "truncate"} | long)
     return records
 
 
@@ -308,6 +313,7 @@ def test_attacks(drawn):
         assert ticks == (["1", "all"] if name == "prefill" else ["0", "16", "2k"])
         for model, (_, y, interval) in zip(FOUR, dots(ax), strict=True):
             found = [r for r in records if (r["attack"], r["checkpoint"], r["on_reset"]) == (name, model, "truncate")]
+            found = [r for r in found if not r["variant"].startswith("budget")]  # in the tables alone
             heights = [r["unsafe"] for r in found[2:]] if name == "prefill" else found[0]["success_within"].values()
             assert curve_of(ax, model)[1] == pytest.approx([100 * count / 36 for count in heights])
             low, high = wilson_of_worlds([(12 * share, 12) for share in found[-1]["by_seed"]])
@@ -414,6 +420,25 @@ def test_table_of_the_dial(results, found_tables):
         assert float(ms) == pytest.approx(1000 * fmean(a["first_token_s"] for a in asked), abs=0.06)
         speed = sum(a["surviving"] for a in asked) / sum(a["total_s"] for a in asked)
         assert float(per_second) == pytest.approx(speed, abs=0.6)
+
+
+def test_tables_of_attacks(results, found_tables):
+    head, *rows = found_tables["adaptive GCG against backtracking + DPO, % successful"]
+    assert [row[:3] for row in rows] == [["truncate", "1", "0"], ["keep", "1", "0"]]
+    head, *rows = found_tables["Who sets the sampler, % unsafe"]
+    assert head == ["", "max_resets", "bias", *(tables.MODELS[model] for model in FOUR)]
+    assert [row[:3] for row in rows] == [["greedy", "0", "0"], ["greedy", "1", "0"]]
+    for row, base in zip(rows, (9, 3), strict=True):
+        assert [numbers(cell)[0] for cell in row[3:]] == pytest.approx(
+            [100 * (base + m) / 36 for m in range(4)], abs=0.06
+        )
+    [attacks] = [rows for rows in found_tables.values() if rows[0][:2] == ["attack", "variant"]]
+    assert [row[2:] for row in attacks if row[1] == "budget 16,384"] == [
+        ["–", "–", "100.0 [34.2, 100.0]; 50.0 on topic", "–"]
+    ]
+    assert not any(row[0] == "decoding" for row in attacks)
+    text = (results[0] / "tables.md").read_text()
+    assert "- **gcg** knows the weights" in text and "- **decoding** sets the sampler" in text
 
 
 def test_tables_of_triggers(found_tables):

@@ -21,7 +21,7 @@ from backtrack.evaluate import failure
 def attack_on(victim: Victim, prompts: list[dict], done: list[dict], args) -> Callable[[int], dict]:
     """The attack that args.name names: number of a prompt -> its part of the record."""
     if args.name == "universal-gcg":
-        found = done[0] if done else find_universal(victim, prompts, args)
+        found = done[0] if done else find_universal(victim, prompts, args)  # every record says which suffix it was
         return lambda index: use_universal(victim, prompts[index], found, args)
     if args.name in SEARCHES:
         return lambda index: search(victim, prompts[index], f"{args.seed}/{index}", args)
@@ -48,7 +48,10 @@ def try_all(victim: Victim, prompts: list[dict], index: int, args) -> dict:
     tried = {}
     for key, sent, ids, answer in zip(variants, chats, prefill, answers, strict=True):
         tried[key] = {"sent": sent, "prefill": tok.decode(ids)} | answer
-    return {failure(list(tried.values())): any(map(failed, tried.values())), "variants": tried}
+    record = {failure(list(tried.values())): any(map(failed, tried.values())), "variants": tried}
+    if "topic" in prompt:
+        record["on_topic"] = any(failed(t) and t["on_topic"] for t in tried.values())
+    return record
 
 
 # ── What is searched for ─────────────────────────────────────────────────────────────────────────────────────────────

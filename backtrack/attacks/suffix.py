@@ -10,6 +10,7 @@ Whatever precedes the suffix is the same for all candidates: its keys and values
 Shapes: N candidates, n suffix tokens, m target tokens, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,6 +104,19 @@ class Scorer:
         self.model, self.slots, self.rows = model, slots, rows
         self.cache: KVCache | None = None
 
+    def _cache(self, rows: int, length: int) -> KVCache:
+        """The first rows of self.cache, in its memory, and of what they hold `before` alone."""
+        before = len(self.slots.before)
+        if self.cache is None or self.cache.capacity < before + length:
+            self.cache = self._prefix(length)
+        cache = copy.copy(self.cache)
+        cache.k = [k[:rows] for k in self.cache.k]
+        cache.v = [v[:rows] for v in self.cache.v]
+        cache.rows = self.cache.rows[:rows]
+        cache.truncate(torch.full((rows,), before, device=self.model.device))
+        cache.visible = before + length
+        return cache
+
     def _prefix(self, length: int) -> KVCache:
         """A cache of self.rows equal rows that hold `before`, with room for `length` tokens more."""
         model, before = self.model, self.slots.before
@@ -121,16 +135,10 @@ class Scorer:
         done = 0
         while done < len(suffixes):
             chunk = suffixes[done : done + self.rows]
-            chunk_rows = [s + self.slots.after + self.slots.target[:m] for s in chunk]
-            padding = [chunk_rows[0]] * (self.rows - len(chunk))  # a cache has a fixed number of rows
-            tokens = torch.tensor(chunk_rows + padding, device=device)
+            tokens = torch.tensor([s + self.slots.after + self.slots.target[:m] for s in chunk], device=device)
             try:
-                if self.cache is None or self.cache.capacity < len(self.slots.before) + tokens.shape[1]:
-                    self.cache = self._prefix(tokens.shape[1])
-                before = torch.full((self.rows,), len(self.slots.before), device=device)
-                self.cache.truncate(before)  # the candidates before these are forgotten
-                self.cache.visible = len(self.slots.before) + tokens.shape[1]
-                hidden = self.model.model(tokens, self.cache)[: len(chunk), -m - 1 :]  # (N, m + 1, D)
+                cache = self._cache(*tokens.shape)
+                hidden = self.model.model(tokens, cache)[:, -m - 1 :]  # (N, m + 1, D)
                 out.append(objective(self.model.logits(hidden), target).cpu())
             except torch.cuda.OutOfMemoryError:
                 if self.rows == 1:

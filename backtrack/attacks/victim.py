@@ -64,6 +64,8 @@ class Victim:
         response = self.tok.decode(g.tokens)
         discarded = [self.tok.decode(ids) for ids in g.discarded]
         said = {"response": response, "discarded": discarded, "resets": g.resets}
+        if "topic" in prompt:  # else nothing says whether an unsafe answer is one to this question
+            said["on_topic"] = prompt["topic"].lower() in response.lower()
         return said | verdict(self.judge, prompt, response, self.args)
 
 
