@@ -1,6 +1,7 @@
-"""The tables of the paper's experiments, from the numbers that `make eval attack` left in results/.
+"""The tables of the paper's experiments, from the numbers that `make eval attack` and `make real` left in results/.
 
-    python -m backtrack.tables --results results        # writes results/tables.md
+    python -m backtrack.tables --results results        # writes results/tables.md, and real-tables.md
+    python -m backtrack.tables --results results --of real
 
 Rates are pooled over worlds ("seeds") and have 95% intervals over prompts and worlds; differences between two models
 are means over worlds, with Student's interval. The README's tables are copied from here.
@@ -51,12 +52,28 @@ SETS = {
     "benign-unseen": "unseen potions",
     "benign-wrapper": "new wrappers",
     "benign overall": "**these**",
+    "advbench": "AdvBench",
+    "simple_safety_tests": "SimpleSafetyTests",
+    "malicious_instructions": "MaliciousInstructions",
+    "strongreject": "StrongREJECT",
+    "advbench-forced": "AdvBench, answer forced to begin",
+    "simple_safety_tests-forced": "SimpleSafetyTests, answer forced to begin",
+    "malicious_instructions-forced": "MaliciousInstructions, answer forced to begin",
+    "strongreject-forced": "StrongREJECT, answer forced to begin",
+    "alpaca_eval": "AlpacaEval",
+    "oasst": "OpenAssistant",
 }
 RATES = {
     "unsafe": "unsafe answers",
     "helpful": "helpful answers to harmless questions",
     "refused": "harmless questions refused",
     "reset": "harmless answers taken back, or stopped by the filter",
+}
+# The refusal judge says complied or refused, and no more.
+COMPLIED = RATES | {
+    "unsafe": "answers that comply with a question that should be refused",
+    "helpful": "answers that comply with a harmless question",
+    "reset": "harmless answers taken back",
 }
 COLUMNS = (
     ("unsafe overall", "unsafe"),
@@ -136,15 +153,20 @@ def word(model: str) -> str:
 
 def main_tables(records: list[dict]) -> str:
     names = [m for m in MODELS if any(r["checkpoint"] == m for r in records)]
-    sets = [s for s in SETS if any(r["set"] == s for r in records)]
+    sets = [[s] for s in in_order({r["set"] for r in records})]
+    forced = [s for [s] in sets if s.endswith("-forced")]
+    if forced:
+        sets.append(forced)
     text = ""
-    for rate, what in RATES.items():
+    for rate, what in (COMPLIED if "complied" in records[0] else RATES).items():
         rows = []
-        for name in sets:
-            found = {m: pick(records, set=name, checkpoint=m) for m in names}
-            if found[names[0]]["benign"] is (rate != "unsafe"):
-                cells = [cell(*measured([r], rate)) for r in found.values()]
-                rows.append([SETS[name], found[names[0]]["n"], *cells])
+        for some in sets:
+            found = {m: [pick(records, set=name, checkpoint=m) for name in some] for m in names}
+            first = found[names[0]]
+            if first[0]["benign"] is (rate != "unsafe"):
+                cells = [cell(*measured(rs, rate)) for rs in found.values()]
+                called = SETS.get(some[0], some[0]) if some is not forced else "**forced, all**"
+                rows.append([called, sum(r["n"] for r in first), *cells])
         text += f"\n{what}, %\n\n" + markdown(["", "n", *map(word, names)], rows)
     return text + differences(records, names)
 
@@ -166,6 +188,11 @@ def differences(records: list[dict], names: list[str]) -> str:
             rows.append([RATES[rate], word(model), *difference, each])
     head = ["%", "", "points from the baseline", "within ±1", "each world"]
     return "\nworld by world\n\n" + markdown(head, rows)
+
+
+def in_order(sets: set[str]) -> list[str]:
+    """Of the sets named in SETS those that are here."""
+    return [name for name in SETS if name in sets]
 
 
 def dial_table(records: list[dict]) -> str:
@@ -267,7 +294,74 @@ def trigger_tables(result: dict) -> str:
     return text + markdown(["", "answers", "unsafe, [RESET] masked", "unsafe", *SAID], rows)
 
 
-def write_tables(directory: Path) -> None:
+def real_dial_table(records: list[dict]) -> str:
+    """A row for each model and bias, a column for each set: complied where asked or forced, and false resets."""
+    sets = in_order({r["set"] for r in records})
+    rows = []
+    for model, bias in dict.fromkeys((r["checkpoint"], r["reset_bias"]) for r in records):
+        found = [pick(records, checkpoint=model, reset_bias=bias, set=name) for name in sets]
+        cells = [cell(*measured([r], "reset" if r["benign"] else "unsafe")) for r in found]
+        rows.append([word(model), f"{bias:g}", *cells])
+    kinds = {r["set"]: "taken back" if r["benign"] else "complied" for r in records}
+    return markdown(["", "bias", *(f"{SETS[name]}: {kinds[name]}, %" for name in sets)], rows)
+
+
+def real_speed_table(records: list[dict]) -> str:
+    """A row for each set, model and bias: what a user waits for."""
+    rows = []
+    for name in in_order({r["set"] for r in records}):
+        for r in records:
+            if r["set"] == name:
+                share = cell(*measured([r], "reset"))
+                rows.append([SETS[name], word(r["checkpoint"]), f"{r['reset_bias']:g}", r["n"], share, *speed(r)])
+    return markdown(["", "", "bias", "n", "taken back, %", "first token: step", "ms", "tokens/s"], rows)
+
+
+def likelihood_table(records: list[dict]) -> str:
+    """What each model thinks of held-out rows: their chosen answer, and [RESET] along either answer."""
+    rows = []
+    for r in records:
+        cells = [word(Path(r["checkpoint"]).name), r["rows"], r["n"], f"{r['logprob']:.3f}"]
+        for name in ("rejected", "chosen"):
+            known = f"p_{name}" in r
+            cells.append(f"{r[f'p_{name}']:.3f}" if known else "–")
+        for name in ("rejected", "chosen"):
+            low, high = r.get(f"reset_{name}_interval", (0, 0))
+            share = (100 * r[f"reset_{name}"] / r["n"], 100 * low, 100 * high) if f"p_{name}" in r else ()
+            cells.append(cell(*share) if share else "–")
+        auc = (r["auc"], *r["auc_interval"]) if "auc" in r else ()
+        rows.append([*cells, "{:.3f} [{:.3f}, {:.3f}]".format(*auc) if auc else "–"])
+    resets = [f"reset in {name}, %" for name in ("rejected", "chosen")]
+    p = [f"p([RESET]), {name}" for name in ("rejected", "chosen")]
+    return markdown(["", "rows", "n", "log-prob per token, chosen", *p, *resets, "AUC"], rows)
+
+
+def real_tables(directory: Path) -> None:
+    """real-tables.md, of those files that are there."""
+    of_k = "Prompts, %, of whose k answers at temperature 1 one complies (worst), or all do (best)"
+    text = "# Results on a real model: SmolLM2-135M-Instruct\n\n"
+    text += "Written by `make figures`; 95% intervals over prompts. A judge says complied or refused.\n"
+    for name, title, table in (
+        ("main", "The models", main_tables),
+        ("sampling", of_k, sampling_table),
+        ("bias", "The bias on [RESET]", real_dial_table),
+        ("speed", "One prompt at a time", real_speed_table),
+        ("attacks", "Attacks, % successful", attack_table),
+    ):
+        path = directory / f"real-{name}.json"
+        if path.is_file():
+            result = load(path)
+            text += heading(title, path, result) + table(result["records"])
+    for name, title in (("likelihoods", "Held-out rows"), ("hh", "Held-out rows of HH-RLHF, of a model trained on it")):
+        path = directory / f"real-{name}.json"
+        if path.is_file():
+            result = json.loads(path.read_bytes())
+            text += heading(title, path, result) + likelihood_table(result["records"])
+    write_text(text, directory / "real-tables.md")
+    print(directory / "real-tables.md")
+
+
+def toy_tables(directory: Path) -> None:
     """tables.md, of those files that are there."""
     of_k = "Prompts, %, of whose k answers at temperature 1 one is unsafe (worst), or all are (best)"
     text = "# Results on the toy world\n\nWritten by `make figures`; 95% intervals over prompts and worlds.\n"
@@ -298,8 +392,14 @@ def heading(title: str, path: Path, result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="directory with toy-*.json")
-    write_tables(parser.parse_args().results)
+    add = parser.add_argument
+    add("--results", type=Path, default=Path("results"), help="directory with toy-*.json and real-*.json")
+    add("--of", choices=("toy", "real"), help="these only; else of both")
+    args = parser.parse_args()
+    if args.of != "real":
+        toy_tables(args.results)
+    if args.of == "real" or any(args.results.glob("real-*.json")):
+        real_tables(args.results)
 
 
 if __name__ == "__main__":

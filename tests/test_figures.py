@@ -112,8 +112,8 @@ def results(tmp_path_factory):
         command(evaluate.main, "--merge", *files, "--out", root / f"toy-{name}.json")
     answers["real"] = [made_up(0, FOUR, (0.0,), (1,), 1, "real")]
     records, paired = evaluate.with_intervals(*evaluate.count(answers["real"][0], PROMPTS))
-    (root / "real-main.json").write_text(json.dumps({"records": records, "paired": paired}))
     about = {"commit": "c0ffee", "machine": "an abacus"}
+    (root / "real-main.json").write_text(json.dumps(about | {"records": records, "paired": paired}))
     (root / "toy-attacks.json").write_text(json.dumps(about | {"records": attack_records()}))
     triggers = {"strips": STRIPS, "reliability": RELIABILITY, "resets": RESETS}
     (root / "toy-triggers.json").write_text(json.dumps(about | triggers))
@@ -341,8 +341,12 @@ def test_strips(drawn):
 def found_tables(results):
     """Every table of tables.md as lists of cells, by the last line of text before it."""
     command(tables.main, "--results", results[0])
+    return tables_in(results[0] / "tables.md")
+
+
+def tables_in(path):
     found, title = {}, ""
-    for line in (results[0] / "tables.md").read_text().splitlines():
+    for line in path.read_text().splitlines():
         if line.startswith("|"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             found.setdefault(title, []).append(cells)
@@ -446,6 +450,52 @@ def test_tables_of_triggers(found_tables):
     assert places[1] == ["0.5 to 0.7", "8", "25.0 [10.0, 40.0]", "75.0 [55.0, 90.0]"]
     [resets] = [rows for rows in found_tables.values() if rows[0][-1] == SAID[-1]]
     assert resets[1] == ["unseen potions", "96", "9", "1", *["2 of 3"] * len(SAID)]
+
+
+def test_tables_of_a_real_model(results, tmp_path):
+    """By a judge that says complied: sets that were forced to begin have a line together; and without the toy's files."""
+    text = (results[0] / "real-main.json").read_text()
+    for mine, theirs in zip(FORCED, ("advbench-forced", "strongreject-forced"), strict=True):
+        text = text.replace(f'"{mine}"', f'"{theirs}"')
+    for name in ("main", "bias", "speed"):
+        (tmp_path / f"real-{name}.json").write_text(text)
+    row = {
+        "checkpoint": "runs/sft",
+        "rows": "unsafe",
+        "n": 40,
+        "logprob": -1.25,
+        "auc": 0.9,
+        "auc_interval": [0.8, 0.95],
+    }
+    row |= {"p_rejected": 0.75, "reset_rejected": 30, "reset_rejected_interval": [0.6, 0.86]}
+    row |= {"p_chosen": 0.125, "reset_chosen": 4, "reset_chosen_interval": [0.04, 0.23]}
+    plain = {"checkpoint": "runs/sft", "rows": "plain", "n": 8, "logprob": -2.0, "p_chosen": 0.5}
+    plain |= {"reset_chosen": 4, "reset_chosen_interval": [0.2, 0.8]}
+    about = {"commit": "c0ffee", "machine": "an abacus"}
+    (tmp_path / "real-likelihoods.json").write_text(json.dumps(about | {"records": [row, plain]}))
+    command(tables.main, "--results", tmp_path, "--of", "real")
+    assert [path.name for path in tmp_path.glob("*.md")] == ["real-tables.md"]
+    found = tables_in(tmp_path / "real-tables.md")
+    by_seed = results[1]["real"]
+    _, *rows = found["answers that comply with a question that should be refused, %"]
+    assert rows[-1][:2] == ["**forced, all**", "16"] and len(rows) == 6
+    for model, cell in zip(FOUR, rows[-1][2:], strict=True):
+        assert numbers(cell) == percent(by_seed, "complied", model, FORCED)
+    _, *rows = found["answers that comply with a harmless question, %"]
+    for model, cell in zip(FOUR, rows[-1][2:], strict=True):
+        assert numbers(cell) == percent(by_seed, "complied", model, GOOD)
+    head, *rows = [rows for rows in found.values() if rows[0][:2] == ["", "bias"]][0]
+    assert head[-2:] == [
+        "AdvBench, answer forced to begin: complied, %",
+        "StrongREJECT, answer forced to begin: complied, %",
+    ]
+    assert numbers(rows[2][-2]) == percent(by_seed, "complied", "sft", FORCED[:1])
+    head, *rows = [rows for rows in found.values() if "log-prob per token, chosen" in rows[0]][0]
+    one = "backtracking|unsafe|40|-1.250|0.750|0.125|75.0 [60.0, 86.0]|10.0 [4.0, 23.0]|0.900 [0.800, 0.950]"
+    other = "backtracking|plain|8|-2.000|–|0.500|–|50.0 [20.0, 80.0]|–"
+    assert rows == [one.split("|"), other.split("|")]
+    speeds = [rows for rows in found.values() if "taken back, %" in rows[0]][0]
+    assert len(speeds) == 1 + 4 * len({r["set"] for r in json.loads(text)["records"]})
 
 
 # ── Files that are not there, or others ──────────────────────────────────────────────────────────────────────────────
