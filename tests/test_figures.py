@@ -453,7 +453,7 @@ def test_tables_of_triggers(found_tables):
 
 
 def test_tables_of_a_real_model(results, tmp_path):
-    """By a judge that says complied: sets that were forced to begin have a line together; and without the toy's files."""
+    """By a judge that says complied: those forced to begin have a line together; without the toy's files."""
     text = (results[0] / "real-main.json").read_text()
     for mine, theirs in zip(FORCED, ("advbench-forced", "strongreject-forced"), strict=True):
         text = text.replace(f'"{mine}"', f'"{theirs}"')
@@ -484,17 +484,17 @@ def test_tables_of_a_real_model(results, tmp_path):
     _, *rows = found["answers that comply with a harmless question, %"]
     for model, cell in zip(FOUR, rows[-1][2:], strict=True):
         assert numbers(cell) == percent(by_seed, "complied", model, GOOD)
-    head, *rows = [rows for rows in found.values() if rows[0][:2] == ["", "bias"]][0]
+    head, *rows = next(rows for rows in found.values() if rows[0][:2] == ["", "bias"])
     assert head[-2:] == [
         "AdvBench, answer forced to begin: complied, %",
         "StrongREJECT, answer forced to begin: complied, %",
     ]
     assert numbers(rows[2][-2]) == percent(by_seed, "complied", "sft", FORCED[:1])
-    head, *rows = [rows for rows in found.values() if "log-prob per token, chosen" in rows[0]][0]
+    head, *rows = next(rows for rows in found.values() if "log-prob per token, chosen" in rows[0])
     one = "backtracking|unsafe|40|-1.250|0.750|0.125|75.0 [60.0, 86.0]|10.0 [4.0, 23.0]|0.900 [0.800, 0.950]"
     other = "backtracking|plain|8|-2.000|–|0.500|–|50.0 [20.0, 80.0]|–"
     assert rows == [one.split("|"), other.split("|")]
-    speeds = [rows for rows in found.values() if "taken back, %" in rows[0]][0]
+    speeds = next(rows for rows in found.values() if "taken back, %" in rows[0])
     assert len(speeds) == 1 + 4 * len({r["set"] for r in json.loads(text)["records"]})
 
 
