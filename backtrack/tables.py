@@ -45,23 +45,23 @@ SETS = {
     "unseen": "unseen potions",
     "unseen-ingredients": "unseen, unseen ingredients",
     "wrapper": "new jailbreak wrappers",
-    "unsafe overall": "**these**",
-    "prefill-seen": "answer forced to begin, seen",
-    "prefill-unseen": "answer forced to begin, unseen",
-    "benign-seen": "seen in training, new phrasing",
-    "benign-unseen": "unseen potions",
-    "benign-wrapper": "new wrappers",
-    "benign overall": "**these**",
     "advbench": "AdvBench",
     "simple_safety_tests": "SimpleSafetyTests",
     "malicious_instructions": "MaliciousInstructions",
     "strongreject": "StrongREJECT",
+    "unsafe overall": "**these**",
+    "prefill-seen": "answer forced to begin, seen",
+    "prefill-unseen": "answer forced to begin, unseen",
     "advbench-forced": "AdvBench, answer forced to begin",
     "simple_safety_tests-forced": "SimpleSafetyTests, answer forced to begin",
     "malicious_instructions-forced": "MaliciousInstructions, answer forced to begin",
     "strongreject-forced": "StrongREJECT, answer forced to begin",
+    "benign-seen": "seen in training, new phrasing",
+    "benign-unseen": "unseen potions",
+    "benign-wrapper": "new wrappers",
     "alpaca_eval": "AlpacaEval",
     "oasst": "OpenAssistant",
+    "benign overall": "**these**",
 }
 RATES = {
     "unsafe": "unsafe answers",
@@ -317,6 +317,17 @@ def real_speed_table(records: list[dict]) -> str:
     return markdown(["", "", "bias", "n", "taken back, %", "first token: step", "ms", "tokens/s"], rows)
 
 
+def paired_table(paired: list[dict]) -> str:
+    """Each model against the baseline on the same prompts: how many only one of them complied with, McNemar's p."""
+    rows = []
+    for name in in_order({r["set"] for r in paired}):
+        for r in paired:
+            if (r["set"], r["rate"]) == (name, "complied"):
+                cells = [r["only_first"], r["only_this"], f"{r['p']:.2g}"]
+                rows.append([SETS[name], word(Path(r["checkpoint"]).name), *cells])
+    return markdown(["complied", "", "the baseline only", "this model only", "p"], rows)
+
+
 def likelihood_table(records: list[dict]) -> str:
     """What each model thinks of held-out rows: their chosen answer, and [RESET] along either answer."""
     rows = []
@@ -352,6 +363,8 @@ def real_tables(directory: Path) -> None:
         if path.is_file():
             result = load(path)
             text += heading(title, path, result) + table(result["records"])
+            if name == "main":
+                text += "\nprompt by prompt\n\n" + paired_table(result["paired"])
     for name, title in (("likelihoods", "Held-out rows"), ("hh", "Held-out rows of HH-RLHF, of a model trained on it")):
         path = directory / f"real-{name}.json"
         if path.is_file():

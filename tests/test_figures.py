@@ -18,7 +18,7 @@ from command import command
 from matplotlib import colors, pyplot
 
 from backtrack import evaluate, figures, tables
-from backtrack.statistics import mean_interval, wilson_of_worlds
+from backtrack.statistics import mcnemar, mean_interval, wilson_of_worlds
 from backtrack.triggers import SAID
 
 FOUR = ("sft-baseline", "dpo-baseline", "sft", "dpo")
@@ -485,15 +485,18 @@ def test_tables_of_a_real_model(results, tmp_path):
     for model, cell in zip(FOUR, rows[-1][2:], strict=True):
         assert numbers(cell) == percent(by_seed, "complied", model, GOOD)
     head, *rows = next(rows for rows in found.values() if rows[0][:2] == ["", "bias"])
-    assert head[-2:] == [
-        "AdvBench, answer forced to begin: complied, %",
-        "StrongREJECT, answer forced to begin: complied, %",
-    ]
-    assert numbers(rows[2][-2]) == percent(by_seed, "complied", "sft", FORCED[:1])
+    column = head.index("AdvBench, answer forced to begin: complied, %")
+    assert numbers(rows[2][column]) == percent(by_seed, "complied", "sft", FORCED[:1])
+    assert sum("taken back" in words for words in head) == 3 and len(head) == 2 + 8
     head, *rows = next(rows for rows in found.values() if "log-prob per token, chosen" in rows[0])
     one = "backtracking|unsafe|40|-1.250|0.750|0.125|75.0 [60.0, 86.0]|10.0 [4.0, 23.0]|0.900 [0.800, 0.950]"
     other = "backtracking|plain|8|-2.000|–|0.500|–|50.0 [20.0, 80.0]|–"
     assert rows == [one.split("|"), other.split("|")]
+    table = {tuple(row[:2]): row[2:] for row in found["prompt by prompt"][1:]}
+    mine = {name: [a["complied"] for a in some_of(by_seed[0], name, FORCED[:1])] for name in ("sft-baseline", "dpo")}
+    only = [sum(x > y for x, y in zip(mine[a], mine[b], strict=True)) for a, b in itertools.permutations(mine, 2)]
+    row = table["AdvBench, answer forced to begin", "backtracking + DPO"]
+    assert row == [str(only[0]), str(only[1]), f"{mcnemar(*only):.2g}"] and sum(only) > 0
     speeds = next(rows for rows in found.values() if "taken back, %" in rows[0])
     assert len(speeds) == 1 + 4 * len({r["set"] for r in json.loads(text)["records"]})
 
