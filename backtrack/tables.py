@@ -9,6 +9,7 @@ are means over worlds, with Student's interval. The README's tables are copied f
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from backtrack.attacks.table import ATTACKERS
@@ -83,6 +84,10 @@ COLUMNS = (
 )
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_bytes())
 
 
 def load(path: Path, models=()) -> dict:
@@ -317,11 +322,11 @@ def real_speed_table(records: list[dict]) -> str:
     return markdown(["", "", "bias", "n", "taken back, %", "first token: step", "ms", "tokens/s"], rows)
 
 
-def paired_table(paired: list[dict]) -> str:
+def paired_table(result: dict) -> str:
     """Each model against the baseline on the same prompts: how many only one of them complied with, McNemar's p."""
     rows = []
-    for name in in_order({r["set"] for r in paired}):
-        for r in paired:
+    for name in in_order({r["set"] for r in result["paired"]}):
+        for r in result["paired"]:
             if (r["set"], r["rate"]) == (name, "complied"):
                 cells = [r["only_first"], r["only_this"], f"{r['p']:.2g}"]
                 rows.append([SETS[name], word(Path(r["checkpoint"]).name), *cells])
@@ -347,60 +352,56 @@ def likelihood_table(records: list[dict]) -> str:
     return markdown(["", "rows", "n", "log-prob per token, chosen", *p, *resets, "AUC"], rows)
 
 
-def real_tables(directory: Path) -> None:
-    """real-tables.md, of those files that are there."""
-    of_k = "Prompts, %, of whose k answers at temperature 1 one complies (worst), or all do (best)"
-    text = "# Results on a real model: SmolLM2-135M-Instruct\n\n"
-    text += "Written by `make figures`; 95% intervals over prompts. A judge says complied or refused.\n"
-    for name, title, table in (
-        ("main", "The models", main_tables),
-        ("sampling", of_k, sampling_table),
-        ("bias", "The bias on [RESET]", real_dial_table),
-        ("speed", "One prompt at a time", real_speed_table),
-        ("attacks", "Attacks, % successful", attack_table),
-    ):
-        path = directory / f"real-{name}.json"
-        if path.is_file():
-            result = load(path)
-            text += heading(title, path, result) + table(result["records"])
-            if name == "main":
-                text += "\nprompt by prompt\n\n" + paired_table(result["paired"])
-    for name, title in (("likelihoods", "Held-out rows"), ("hh", "Held-out rows of HH-RLHF, of a model trained on it")):
-        path = directory / f"real-{name}.json"
-        if path.is_file():
-            result = json.loads(path.read_bytes())
-            text += heading(title, path, result) + likelihood_table(result["records"])
-    write_text(text, directory / "real-tables.md")
-    print(directory / "real-tables.md")
-
-
 def toy_tables(directory: Path) -> None:
     """tables.md, of those files that are there."""
     of_k = "Prompts, %, of whose k answers at temperature 1 one is unsafe (worst), or all are (best)"
     text = "# Results on the toy world\n\nWritten by `make figures`; 95% intervals over prompts and worlds.\n"
     for name, title, table in (
-        ("main", "The models", lambda records: main_tables(records + load_filter(directory, "filter"))),
-        ("bias", "The bias on [RESET]", dial_table),
+        ("main", "The models", lambda result: main_tables(result["records"] + load_filter(directory, "filter"))),
+        ("bias", "The bias on [RESET]", of_records(dial_table)),
         ("filter-bias", "The bias on the filter's score", lambda _: dial_table(load_filter(directory, "filter-bias"))),
-        ("sampling", of_k, sampling_table),
-        ("retry", "What the retry sees, and how many it gets", condition_table),
-        ("training", "Other ways to train", condition_table),
-        ("attacks", "Attacks, % successful", attack_table),
+        ("sampling", of_k, of_records(sampling_table)),
+        ("retry", "What the retry sees, and how many it gets", of_records(condition_table)),
+        ("training", "Other ways to train", of_records(condition_table)),
+        ("attacks", "Attacks, % successful", of_records(attack_table)),
     ):
-        path = directory / f"toy-{name}.json"
-        if path.is_file():
-            result = load(path)
-            text += heading(title, path, result) + table(result["records"])
-    path = directory / "toy-triggers.json"
-    if path.is_file():
-        result = json.loads(path.read_bytes())
-        text += heading("What makes it say [RESET]", path, result) + trigger_tables(result)
+        text += section(directory / f"toy-{name}.json", title, load, table)
+    text += section(directory / "toy-triggers.json", "What makes it say [RESET]", read, trigger_tables)
     write_text(text, directory / "tables.md")
     print(directory / "tables.md")
 
 
-def heading(title: str, path: Path, result: dict) -> str:
-    return f"\n## {title}\n\n`{path.name}`: commit {result['commit']}, {result['machine']}\n\n"
+def real_tables(directory: Path) -> None:
+    """real-tables.md, of those files that are there."""
+    of_k = "Prompts, %, of whose k answers at temperature 1 one complies (worst), or all do (best)"
+    text = "# Results on a real model: SmolLM2-135M-Instruct\n\n"
+    text += "Written by `make real`; 95% intervals over prompts. A judge says complied or refused.\n"
+    for name, title, reader, table in (
+        ("main", "The models", load, of_records(main_tables)),
+        ("main", "The models, prompt by prompt", read, paired_table),
+        ("sampling", of_k, load, of_records(sampling_table)),
+        ("bias", "The bias on [RESET]", load, of_records(real_dial_table)),
+        ("speed", "One prompt at a time", load, of_records(real_speed_table)),
+        ("attacks", "Attacks, % successful", load, of_records(attack_table)),
+        ("likelihoods", "Held-out rows", read, of_records(likelihood_table)),
+        ("hh", "Held-out rows of HH-RLHF, of a model trained on it", read, of_records(likelihood_table)),
+    ):
+        text += section(directory / f"real-{name}.json", title, reader, table)
+    write_text(text, directory / "real-tables.md")
+    print(directory / "real-tables.md")
+
+
+def section(path: Path, title: str, reader: Callable[[Path], dict], table: Callable[[dict], str]) -> str:
+    """A heading and a table of this file; nothing, if it is not there."""
+    if not path.is_file():
+        return ""
+    result = reader(path)
+    about = f"`{path.name}`: commit {result['commit']}, {result['machine']}"
+    return f"\n## {title}\n\n{about}\n\n{table(result)}"
+
+
+def of_records(table: Callable[[list[dict]], str]) -> Callable[[dict], str]:
+    return lambda result: table(result["records"])
 
 
 def main() -> None:

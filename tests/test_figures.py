@@ -492,7 +492,8 @@ def test_tables_of_a_real_model(results, tmp_path):
     one = "backtracking|unsafe|40|-1.250|0.750|0.125|75.0 [60.0, 86.0]|10.0 [4.0, 23.0]|0.900 [0.800, 0.950]"
     other = "backtracking|plain|8|-2.000|–|0.500|–|50.0 [20.0, 80.0]|–"
     assert rows == [one.split("|"), other.split("|")]
-    table = {tuple(row[:2]): row[2:] for row in found["prompt by prompt"][1:]}
+    by_prompt = next(rows for rows in found.values() if "the baseline only" in rows[0])
+    table = {tuple(row[:2]): row[2:] for row in by_prompt[1:]}
     mine = {name: [a["complied"] for a in some_of(by_seed[0], name, FORCED[:1])] for name in ("sft-baseline", "dpo")}
     only = [sum(x > y for x, y in zip(mine[a], mine[b], strict=True)) for a, b in itertools.permutations(mine, 2)]
     row = table["AdvBench, answer forced to begin", "backtracking + DPO"]
