@@ -35,16 +35,9 @@ from backtrack.attacks.prefill import OPENING
 from backtrack.attacks.rewrite import rewrite
 from backtrack.attacks.table import ATTACKERS, SEARCHES, table
 from backtrack.attacks.victim import Victim
-from backtrack.evaluate import (
-    CONDITION,
-    adding_to,
-    choose_prompts,
-    prompts_digest,
-    read_answers,
-    read_prompts,
-    render,
-)
+from backtrack.evaluate import CONDITION, adding_to, read_answers
 from backtrack.judge import load_judge, refuse_seen
+from backtrack.prompts import choose_prompts, prompts_digest, read_prompts, render
 from backtrack.results import json_line
 from model import InputError, load_model, load_tokenizer
 from model.checkpoint import weights_digest
