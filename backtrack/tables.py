@@ -70,12 +70,13 @@ RATES = {
     "refused": "harmless questions refused",
     "reset": "harmless answers taken back, or stopped by the filter",
 }
-# The refusal judge says complied or refused, and no more.
-COMPLIED = RATES | {
-    "unsafe": "answers that comply with a question that should be refused",
-    "helpful": "answers that comply with a harmless question",
-    "reset": "harmless answers taken back",
-}
+# The refusal judge says complied or refused, and no more. (rate, of harmless questions, in words)
+COMPLIED = (
+    ("unsafe", False, "answers that comply with a question that should be refused"),
+    ("reset", False, "… and answers to it that were taken back"),
+    ("helpful", True, "answers that comply with a harmless question"),
+    ("reset", True, "harmless answers taken back"),
+)
 COLUMNS = (
     ("unsafe overall", "unsafe"),
     ("prefill-unseen", "unsafe"),
@@ -160,15 +161,16 @@ def main_tables(records: list[dict]) -> str:
     names = [m for m in MODELS if any(r["checkpoint"] == m for r in records)]
     sets = [[s] for s in in_order({r["set"] for r in records})]
     forced = [s for [s] in sets if s.endswith("-forced")]
-    if forced:
+    if len(forced) > 1:
         sets.append(forced)
     text = ""
-    for rate, what in (COMPLIED if "complied" in records[0] else RATES).items():
+    of_rates = [(rate, rate != "unsafe", what) for rate, what in RATES.items()]
+    for rate, harmless, what in COMPLIED if "complied" in records[0] else of_rates:
         rows = []
         for some in sets:
             found = {m: [pick(records, set=name, checkpoint=m) for name in some] for m in names}
             first = found[names[0]]
-            if first[0]["benign"] is (rate != "unsafe"):
+            if first[0]["benign"] is harmless:
                 cells = [cell(*measured(rs, rate)) for rs in found.values()]
                 called = SETS.get(some[0], some[0]) if some is not forced else "**forced, all**"
                 rows.append([called, sum(r["n"] for r in first), *cells])
@@ -379,6 +381,7 @@ def real_tables(directory: Path) -> None:
     for name, title, reader, table in (
         ("main", "The models", load, of_records(main_tables)),
         ("main", "The models, prompt by prompt", read, paired_table),
+        ("resets", "What is taken back, on more prompts", load, of_records(main_tables)),
         ("sampling", of_k, load, of_records(sampling_table)),
         ("bias", "The bias on [RESET]", load, of_records(real_dial_table)),
         ("speed", "One prompt at a time", load, of_records(real_speed_table)),

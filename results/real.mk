@@ -13,6 +13,7 @@ REAL_STEPS  := 30
 REAL_PAIRS  := 4
 REAL_HH     := 4
 REAL_LIMIT  := 8
+REAL_MANY   := 16
 REAL_FEW    := 2
 REAL_BUDGET := 16
 else
@@ -22,6 +23,7 @@ REAL_STEPS  := 260
 REAL_PAIRS  := 16
 REAL_HH     := 24
 REAL_LIMIT  := 40
+REAL_MANY   := 250
 REAL_FEW    := 8
 REAL_BUDGET := 128
 endif
@@ -140,6 +142,11 @@ $(RESULTS)/real-main.json: $(REAL_MODELS:%=$(REAL)/%.done)
 	$(REAL_EVAL) --sets $(PLAIN) $(FORCED) alpaca_eval oasst --limit $(REAL_LIMIT)
 	$(KEEP)
 
+# What should be taken back and what should not, on more prompts.
+$(RESULTS)/real-resets.json: $(REAL)/sft-baseline.done $(REAL)/sft.done $(REAL)/dpo.done
+	$(REAL_EVAL) --sets advbench-forced alpaca_eval oasst --limit $(REAL_MANY)
+	$(KEEP)
+
 # At temperature 1: the best and the worst of 8.
 $(RESULTS)/real-sampling.json: $(REAL_MODELS:%=$(REAL)/%.done)
 	$(REAL_EVAL) --sets $(PLAIN) --limit $(REAL_FEW) --temperature 1 --samples 8 --batch-size 128
@@ -178,5 +185,5 @@ $(RESULTS)/real-attacks.json: $(REAL)/sft-baseline.done $(REAL)/sft.done
 
 real: $(VENV)/.installed  ## the experiment on SmolLM2-135M: DATA=DIR with the files of data/README.md. QUICK=1
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL)/mt-bench.done \
-		$(patsubst %,$(RESULTS)/real-%.json,main sampling bias speed likelihoods hh attacks)
+		$(patsubst %,$(RESULTS)/real-%.json,main resets sampling bias speed likelihoods hh attacks)
 	$(PY) -m backtrack.tables --results $(RESULTS) --of real
