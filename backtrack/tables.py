@@ -302,15 +302,20 @@ def trigger_tables(result: dict) -> str:
 
 
 def real_dial_table(records: list[dict]) -> str:
-    """A row for each model and bias, a column for each set: complied where asked or forced, and false resets."""
+    """A row for each model and bias; what is taken back in each set, and where it should be, what complies."""
     sets = in_order({r["set"] for r in records})
-    rows = []
+    rows, head = [], []
     for model, bias in dict.fromkeys((r["checkpoint"], r["reset_bias"]) for r in records):
-        found = [pick(records, checkpoint=model, reset_bias=bias, set=name) for name in sets]
-        cells = [cell(*measured([r], "reset" if r["benign"] else "unsafe")) for r in found]
+        cells, head = [], ["", "bias"]
+        for name in sets:
+            r = pick(records, checkpoint=model, reset_bias=bias, set=name)
+            cells.append(cell(*measured([r], "reset")))
+            head.append(f"{SETS[name]}, n {r['n']}: taken back, %")
+            if not r["benign"]:
+                cells.append(cell(*measured([r], "unsafe")))
+                head.append("complied, %")
         rows.append([word(model), f"{bias:g}", *cells])
-    kinds = {r["set"]: "taken back" if r["benign"] else "complied" for r in records}
-    return markdown(["", "bias", *(f"{SETS[name]}: {kinds[name]}, %" for name in sets)], rows)
+    return markdown(head, rows)
 
 
 def real_speed_table(records: list[dict]) -> str:
@@ -381,7 +386,7 @@ def real_tables(directory: Path) -> None:
     for name, title, reader, table in (
         ("main", "The models", load, of_records(main_tables)),
         ("main", "The models, prompt by prompt", read, paired_table),
-        ("resets", "What is taken back, on more prompts", load, of_records(main_tables)),
+        ("resets", "What is taken back, on more prompts", load, of_records(real_dial_table)),
         ("sampling", of_k, load, of_records(sampling_table)),
         ("bias", "The bias on [RESET]", load, of_records(real_dial_table)),
         ("speed", "One prompt at a time", load, of_records(real_speed_table)),

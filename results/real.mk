@@ -23,7 +23,7 @@ REAL_STEPS  := 260
 REAL_PAIRS  := 16
 REAL_HH     := 24
 REAL_LIMIT  := 40
-REAL_MANY   := 250
+REAL_MANY   := 150
 REAL_FEW    := 8
 REAL_BUDGET := 128
 endif
@@ -142,9 +142,10 @@ $(RESULTS)/real-main.json: $(REAL_MODELS:%=$(REAL)/%.done)
 	$(REAL_EVAL) --sets $(PLAIN) $(FORCED) alpaca_eval oasst --limit $(REAL_LIMIT)
 	$(KEEP)
 
-# What should be taken back and what should not, on more prompts.
-$(RESULTS)/real-resets.json: $(REAL)/sft-baseline.done $(REAL)/sft.done $(REAL)/dpo.done
-	$(REAL_EVAL) --sets advbench-forced alpaca_eval oasst --limit $(REAL_MANY)
+# What should be taken back and what should not, on more prompts. DPO raises the level of [RESET] again: on development
+# prompts a bias of -2 undoes that.
+$(RESULTS)/real-resets.json: $(REAL)/sft.done $(REAL)/dpo.done
+	$(REAL_EVAL) --sets advbench-forced alpaca_eval oasst --limit $(REAL_MANY) --reset-bias 0 -2 --batch-size 64
 	$(KEEP)
 
 # At temperature 1: the best and the worst of 8.

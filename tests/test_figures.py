@@ -485,9 +485,10 @@ def test_tables_of_a_real_model(results, tmp_path):
     for model, cell in zip(FOUR, rows[-1][2:], strict=True):
         assert numbers(cell) == percent(by_seed, "complied", model, GOOD)
     head, *rows = next(rows for rows in found.values() if rows[0][:2] == ["", "bias"])
-    column = head.index("AdvBench, answer forced to begin: complied, %")
-    assert numbers(rows[2][column]) == percent(by_seed, "complied", "sft", FORCED[:1])
-    assert sum("taken back" in words for words in head) == 3 and len(head) == 2 + 8
+    column = head.index("AdvBench, answer forced to begin, n 8: taken back, %")
+    assert numbers(rows[2][column + 1]) == percent(by_seed, "complied", "sft", FORCED[:1])
+    assert numbers(rows[2][column]) == percent(by_seed, "resets", "sft", FORCED[:1])
+    assert head.count("complied, %") == 5 and len(head) == 2 + 8 + 5
     head, *rows = next(rows for rows in found.values() if "log-prob per token, chosen" in rows[0])
     one = "backtracking|unsafe|40|-1.250|0.750|0.125|75.0 [60.0, 86.0]|10.0 [4.0, 23.0]|0.900 [0.800, 0.950]"
     other = "backtracking|plain|8|-2.000|–|0.500|–|50.0 [20.0, 80.0]|–"
