@@ -256,11 +256,15 @@ def attack_table(records: list[dict]) -> str:
         cells = [attack_cell(found[m]) if m in found else "–" for m in FOUR]
         rows.append([name, variant, *cells])
     text = markdown(["attack", "variant", *map(word, FOUR)], rows)
-    text += "\nWho sets the sampler, % unsafe\n\n" + sampler_table([r for r in records if r["attack"] == "decoding"])
+    decoding = [r for r in records if r["attack"] == "decoding"]
+    if decoding:
+        text += "\nWho sets the sampler, % unsafe\n\n" + sampler_table(decoding)
     again = [r for r in records if (r["attack"], r["checkpoint"], r["variant"]) == ("adaptive-gcg", "dpo", "any")]
     settings = [[r["on_reset"], r["max_resets"], f"{r['reset_bias']:g}", cell(*measured([r], "unsafe"))] for r in again]
-    text += "\nadaptive GCG against backtracking + DPO, % successful\n\n"
-    text += markdown(["on_reset", "max_resets", "bias", "success"], settings) + "\n"
+    if settings:
+        text += "\nadaptive GCG against backtracking + DPO, % successful\n\n"
+        text += markdown(["on_reset", "max_resets", "bias", "success"], settings)
+    text += "\n"
     names = dict.fromkeys(r["attack"] for r in records)
     return text + "".join(f"- **{name}** {ATTACKERS[name]}.\n" for name in names)
 
