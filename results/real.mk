@@ -7,9 +7,10 @@ JUDGE   := runs/refusal-judge
 REAL    := $(RUNS)/real
 
 ifdef QUICK
-REAL_UNSAFE := 150
-REAL_BEGUN  := 50
-REAL_STEPS  := 30
+REAL_UNSAFE := 80
+REAL_BEGUN  := 30
+REAL_BENIGN := 40
+REAL_STEPS  := 12
 REAL_PAIRS  := 4
 REAL_HH     := 4
 REAL_LIMIT  := 8
@@ -19,6 +20,7 @@ REAL_BUDGET := 16
 else
 REAL_UNSAFE := 400
 REAL_BEGUN  := 250
+REAL_BENIGN := 1000
 REAL_STEPS  := 260
 REAL_PAIRS  := 16
 REAL_HH     := 24
@@ -77,7 +79,7 @@ $(REAL)/train-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUD
 	$(TO_TRAIN) --sets safety_tuned --limit $(REAL_UNSAFE) --benign both --max-new-tokens 48 --out $(@D)/train-unsafe.jsonl
 	$(TO_TRAIN) --sets safety_tuned --limit $(REAL_BEGUN) --benign own --max-new-tokens 44 --prefill $(YES) \
 		--out $(@D)/train-begun.jsonl
-	$(TO_TRAIN) --sets alpaca_eval oasst i_alpaca --benign both --out $(@D)/train-benign.jsonl
+	$(TO_TRAIN) --sets alpaca_eval oasst i_alpaca --limit $(REAL_BENIGN) --benign both --out $(@D)/train-benign.jsonl
 	$(TO_TRAIN) --sets alpaca_eval --limit $(REAL_BEGUN) --benign own --max-new-tokens 60 --prefill $(YES) \
 		--out $(@D)/train-benign-begun.jsonl
 	@touch $@
