@@ -539,6 +539,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--show", type=positive, metavar="N", help="print N prompts per set that get different answers")
     parser.add_argument("--mt-bench", metavar="DIR", help="write answers for FastChat's judge to DIR, judge nothing")
     args = parser.parse_args()
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together; say once what was said twice."""
     for name in ("sets", *CONDITION):  # what is asked for twice is done once
         if getattr(args, name):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))
@@ -562,7 +568,6 @@ def parse_args() -> argparse.Namespace:
                 )
         if args.samples > 1 or args.temperature != 0:
             parser.error("--mt-bench samples one answer, at the temperature of its category")
-    return args
 
 
 def main() -> None:

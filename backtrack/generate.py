@@ -134,7 +134,7 @@ def stream(
     temperature     0 is greedy. top_p keeps the smallest set of tokens that has this probability.
     reset_bias      added to the logit of [RESET]: the paper's dial between safety and efficiency.
     max_resets      after that many, [RESET] is masked (1 in the paper).
-    on_reset        "truncate": a retry sees prompt ⊕ [RESET]^r. "keep" (the paper): all it discarded.
+    on_reset        "truncate": a retry sees prompt ⊕ [RESET]^r. "keep" (paper): all that was said.
     prefill         tokens forced at the start of each answer. A reset discards them like the rest.
     seed            row i's sample depends on (seed, i) only, not on the rows beside it.
     sample_ids      numbers in place of i: so it matters not how a list is cut into batches.

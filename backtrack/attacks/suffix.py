@@ -110,9 +110,8 @@ class Scorer:
         if self.cache is None or self.cache.capacity < before + length:
             self.cache = self._prefix(length)
         cache = copy.copy(self.cache)
-        cache.k = [k[:rows] for k in self.cache.k]
-        cache.v = [v[:rows] for v in self.cache.v]
-        cache.rows = self.cache.rows[:rows]
+        cache.k, cache.v = list(cache.k), list(cache.v)  # keep_rows puts others into these lists
+        cache.keep_rows(list(range(rows)))
         cache.truncate(torch.full((rows,), before, device=self.model.device))
         cache.visible = before + length
         return cache
