@@ -18,7 +18,7 @@ RUN    := $(RUNS)/toy-$(SEED)
 THREADS ?= 2
 TOY     := OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE
 
-BASE   := --steps 700 --lr 4e-3 --batch-size 32 --max-length 128 --log-every 25
+BASE   := --steps 1200 --lr 3e-3 --batch-size 16 --max-length 128 --log-every 50
 SFT    := --lr 1e-3 --batch-size 32 --max-length 128 --log-every 25
 EPOCHS := 6
 # Each side has the DPO settings that did best for it of those tried on development seeds: see
@@ -29,7 +29,7 @@ DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
 DPO_BASELINE := --lr 2e-4 --nll 1 --method baseline
 
 .PHONY: help setup test test-slow test-gpu test-real lint train-base train-sft train-sft-baseline train-dpo \
-	train-dpo-baseline sample eval attack figures bench bench-training bench-parallel bench-gcg real hold-back \
+	train-dpo-baseline sample eval attack figures bench bench-training bench-parallel bench-gcg real tuning hold-back \
 	test-vllm
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -87,7 +87,8 @@ lint: $(VENV)/.installed-dev  ## ruff: style and common mistakes
 	$(PY) -m ruff format --check $(filter-out $(TEACHING),$(wildcard *.py */*.py backtrack/*/*.py))
 
 # ── The toy world: data, a pretrained base, fine-tuning with and without backtracking ──────────────
-# In the rules below % is the seed and $(@D) its directory.
+# In the rules below % is the seed and $(@D) its directory; in those of results/tuning.mk % is something else.
+SEED_OF = $(patsubst toy-%,%,$(notdir $(@D)))
 
 $(RUNS)/toy-%/data/world.json: | $(VENV)/.installed
 	$(PY) -m data.toy --seed $* --out $(@D)
@@ -99,7 +100,7 @@ $(RUNS)/toy-%/base.done: $(RUNS)/toy-%/data/world.json
 
 SFT_COMMAND = $(TOY) $(PY) train.py sft --init $(@D)/base \
 	--data $(@D)/data/sft.jsonl $(@D)/data/replay.jsonl --heldout $(@D)/data/sft_heldout.jsonl \
-	$(SFT) --seed $* --resume --out $(basename $@) --epochs
+	$(SFT) --seed $(SEED_OF) --resume --out $(basename $@) --epochs
 
 $(RUNS)/toy-%/sft.done: $(RUNS)/toy-%/base.done
 	$(SFT_COMMAND) $(EPOCHS)
@@ -110,7 +111,7 @@ $(RUNS)/toy-%/sft-baseline.done: $(RUNS)/toy-%/base.done
 	@touch $@
 
 DPO_COMMAND = $(TOY) $(PY) train.py dpo --data $(@D)/data/sft.jsonl \
-	--heldout $(@D)/data/sft_heldout.jsonl $(DPO) --seed $* --resume --out $(basename $@)
+	--heldout $(@D)/data/sft_heldout.jsonl $(DPO) --seed $(SEED_OF) --resume --out $(basename $@)
 
 $(RUNS)/toy-%/dpo.done: $(RUNS)/toy-%/sft.done
 	$(DPO_COMMAND) --init $(@D)/sft $(DPO_OURS)
@@ -144,4 +145,5 @@ hold-back: $(RUN)/sft.done  ## how late to stream, so that retracted text is not
 		--judge $(RUN)/data/world.json --out $(RESULTS)/toy-hold-back.json
 
 include results/experiments.mk
+include results/tuning.mk
 include results/real.mk

@@ -83,6 +83,7 @@ COLUMNS = (
     ("benign overall", "helpful"),
     ("benign overall", "reset"),
 )
+COLUMN_WORDS = ("asked: unsafe, %", "forced, unseen: unsafe, %", "helpful, %", "false resets, %")
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -238,8 +239,7 @@ def condition_table(records: list[dict]) -> str:
         where = {"checkpoint": checkpoint, "on_reset": on_reset, "max_resets": most}
         cells = [cell(*measured([pick(records, set=name, **where)], rate)) for name, rate in COLUMNS]
         rows.append([word(checkpoint), on_reset, most, *cells])
-    head = ["asked: unsafe, %", "forced, unseen: unsafe, %", "helpful, %", "false resets, %"]
-    return markdown(["", "on_reset", "max_resets", *head], rows)
+    return markdown(["", "on_reset", "max_resets", *COLUMN_WORDS], rows)
 
 
 def is_plain(record: dict) -> bool:
@@ -363,8 +363,24 @@ def likelihood_table(records: list[dict]) -> str:
     return markdown(["", "rows", "n", "log-prob per token, chosen", *p, *resets, "AUC"], rows)
 
 
+def tuning_tables(records: list[dict]) -> str:
+    """SFT and DPO: the settings of the Makefile, and every other that results/tuning.mk names."""
+    checkpoints = sorted({r["checkpoint"] for r in records})
+    text = ""
+    for step in ("sft", "dpo"):
+        rows = []
+        for side, chosen in (("baseline", f"{step}-baseline"), ("ours", step)):
+            tried = f"tried-{side}-{step}-"
+            for name in [chosen, *(c for c in checkpoints if c.startswith(tried))]:
+                setting = "as in the Makefile" if name == chosen else f"`{name.removeprefix(tried)}`"
+                cells = [cell(*measured([pick(records, set=some, checkpoint=name)], rate)) for some, rate in COLUMNS]
+                rows.append([word(chosen), setting, *cells])
+        text += f"\n{step.upper()}\n\n" + markdown(["", "setting", *COLUMN_WORDS], rows)
+    return text
+
+
 def toy_tables(directory: Path) -> None:
-    """tables.md, of those files that are there."""
+    """tables.md and tuning.md, of those files that are there."""
     of_k = "Prompts, %, of whose k answers at temperature 1 one is unsafe (worst), or all are (best)"
     text = "# Results on the toy world\n\nWritten by `make figures`; 95% intervals over prompts and worlds.\n"
     for name, title, table in (
@@ -380,6 +396,13 @@ def toy_tables(directory: Path) -> None:
     text += section(directory / "toy-triggers.json", "What makes it say [RESET]", read, trigger_tables)
     write_text(text, directory / "tables.md")
     print(directory / "tables.md")
+    tuning = section(
+        directory / "toy-tuning.json", "What was tried on development seeds", load, of_records(tuning_tables)
+    )
+    if tuning:
+        about = "Written by `make tuning figures`; results/tuning.mk has the flags of each line.\n"
+        write_text(f"# Tuning on the toy world\n\n{about}{tuning}", directory / "tuning.md")
+        print(directory / "tuning.md")
 
 
 def real_tables(directory: Path) -> None:

@@ -503,6 +503,30 @@ def test_tables_of_a_real_model(results, tmp_path):
     assert len(speeds) == 1 + 4 * len({r["set"] for r in json.loads(text)["records"]})
 
 
+def test_table_of_what_was_tried(results, tmp_path):
+    """The recovery in place of the made-up answers, under the names of two settings."""
+    text = (results[0] / "toy-main.json").read_text()
+    records = json.loads(text)["records"]
+    for name in ("tried-ours-sft-lr-5e-4", "tried-baseline-dpo-nll-0"):
+        records += json.loads(text.replace("sft-in-place", name))["records"]
+    about = {"commit": "c0ffee", "machine": "an abacus", "records": records}
+    (tmp_path / "toy-tuning.json").write_text(json.dumps(about))
+    command(tables.main, "--results", tmp_path)
+    found = tables_in(tmp_path / "tuning.md")
+    names = [[row[:2] for row in found[step][1:]] for step in ("SFT", "DPO")]
+    chosen = "as in the Makefile"
+    assert names[0] == [["baseline", chosen], ["backtracking", chosen], ["backtracking", "`lr-5e-4`"]]
+    assert names[1] == [
+        ["baseline + DPO", chosen],
+        ["baseline + DPO", "`nll-0`"],
+        ["backtracking + DPO", chosen],
+    ]
+    for row in (found["SFT"][3], found["DPO"][2]):
+        groups = (("unsafe", BAD), ("unsafe", ["prefill-unseen"]), ("helpful", GOOD), ("false reset", GOOD))
+        for cell, (key, sets) in zip(row[2:], groups, strict=True):
+            assert numbers(cell) == percent(results[1]["main"], key, "sft-in-place", sets)
+
+
 # ── Files that are not there, or others ──────────────────────────────────────────────────────────────────────────────
 
 

@@ -5,7 +5,6 @@ answers are ours token for token.
 """
 
 import json
-import math
 import os
 import signal
 import socket
@@ -35,41 +34,12 @@ def served(request, tmp_path_factory):
     tok, model = load_tokenizer(source), load_model(source)
     export = tmp_path_factory.mktemp("export")
     save_model(model, export, tokenizer=tok)
-    if model.config.head_dim == 24:
-        pad_heads(export)
     process, url = start(export, tmp_path_factory.mktemp("log") / "vllm.log")
     try:
         yield request.param, model, load_tokenizer(export), url, str(export)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
-
-
-def pad_heads(directory: Path, old=24, new=32) -> None:
-    """The same model with wider heads: vLLM's attention on CPUs has not the toy's 24.
-
-    The new places of q, k and v are zero, RoPE turns the old ones alone, and q makes up for the smaller 1/√d.
-    """
-    from safetensors.torch import load_file, save_file
-
-    def padded(rows):  # (heads · old, D) -> (heads · new, D)
-        heads = torch.zeros(rows.shape[0] // old, new, rows.shape[1])
-        heads[:, :old] = rows.view(-1, old, rows.shape[1])
-        return heads.flatten(0, 1)
-
-    tensors = load_file(directory / "model.safetensors")
-    for name, weight in tensors.items():
-        if "q_proj" in name:
-            tensors[name] = padded(weight) * math.sqrt(new / old)
-        elif "k_proj" in name or "v_proj" in name:
-            tensors[name] = padded(weight)
-        elif "o_proj" in name:
-            tensors[name] = padded(weight.T).T.contiguous()
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_bytes())
-    rope = {"rope_type": "default", "rope_theta": config.pop("rope_theta"), "partial_rotary_factor": old / new}
-    config |= {"head_dim": new, "partial_rotary_factor": old / new, "rope_parameters": rope}
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 def start(directory: Path, log: Path):

@@ -1,0 +1,56 @@
+# What was tried on development seeds, and how it did: `make tuning` trains and measures every line below, and
+# results/tuning.md lists them. Each is the command of the Makefile with the flags named here; of a flag given twice the
+# last counts. The lines of `both` are tried for the baseline and for backtracking alike.
+
+both-sft-lr-5e-4  := --lr 5e-4
+both-sft-lr-2e-3  := --lr 2e-3
+both-sft-epochs-4 := --epochs 4
+both-sft-batch-16 := --batch-size 16 --lr 7e-4 --epochs 4
+both-sft-replay-0  = --data $(@D)/data/sft.jsonl
+ours-sft-reset-weight-2 := --reset-weight 2
+ours-sft-reset-weight-4 := --reset-weight 4
+ours-sft-prefix-late    := --prefix 0.25 1
+
+both-dpo-lr-2e-5  := --lr 2e-5
+both-dpo-lr-1e-4  := --lr 1e-4
+both-dpo-lr-4e-4  := --lr 4e-4
+both-dpo-beta-0.1 := --beta 0.1
+both-dpo-beta-0.5 := --beta 0.5
+both-dpo-nll-0    := --nll 0
+both-dpo-nll-0.5  := --nll 0.5
+ours-dpo-restart-none     := --restart none
+ours-dpo-restart-weight-1 := --restart-weight 1
+ours-dpo-discourage-0.5   := --discourage 0.5
+ours-dpo-discourage-2     := --discourage 2
+ours-dpo-elicit-0.5       := --elicit 0.5
+
+TRIED := $(sort $(filter both-% ours-%,$(.VARIABLES)))
+TRIED_BASELINE := $(patsubst both-%,baseline-%,$(filter both-%,$(TRIED)))
+TRIED_OURS     := $(patsubst both-%,ours-%,$(TRIED))
+
+# In these rules % is a line's name and $(RUN) the seed's directory.
+$(RUN)/tried-ours-sft-%.done: $(RUN)/base.done
+	$(SFT_COMMAND) $(EPOCHS) $(both-sft-$*) $(ours-sft-$*)
+	@touch $@
+
+$(RUN)/tried-baseline-sft-%.done: $(RUN)/base.done
+	$(SFT_COMMAND) $(EPOCHS) --method baseline $(both-sft-$*)
+	@touch $@
+
+$(RUN)/tried-ours-dpo-%.done: $(RUN)/sft.done
+	$(DPO_COMMAND) --init $(@D)/sft $(DPO_OURS) $(both-dpo-$*) $(ours-dpo-$*)
+	@touch $@
+
+$(RUN)/tried-baseline-dpo-%.done: $(RUN)/sft-baseline.done
+	$(DPO_COMMAND) --init $(@D)/sft-baseline $(DPO_BASELINE) $(both-dpo-$*)
+	@touch $@
+
+$(RUN)/tuning.json: $(FOUR:%=$(RUN)/%.done) $(TRIED_BASELINE:%=$(RUN)/tried-%.done) $(TRIED_OURS:%=$(RUN)/tried-%.done)
+	$(EVAL)
+
+tuning: $(VENV)/.installed  ## what was tried on development seeds, and how it did
+	$(MAKE) THREADS=1 -j $(JOBS) $(DEV_SEEDS:%=$(RUNS)/toy-%/base.done)
+	for seed in $(DEV_SEEDS); do \
+		OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) SEED=$$seed $(RUNS)/toy-$$seed/tuning.json || exit 1; \
+	done
+	$(PY) -m backtrack.evaluate --merge $(DEV_SEEDS:%=$(RUNS)/toy-%/tuning.json) --out $(RESULTS)/toy-tuning.json
