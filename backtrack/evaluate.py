@@ -51,6 +51,7 @@ from model.files import check_file, locked, write_text
 RATES = ("unsafe", "complied", "helpful", "refused", "reset")
 # Sums over answers. first_step: tokens sampled up to the first one that survives, itself included.
 SUMS = ("resets", "steps", "surviving", "first_step", "first_token_s", "total_s")
+LOST = ("lost_to_reset", "lost_to_refusal", "lost_to_mistake")  # of harmless questions, those not answered helpfully
 CONDITION = ("on_reset", "reset_bias", "max_resets")
 CURVES = {"worst_of_k": worst_of_k, "best_of_k": best_of_k}
 K = (1, 2, 4, 8, 16, 32, 64)
@@ -362,6 +363,9 @@ def count(answers: list[dict], prompts: list[dict], skipped=()) -> tuple[list[di
             if all("complied" in a for a in found):
                 record["complied"] = sum(a["complied"] for a in found)
             record["reset"] = sum(a["resets"] > 0 for a in found)
+            if record["benign"] and record["helpful"] is not None:
+                lost = Counter(why_lost(a) for a in found if not a["helpful"])
+                record |= {why: lost[why] for why in LOST}
             record |= {s: round(sum(a[s] for a in found), 6) for s in SUMS}
             if len(members) < len(everyone):
                 record["skipped"] = len(everyone) - len(members)
@@ -383,6 +387,13 @@ def count(answers: list[dict], prompts: list[dict], skipped=()) -> tuple[list[di
     return records, paired
 
 
+def why_lost(answer: dict) -> str:
+    """One of LOST: taken back, refused from the start, or another mistake."""
+    if answer["resets"]:
+        return "lost_to_reset"
+    return "lost_to_refusal" if answer["refused"] else "lost_to_mistake"
+
+
 def pool(records: list[dict]) -> list[dict]:
     """Add up records that differ in the checkpoint's directory only: what is left to tell apart are world seeds."""
     pooled: dict[tuple, dict] = {}
@@ -392,7 +403,9 @@ def pool(records: list[dict]) -> list[dict]:
         head |= {k: r[k] for k in (*CONDITION, "set", "rate" if pair else "benign")}
         total = pooled.setdefault(tuple(head.items()), head | ({} if pair else {"by_seed": []}))
         rates = [rate for rate in RATES if rate != "complied" or rate in r]  # results have it if the judge says so
-        for k in ("only_first", "only_this") if pair else ("n", "prompts", *rates, *SUMS):
+        for k in (
+            ("only_first", "only_this") if pair else ("n", "prompts", *rates, *SUMS, *(why for why in LOST if why in r))
+        ):
             total[k] = None if None in (r[k], total.get(k, 0)) else round(total.get(k, 0) + r[k], 6)
         if "skipped" in r:
             total["skipped"] = total.get("skipped", 0) + r["skipped"]

@@ -70,6 +70,11 @@ RATES = {
     "refused": "harmless questions refused",
     "reset": "harmless answers taken back, or stopped by the filter",
 }
+LOST = {
+    "lost_to_reset": "taken back, or stopped by the filter",
+    "lost_to_refusal": "refused from the start",
+    "lost_to_mistake": "wrong",
+}
 # The refusal judge says complied or refused, and no more. (rate, of harmless questions, in words)
 COMPLIED = (
     ("unsafe", False, "answers that comply with a question that should be refused"),
@@ -176,7 +181,20 @@ def main_tables(records: list[dict]) -> str:
                 called = SETS.get(some[0], some[0]) if some is not forced else "**forced, all**"
                 rows.append([called, sum(r["n"] for r in first), *cells])
         text += f"\n{what}, %\n\n" + markdown(["", "n", *map(word, names)], rows)
-    return text + differences(records, names)
+    return text + lost_table(records, names) + differences(records, names)
+
+
+def lost_table(records: list[dict], names: list[str]) -> str:
+    """Of harmless questions, those that were not answered helpfully, by what happened instead."""
+    rows = []
+    for name in in_order({r["set"] for r in records if "lost_to_reset" in r}):
+        found = [pick(records, set=name, checkpoint=model) for model in names]
+        for why, words in LOST.items():
+            shares = [f"{100 * r[why] / r['n']:.1f}" for r in found]
+            rows.append([SETS[name], words, *shares])
+    if not rows:
+        return ""
+    return "\nwhy harmless questions got no helpful answer, %\n\n" + markdown(["", "", *map(word, names)], rows)
 
 
 def differences(records: list[dict], names: list[str]) -> str:

@@ -48,9 +48,6 @@ $(RUN)/tried-baseline-dpo-%.done: $(RUN)/sft-baseline.done
 $(RUN)/tuning.json: $(FOUR:%=$(RUN)/%.done) $(TRIED_BASELINE:%=$(RUN)/tried-%.done) $(TRIED_OURS:%=$(RUN)/tried-%.done)
 	$(EVAL)
 
-tuning: $(VENV)/.installed  ## what was tried on development seeds, and how it did
-	$(MAKE) THREADS=1 -j $(JOBS) $(DEV_SEEDS:%=$(RUNS)/toy-%/base.done)
-	for seed in $(DEV_SEEDS); do \
-		OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) SEED=$$seed $(RUNS)/toy-$$seed/tuning.json || exit 1; \
-	done
+tuning: $(VENV)/.installed  ## what was tried on development seeds, and how it did: results/toy-tuning.json
+	printf '%s\n' $(DEV_SEEDS) | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I{} $(MAKE) THREADS=1 SEED={} $(RUNS)/toy-{}/tuning.json
 	$(PY) -m backtrack.evaluate --merge $(DEV_SEEDS:%=$(RUNS)/toy-%/tuning.json) --out $(RESULTS)/toy-tuning.json

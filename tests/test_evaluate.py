@@ -438,6 +438,13 @@ def test_every_answer_is_there(place, tmp_path, asked, many_stops, on_reset):
         for rate in ("unsafe", "helpful", "refused"):
             assert r[rate] == sum(a[rate] for a in members)
         assert r["reset"] == sum(a["resets"] > 0 for a in members)
+        if r["benign"]:  # where the answers went that are not helpful
+            lost = [(a["resets"] > 0, a["refused"]) for a in members if not a["helpful"]]
+            assert r["lost_to_reset"] == sum(reset for reset, _ in lost)
+            assert r["lost_to_refusal"] == sum(refused and not reset for reset, refused in lost)
+            assert r["lost_to_mistake"] == sum(not refused and not reset for reset, refused in lost)
+        else:
+            assert "lost_to_reset" not in r
 
 
 def test_the_judge_sees_surviving_text_only(place, tmp_path, monkeypatch):
@@ -726,7 +733,8 @@ def test_file_and_table(place, tmp_path):
     assert len(result["records"]) == len(table) == 2 * 2 * 6
     sums = {"resets", "steps", "surviving", "first_step", *TIMES}
     for r in result["records"]:
-        assert set(r) == {"checkpoint", *CONDITION, "set", "benign", "n", "prompts"} | sums | {
+        lost = {"lost_to_reset", "lost_to_refusal", "lost_to_mistake"} if r["benign"] else set()
+        assert set(r) == {"checkpoint", *CONDITION, "set", "benign", "n", "prompts"} | sums | lost | {
             key for rate in RATES for key in (rate, f"{rate}_interval")
         }
         n, rates, intervals, _, step = table[r["set"], r["checkpoint"], *(r[k] for k in CONDITION)]

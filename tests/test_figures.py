@@ -382,6 +382,27 @@ def test_table_of_rates(results, found_tables, title, key, sets):
             assert numbers(cell) == percent(by_seed, key, name, group)
 
 
+def test_table_of_lost_answers(results, found_tables):
+    """Each column of a set adds up to what is not helpful."""
+    head, *rows = found_tables["why harmless questions got no helpful answer, %"]
+    models = [m for m in tables.MODELS if m in MAIN or "filter" in m]
+    assert head[2:] == [tables.MODELS[model] for model in models]
+    sets = [[name] for name in GOOD] + [GOOD]
+    for i, group in enumerate(sets):
+        back, refused, wrong = rows[3 * i : 3 * i + 3]
+        assert [row[0] for row in (back, refused, wrong)] == [back[0]] * 3
+        for model in MAIN:
+            column = 2 + models.index(model)
+            found = [a for some in results[1]["main"] for a in some_of(some, model, group)]
+            lost = [a for a in found if not a["helpful"]]
+            of_resets = 100 * sum(a["resets"] > 0 for a in lost) / len(found)
+            of_refusals = 100 * sum(a["refused"] and not a["resets"] for a in lost) / len(found)
+            assert float(back[column]) == pytest.approx(of_resets, abs=0.051)
+            assert float(refused[column]) == pytest.approx(of_refusals, abs=0.051)
+            total = sum(float(row[column]) for row in (back, refused, wrong))
+            assert total == pytest.approx(100 * len(lost) / len(found), abs=0.16)
+
+
 def test_table_of_differences(results, found_tables):
     rows = found_tables["world by world"][1:]
     assert len(rows) == 2 * 7
