@@ -354,6 +354,7 @@ def sft_tree(args, tok, row: Row, epoch: int, index: int, watch: bool = False) -
         tok,
         method=args.method,
         resets=args.resets,
+        part=args.prefix,
         reset_weight=args.reset_weight,
         restart=args.restart,
     )
@@ -607,7 +608,7 @@ def beyond_the_paper(p):
     which = ("none", "unsafe", "all")
     about = "rows that also teach what follows x ⊕ [RESET]"
     group.add_argument("--restart", choices=which, default="none", help=about)
-    about = "draw prefixes that end in this part of the answer"
+    about = "prefixes that end in this part of the answer"
     part = {"nargs": 2, "type": not_negative(float), "metavar": ("LOW", "HIGH")}
     group.add_argument("--prefix", **part, default=[0.0, 1.0], help=about)
     return group

@@ -86,14 +86,16 @@ def sft_views(
     *,
     method: str = "backtrack",
     resets: str = "drawn",
+    part: tuple[float, float] = (0.0, 1.0),
     reset_weight: float = 1.0,
     restart: str = "none",
 ) -> list[View]:
     """The views of one row; k is the length of the unsafe prefix.
 
     method   "backtrack", "baseline" (the answer alone) or "in-place".
-    resets   "drawn": [RESET] is learned after the k tokens drawn. "every": after 1, 2, … all of y−,
-             the expectation over k written out: each counts reset_weight/|y−|.
+    resets   "drawn": [RESET] is learned after the k tokens drawn. "every": after every prefix that
+             ends in this part of y−, the expectation over k written out; together they count
+             reset_weight.
     restart  which rows have that view: "none", "unsafe" or "all".
     """
     if row.plain_text:
@@ -115,22 +117,29 @@ def sft_views(
         else:
             after = begun + reset
             views.append(View("backtrack", after + answer, len(after), WEIGHT["backtrack"]))
-            weight = reset_weight * WEIGHT["reset"] / len(row.rejected)
-            views += every_reset("reset", x, row.rejected, reset, weight)
+            weight = reset_weight * WEIGHT["reset"]
+            views += every_reset("reset", x, row.rejected, reset, weight, part)
     if method == "backtrack" and (restart == "all" or (restart == "unsafe" and row.unsafe)):
         views.append(View("restart", x + reset + answer, len(x) + 1, WEIGHT["restart"]))
     return views
 
 
 def every_reset(
-    name: str, x: list[int], y: list[int], reset: list[int], weight: float
+    name: str, x: list[int], y: list[int], reset: list[int], weight: float, part=(0.0, 1.0)
 ) -> list[View]:
-    """E_k[−log π([RESET] | x ⊕ prefix_k(y))] in full. As branches of a tree they are for free."""
-    views = []
-    for k in range(1, len(y) + 1):
+    """weight · E_k[−log π([RESET] | x ⊕ prefix_k(y))] in full. As branches they are for free."""
+    views, lengths = [], lengths_in(part, len(y))
+    for k in lengths:
         begun = x + y[:k]
-        views.append(View(name, begun + reset, len(begun), weight))
+        views.append(View(name, begun + reset, len(begun), weight / len(lengths)))
     return views
+
+
+def lengths_in(part: tuple[float, float], longest: int) -> range:
+    """Lengths of the prefixes that end in this part of an answer: (0.5, 1.0) is its second half."""
+    low, high = (math.ceil(fraction * longest) for fraction in part)
+    least, most = max(1, min(low + 1, high)), max(1, high)
+    return range(least, most + 1)
 
 
 def resets_after_safe(row: Row, tok) -> list[View]:
@@ -166,9 +175,7 @@ def draw_prefix(
 
     The paper draws from the whole answer; part = (0.5, 1.0) from its second half.
     """
-    low, high = (math.ceil(fraction * longest) for fraction in part)
-    least, most = max(1, min(low + 1, high)), max(1, high)
-    return random.Random(f"{seed}/{epoch}/{index}").randint(least, most)
+    return random.Random(f"{seed}/{epoch}/{index}").choice(lengths_in(part, longest))
 
 
 # ── Sequences to a tree ───────────────────────────────────────────────────────────────────────────

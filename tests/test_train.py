@@ -215,11 +215,17 @@ def test_prefixes_fall_in_the_part_asked_for(world, tmp_path, tok, monkeypatch, 
     words = ["--init", world / "start", "--data", world / "rows.jsonl", "--out", tmp_path / "out", "--device", "cpu"]
     part = () if (low, high) == (0.0, 1.0) else ("--prefix", low, high)  # all of it is the default
     trained(command, *words, "--max-length", 255, "--batch-size", 24, "--steps", 3, *part)
-    shares = {"rejected": [], "chosen": []}
+    shares, resets = {"rejected": [], "chosen": []}, 0
     for row, view in made:
         kind = getattr(view, "name", None) or view.kind
         if kind == "backtrack":
             answer, text = "rejected", view.tokens[len(row.prompt) :]
+        elif kind == "reset":  # one after each prefix of the part, or --resets every would mean all of it
+            k = len(view.tokens) - len(row.prompt) - 1
+            whole = len(row.rejected)
+            assert k >= 1 and (k == whole if low == 1 else low * whole < k < high * whole + 1)
+            resets += 1
+            continue
         elif kind in ("elicit", "discourage"):
             answer, text = ("rejected", view.chosen) if kind == "elicit" else ("chosen", view.rejected)
         else:
@@ -228,6 +234,7 @@ def test_prefixes_fall_in_the_part_asked_for(world, tmp_path, tok, monkeypatch, 
         assert text[:k] == whole[:k]
         assert k >= 1 and (k == len(whole) if low == 1 else low * len(whole) < k < high * len(whole) + 1)
         shares[answer].append((k - 0.5) / len(whole))
+    assert resets >= len(shares["rejected"]) if command == "sft" else not resets
     for answer in ("rejected", *(["chosen"] if command == "dpo" else [])):
         drawn = shares[answer]
         assert len(drawn) > 15

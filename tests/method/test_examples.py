@@ -69,6 +69,10 @@ def test_views_of_llama_by_hand():
     heavy = sft_views(row, 2, llama, resets="every", reset_weight=4.0)
     assert [v.weight for v in heavy] == [HALF, HALF, *[4 * HALF / 3] * 3]
     assert sft_views(row, 2, llama, reset_weight=4.0) == sft_views(row, 2, llama)
+    # In a part of the answer alone, and still as much together.
+    late = sft_views(row, 2, llama, resets="every", part=(0.3, 1.0))
+    assert [v.tokens[n:] for v in late[2:]] == [[*b"ye", RESET], [*b"yes", RESET]]
+    assert [v.weight for v in late] == [HALF, HALF, HALF / 2, HALF / 2]
     # The control says both answers and takes nothing back.
     in_place = View("in place", [*x, *b"ye", *b"no", EOT], n + 2, HALF)
     for resets, restart in itertools.product(("drawn", "every"), ("none", "unsafe", "all")):
