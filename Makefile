@@ -21,12 +21,13 @@ TOY     := OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE
 BASE   := --steps 1200 --lr 3e-3 --batch-size 16 --max-length 128 --log-every 50
 SFT    := --lr 1e-3 --batch-size 32 --max-length 128 --log-every 25
 EPOCHS := 6
-# Each side has the DPO settings that did best for it of those tried on development seeds: see
-# results/README.md. Without restart pairs ours teaches to refuse; at full weight they unlearn the reset.
-DPO          := --beta 0.2 --epochs 2 --batch-size 32 --max-length 128 --log-every 10
-DPO_PAPER    := --lr 5e-5 --nll 0.2
+# Each side has the settings that did best for it of those tried on development seeds: results/tuning.md.
+# Without restart pairs ours refuses more; at full weight they unlearn the reset.
+SFT_OURS     := --reset-weight 4
+DPO          := --epochs 2 --batch-size 32 --max-length 128 --log-every 10
+DPO_PAPER    := --beta 0.1 --lr 5e-5 --nll 0.2
 DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
-DPO_BASELINE := --lr 2e-4 --nll 1 --method baseline
+DPO_BASELINE := --beta 0.2 --lr 2e-4 --nll 1 --method baseline
 
 .PHONY: help setup test test-slow test-gpu test-real lint train-base train-sft train-sft-baseline train-dpo \
 	train-dpo-baseline sample eval attack figures bench bench-training bench-parallel bench-gcg real tuning hold-back \
@@ -103,7 +104,7 @@ SFT_COMMAND = $(TOY) $(PY) train.py sft --init $(@D)/base \
 	$(SFT) --seed $(SEED_OF) --resume --out $(basename $@) --epochs
 
 $(RUNS)/toy-%/sft.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS)
+	$(SFT_COMMAND) $(EPOCHS) $(SFT_OURS)
 	@touch $@
 
 $(RUNS)/toy-%/sft-baseline.done: $(RUNS)/toy-%/base.done

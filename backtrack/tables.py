@@ -37,6 +37,7 @@ OTHER_MODELS = {
     "sft-restart-all": "restart view on all rows",
     "sft-prefix-early": "prefixes from the first half",
     "sft-prefix-late": "prefixes from the second half",
+    "sft-weight-1": "[RESET] after every prefix, weighed as one token",
     "sft-drawn": "[RESET] after one drawn prefix",
     "dpo-paper": "DPO, the paper's pairs alone",
     "dpo-from-baseline": "DPO with backtracking, from the baseline",

@@ -57,23 +57,28 @@ $(RUNS)/toy-%/dpo-paper.done: $(RUNS)/toy-%/sft.done
 	@touch $@
 
 $(RUNS)/toy-%/sft-restart-unsafe.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) --restart unsafe
+	$(SFT_COMMAND) $(EPOCHS) $(SFT_OURS) --restart unsafe
 	@touch $@
 
 $(RUNS)/toy-%/sft-restart-all.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) --restart all
+	$(SFT_COMMAND) $(EPOCHS) $(SFT_OURS) --restart all
 	@touch $@
 
 $(RUNS)/toy-%/sft-prefix-early.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) --prefix 0 0.5
+	$(SFT_COMMAND) $(EPOCHS) $(SFT_OURS) --prefix 0 0.5
 	@touch $@
 
 $(RUNS)/toy-%/sft-prefix-late.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) --prefix 0.5 1
+	$(SFT_COMMAND) $(EPOCHS) $(SFT_OURS) --prefix 0.5 1
 	@touch $@
 
+# As in the paper: after one drawn prefix; and the same in expectation, after every prefix, as much as one token.
 $(RUNS)/toy-%/sft-drawn.done: $(RUNS)/toy-%/base.done
 	$(SFT_COMMAND) $(EPOCHS) --resets drawn
+	@touch $@
+
+$(RUNS)/toy-%/sft-weight-1.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(EPOCHS)
 	@touch $@
 
 # ── What it buys and what it costs: the paper's experiments, and what it leaves open ───────────────────────────────
@@ -118,12 +123,12 @@ $(RUNS)/toy-%/retry.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
 	$(EVAL) --sets $(NEW_SETS) --on-reset truncate keep --max-resets 0 1 2 4
 
 # Other ways to train.
-$(RUNS)/toy-%/training.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft sft-restart-unsafe sft-restart-all \
-		sft-prefix-early sft-prefix-late dpo dpo-paper dpo-from-baseline sft-baseline))
+$(RUNS)/toy-%/training.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft sft-weight-1 sft-drawn \
+		sft-restart-unsafe sft-restart-all sft-prefix-early sft-prefix-late dpo dpo-paper dpo-from-baseline sft-baseline))
 	$(EVAL) --sets $(NEW_SETS) --on-reset truncate keep
 
 # [RESET] after the one prefix drawn, or after every prefix: on development seeds.
-$(RUNS)/toy-%/resets.json: $(RUNS)/toy-%/sft-drawn.done $(RUNS)/toy-%/sft.done
+$(RUNS)/toy-%/resets.json: $(RUNS)/toy-%/sft-drawn.done $(RUNS)/toy-%/sft-weight-1.done
 	$(EVAL)
 
 $(RESULTS)/toy-resets.json: $(foreach seed,$(DEV_SEEDS),$(RUNS)/toy-$(seed)/resets.json)

@@ -1,15 +1,20 @@
 # What was tried on development seeds, and how it did: `make tuning` trains and measures every line below, and
-# results/tuning.md lists them. Each is the command of the Makefile with the flags named here; of a flag given twice the
-# last counts. The lines of `both` are tried for the baseline and for backtracking alike.
+# results/tuning.md lists them with what was chosen in the end, which the Makefile has. Each line starts from START and
+# has the flags named here; of a flag given twice the last counts. The lines of `both` are tried for the baseline and for
+# backtracking alike.
+
+START := --beta 0.2 --lr 5e-5 --nll 0.2 --restart all --restart-weight 0.1
 
 both-sft-lr-5e-4  := --lr 5e-4
 both-sft-lr-2e-3  := --lr 2e-3
 both-sft-epochs-4 := --epochs 4
 both-sft-batch-16 := --batch-size 16 --lr 7e-4 --epochs 4
 both-sft-replay-0  = --data $(@D)/data/sft.jsonl
+ours-sft-start          :=
 ours-sft-reset-weight-2 := --reset-weight 2
 ours-sft-reset-weight-4 := --reset-weight 4
-ours-sft-prefix-late    := --prefix 0.25 1
+ours-sft-late-weight-2  := --prefix 0.25 1 --reset-weight 2
+ours-sft-rows-twice      = --data $(@D)/data/sft.jsonl $(@D)/data/sft.jsonl $(@D)/data/replay.jsonl --epochs 4
 
 both-dpo-lr-2e-5  := --lr 2e-5
 both-dpo-lr-1e-4  := --lr 1e-4
@@ -18,6 +23,10 @@ both-dpo-beta-0.1 := --beta 0.1
 both-dpo-beta-0.5 := --beta 0.5
 both-dpo-nll-0    := --nll 0
 both-dpo-nll-0.5  := --nll 0.5
+ours-dpo-start            :=
+ours-dpo-of-reset-weight-2 := --beta 0.1
+ours-dpo-of-late-weight-2  := --beta 0.1
+ours-dpo-of-rows-twice     := --beta 0.1
 ours-dpo-restart-none     := --restart none
 ours-dpo-restart-weight-1 := --restart-weight 1
 ours-dpo-discourage-0.5   := --discourage 0.5
@@ -37,8 +46,12 @@ $(RUN)/tried-baseline-sft-%.done: $(RUN)/base.done
 	$(SFT_COMMAND) $(EPOCHS) --method baseline $(both-sft-$*)
 	@touch $@
 
-$(RUN)/tried-ours-dpo-%.done: $(RUN)/sft.done
-	$(DPO_COMMAND) --init $(@D)/sft $(DPO_OURS) $(both-dpo-$*) $(ours-dpo-$*)
+$(RUN)/tried-ours-dpo-%.done: $(RUN)/tried-ours-sft-start.done
+	$(DPO_COMMAND) --init $(@D)/tried-ours-sft-start $(START) $(both-dpo-$*) $(ours-dpo-$*)
+	@touch $@
+
+$(RUN)/tried-ours-dpo-of-%.done: $(RUN)/tried-ours-sft-%.done
+	$(DPO_COMMAND) --init $(@D)/tried-ours-sft-$* $(START) $(ours-dpo-of-$*)
 	@touch $@
 
 $(RUN)/tried-baseline-dpo-%.done: $(RUN)/sft-baseline.done
