@@ -24,6 +24,7 @@ EPOCHS := 6
 # Each side has the settings that did best for it of those tried on development seeds: results/tuning.md.
 # Without restart pairs ours refuses more; at full weight they unlearn the reset.
 SFT_OURS     := --reset-weight 4
+SFT_BASELINE := --lr 5e-4 --method baseline
 DPO          := --epochs 2 --batch-size 32 --max-length 128 --log-every 10
 DPO_PAPER    := --beta 0.1 --lr 5e-5 --nll 0.2
 DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
@@ -108,7 +109,7 @@ $(RUNS)/toy-%/sft.done: $(RUNS)/toy-%/base.done
 	@touch $@
 
 $(RUNS)/toy-%/sft-baseline.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) --method baseline
+	$(SFT_COMMAND) $(EPOCHS) $(SFT_BASELINE)
 	@touch $@
 
 DPO_COMMAND = $(TOY) $(PY) train.py dpo --data $(@D)/data/sft.jsonl \

@@ -40,7 +40,7 @@ endif
 EPOCHS_LONG := 7
 
 $(RUNS)/toy-%/sft-baseline-long.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS_LONG) --method baseline
+	$(SFT_COMMAND) $(EPOCHS_LONG) $(SFT_BASELINE)
 	@touch $@
 
 # The control: the same unsafe beginnings and safe answers, but no [RESET], so nothing is taken back.

@@ -3,19 +3,21 @@
 # has the flags named here; of a flag given twice the last counts. The lines of `both` are tried for the baseline and for
 # backtracking alike.
 
-START := --beta 0.2 --lr 5e-5 --nll 0.2 --restart all --restart-weight 0.1
+START_OURS     := --beta 0.2 --lr 5e-5 --nll 0.2 --restart all --restart-weight 0.1
+START_BASELINE := --beta 0.2 --lr 2e-4 --nll 1 --method baseline
 
+both-sft-start    :=
 both-sft-lr-5e-4  := --lr 5e-4
 both-sft-lr-2e-3  := --lr 2e-3
 both-sft-epochs-4 := --epochs 4
 both-sft-batch-16 := --batch-size 16 --lr 7e-4 --epochs 4
 both-sft-replay-0  = --data $(@D)/data/sft.jsonl
-ours-sft-start          :=
 ours-sft-reset-weight-2 := --reset-weight 2
 ours-sft-reset-weight-4 := --reset-weight 4
 ours-sft-late-weight-2  := --prefix 0.25 1 --reset-weight 2
 ours-sft-rows-twice      = --data $(@D)/data/sft.jsonl $(@D)/data/sft.jsonl $(@D)/data/replay.jsonl --epochs 4
 
+both-dpo-start    :=
 both-dpo-lr-2e-5  := --lr 2e-5
 both-dpo-lr-1e-4  := --lr 1e-4
 both-dpo-lr-4e-4  := --lr 4e-4
@@ -23,7 +25,6 @@ both-dpo-beta-0.1 := --beta 0.1
 both-dpo-beta-0.5 := --beta 0.5
 both-dpo-nll-0    := --nll 0
 both-dpo-nll-0.5  := --nll 0.5
-ours-dpo-start            :=
 ours-dpo-of-reset-weight-2 := --beta 0.1
 ours-dpo-of-late-weight-2  := --beta 0.1
 ours-dpo-of-rows-twice     := --beta 0.1
@@ -47,15 +48,15 @@ $(RUN)/tried-baseline-sft-%.done: $(RUN)/base.done
 	@touch $@
 
 $(RUN)/tried-ours-dpo-%.done: $(RUN)/tried-ours-sft-start.done
-	$(DPO_COMMAND) --init $(@D)/tried-ours-sft-start $(START) $(both-dpo-$*) $(ours-dpo-$*)
+	$(DPO_COMMAND) --init $(@D)/tried-ours-sft-start $(START_OURS) $(both-dpo-$*) $(ours-dpo-$*)
 	@touch $@
 
 $(RUN)/tried-ours-dpo-of-%.done: $(RUN)/tried-ours-sft-%.done
-	$(DPO_COMMAND) --init $(@D)/tried-ours-sft-$* $(START) $(ours-dpo-of-$*)
+	$(DPO_COMMAND) --init $(@D)/tried-ours-sft-$* $(START_OURS) $(ours-dpo-of-$*)
 	@touch $@
 
-$(RUN)/tried-baseline-dpo-%.done: $(RUN)/sft-baseline.done
-	$(DPO_COMMAND) --init $(@D)/sft-baseline $(DPO_BASELINE) $(both-dpo-$*)
+$(RUN)/tried-baseline-dpo-%.done: $(RUN)/tried-baseline-sft-start.done
+	$(DPO_COMMAND) --init $(@D)/tried-baseline-sft-start $(START_BASELINE) $(both-dpo-$*)
 	@touch $@
 
 $(RUN)/tuning.json: $(FOUR:%=$(RUN)/%.done) $(TRIED_BASELINE:%=$(RUN)/tried-%.done) $(TRIED_OURS:%=$(RUN)/tried-%.done)
