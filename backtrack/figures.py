@@ -180,17 +180,19 @@ def dial_figure(directory: Path) -> None:
         parts.append(("SmolLM2-135M, forced to begin", real, "advbench-forced"))
     fig, axes = paper(4.4, 1, len(parts), squeeze=False)
     for ax, (where, records, asked) in zip(axes[0], parts, strict=True):
-        starts = []
-        for model in (m for m in STYLES if any(r["checkpoint"] == m for r in records)):
+        models = [m for m in STYLES if any(r["checkpoint"] == m for r in records)]
+        for model in models:
             points = dial(records, model, asked)
             x, y = [false for _, false, _ in points], [unsafe for _, _, unsafe in points]
-            ax.plot(x, y, dashes(model), linewidth=1.5, markersize=6, **marks(model), clip_on=False, zorder=3)
+            look = {"linewidth": 1.5, "markersize": 6, "clip_on": False, "zorder": 3, "label": MODELS[model]}
+            ax.plot(x, y, dashes(model), **look, **marks(model))
             for bias, false, unsafe in points:
                 dx, side = (-4, "right") if model == "dpo" else (5, "left")  # two curves, two sides
                 dy = -12 if model == "dpo" and unsafe > 1 else 4
                 note(ax, signed(bias), false, unsafe, dx, dy, ha=side, color=STYLES[model][0])
-            starts.append((x[0] + 0.4, y[0], MODELS[model], STYLES[model][0]))
-        label_ends(ax, starts, gap=1.2)
+        # The curves start close to each other and cross: where all is free, the names stand in one place.
+        colors = [STYLES[model][0] for model in models]
+        ax.legend(loc="upper right", frameon=False, labelcolor=colors, fontsize=9)
         ax.set_title(f"{where}; numbers are the bias")
         # Square roots: the places near 0 are the ones that matter.
         ax.set_xscale("function", functions=(lambda v: abs(v) ** 0.5, lambda v: v**2))
