@@ -297,8 +297,8 @@ def attacks_figure(directory: Path, name: str) -> None:
         ax.set_ylabel(f"successful, % ({worlds(records) if name == 'toy' else 'SmolLM2'})")
     for ax in axes.flat[len(names) :]:
         ax.remove()
-    ours, attack = max((reached["sft", a], a) for a in names if ("sft", a) in reached)
-    title = f"The strongest of these attacks on backtracking, {ATTACKS[attack]},"
+    ours, model, attack = max((reached[model, a], model, a) for model, a in reached if "baseline" not in model)
+    title = f"The strongest of these attacks on {MODELS[model]}, {ATTACKS[attack]},"
     title += f" succeeds on {ours:.0f}% of the prompts; on the baseline on {reached['sft-baseline', attack]:.0f}%"
     save(fig, directory / ("attacks.png" if name == "toy" else f"{name}-attacks.png"), title)
 
