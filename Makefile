@@ -13,9 +13,9 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 RUN    := $(RUNS)/toy-$(SEED)
 
-# The toy's matrices are small: two threads are enough. Threads that wait spin for a moment only: not at all
-# costs a fifth of the speed, as long as OpenMP likes most of it on a busy machine. Another number of
-# threads, other last bits.
+# The toy's matrices are small: two threads are enough. A thread that waits spins for a moment only. Without
+# any spinning a quiet machine is slower; with as much as OpenMP's default a busy one hardly moves.
+# Another number of threads, other last bits.
 THREADS ?= 2
 TOY     := OMP_NUM_THREADS=$(THREADS) GOMP_SPINCOUNT=1000
 

@@ -403,9 +403,8 @@ def pool(records: list[dict]) -> list[dict]:
         head |= {k: r[k] for k in (*CONDITION, "set", "rate" if pair else "benign")}
         total = pooled.setdefault(tuple(head.items()), head | ({} if pair else {"by_seed": []}))
         rates = [rate for rate in RATES if rate != "complied" or rate in r]  # results have it if the judge says so
-        for k in (
-            ("only_first", "only_this") if pair else ("n", "prompts", *rates, *SUMS, *(why for why in LOST if why in r))
-        ):
+        lost = [why for why in LOST if why in r]
+        for k in ("only_first", "only_this") if pair else ("n", "prompts", *rates, *lost, *SUMS):
             total[k] = None if None in (r[k], total.get(k, 0)) else round(total.get(k, 0) + r[k], 6)
         if "skipped" in r:
             total["skipped"] = total.get("skipped", 0) + r["skipped"]

@@ -1,7 +1,7 @@
 # What was tried on development seeds, and how it did: `make tuning` trains and measures every line below, and
-# results/tuning.md lists them with what was chosen in the end, which the Makefile has. Each line starts from START and
-# has the flags named here; of a flag given twice the last counts. The lines of `both` are tried for the baseline and for
-# backtracking alike.
+# results/tuning.md lists them with what was chosen in the end, which the Makefile has. Each line adds its flags to the
+# plain command of SFT, or to START of DPO; of a flag given twice the last counts. The lines of `both` are tried for the
+# baseline and for backtracking alike.
 
 START_OURS     := --beta 0.2 --lr 5e-5 --nll 0.2 --restart all --restart-weight 0.1
 START_BASELINE := --beta 0.2 --lr 2e-4 --nll 1 --method baseline
