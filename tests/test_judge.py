@@ -519,6 +519,25 @@ def test_a_guard_behind_a_server(guard):
             load_judge("world.json", url=server.url)
 
 
+def test_judge_url_on_the_command_line(guard, tmp_path):
+    """evaluate asks the server for its verdicts, and they are those of the guard here."""
+    from command import command
+    from completions import serving
+
+    from backtrack import evaluate
+
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": [user(text)], "set": "dogs", "benign": False} for text in ("the dogs", f"the {SKULL} sheep")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--ckpt", guard, "--prompts", prompts, "--max-new-tokens", 4, "--device", "cpu", "--judge", guard]
+    command(evaluate.main, *words, "--out", tmp_path / "here.json")
+    with serving(load_model(guard), name=str(guard), longest=1024) as server:
+        command(evaluate.main, *words, "--judge-url", server.url, "--out", tmp_path / "there.json")
+        assert server.requests  # or the guard was asked here
+    here, there = (json.loads((tmp_path / f"{name}.json").read_bytes())["records"] for name in ("here", "there"))
+    assert [r["unsafe"] for r in there] == [r["unsafe"] for r in here]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_and_device_reach_the_model(guard, monkeypatch, dtype):
     asked = []
