@@ -363,7 +363,7 @@ def count(answers: list[dict], prompts: list[dict], skipped=()) -> tuple[list[di
             if all("complied" in a for a in found):
                 record["complied"] = sum(a["complied"] for a in found)
             record["reset"] = sum(a["resets"] > 0 for a in found)
-            if record["benign"] and record["helpful"] is not None:
+            if record["benign"] and None not in (record["helpful"], record["refused"]):  # a judge may say less
                 lost = Counter(why_lost(a) for a in found if not a["helpful"])
                 record |= {why: lost[why] for why in LOST}
             record |= {s: round(sum(a[s] for a in found), 6) for s in SUMS}
