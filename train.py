@@ -56,7 +56,7 @@ from model.checkpoint import take_memory, weights_digest
 from model.errors import ABOVE_ZERO, SEED, Help, device, not_negative, positive, run
 
 HELDOUT = 64  # held-out rows that are measured: often, so few
-CHUNK = 2**26  # logits that are in memory at once, 256 MiB
+CHUNK = 2**28  # logits that are in memory at once, 1 GiB
 
 # ── Losses ────────────────────────────────────────────────────────────────────────────────────────
 

@@ -21,10 +21,8 @@ pairs' ratios behind them. Bars are printed with "ok", "below" or "above"; they 
 machine may be busy. Five minutes on two quiet cores, most of them for the compiler; --quick measures the toy alone and
 eager alone in a quarter of a minute.
 
-With a CUDA device the same command adds a Llama-3-8B shape in bf16, eager and compiled, as a share of the copy
-bandwidth. No GPU was at hand when this was written: that part HAS NOT BEEN RUN, unless numbers are committed.
-
-It measures neither quality, nor training, nor other servers (vLLM and the like), and tunes nothing for the machine.
+It measures neither quality, nor training, nor a GPU (bench_gpu.py), nor other servers (vLLM and the like), and tunes
+nothing for the machine.
 """
 
 import argparse
@@ -70,23 +68,11 @@ LLAMA_125M = ModelConfig(
     head_dim=64,
     max_position_embeddings=2048,
 )
-LLAMA_8B = ModelConfig(
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=8192,
-    rope_theta=500_000.0,
-)
 # (batch, new tokens, least tokens/s as a multiple of transformers')
 TOY_RUNS = ((1, 64, 3.0), (32, 64, 3.0))
 RUNS_125M = ((1, 64, 1.4), (8, 64, 1.5))
 MOST_A_RESET_STEP_MAY_COST = 1.05
 PROMPT_OF_RETRY = 512  # tokens
-LEAST_SHARE_8B = 0.85  # of the copy bandwidth, compiled, batch 1
 
 
 # ── Arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -146,19 +132,6 @@ def read_bandwidth(mebibytes: int = 512) -> float:
     """Bytes per second that all threads together read from memory: the fastest of several sums over a big tensor."""
     x = torch.ones(mebibytes << 18)  # fp32
     return x.nbytes / min(_seconds(x.sum) for _ in range(6))
-
-
-def copy_bandwidth(device, mebibytes: int = 4096) -> float:
-    """Bytes per second read and written by a device-to-device copy, the usual yardstick for GPUs."""
-    x = torch.ones(mebibytes << 18, device=device)
-    y = torch.empty_like(x)
-
-    def copy():
-        y.copy_(x)
-        torch.cuda.synchronize()
-
-    copy()
-    return 2 * x.nbytes / min(_seconds(copy) for _ in range(10))
 
 
 def _seconds(call) -> float:
@@ -371,48 +344,6 @@ def scoring(name: str, model, prompt_length: int, candidates: int, repeats: int)
     }
 
 
-# ── CUDA ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def on_cuda(repeats: int) -> list[dict]:
-    """Decode steps of an 8B model in bf16 as a share of the copy bandwidth. Not run by the author: see the top."""
-    device = torch.device("cuda")
-    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-    if memory < 22e9:  # 16 GB of weights, the caches, the compiler's trial runs
-        return [{"name": f"{name}: left out, an 8B model in bf16 needs 22 GB"}]
-    bandwidth = copy_bandwidth(device)
-    model = random_model(LLAMA_8B, device, torch.bfloat16)
-    results = []
-    for compiled in (False, True):
-        for batch in (1, 16):
-            if compiled:
-                # As sample.py --compile does it: the decode step is compiled, reading the prompt is not. From scratch
-                # for each batch size, or the second would get a kernel that takes any size.
-                torch.compiler.reset()
-                model.compile(mode="max-autotune-no-cudagraphs")
-            results.append(decode_8b(model, batch, compiled, repeats, bandwidth))
-    return [{"name": name, "copy_bytes_per_s": bandwidth}, *results]
-
-
-def decode_8b(model: Transformer, batch: int, compiled: bool, repeats: int, bandwidth: float) -> dict:
-    prompts, new_tokens = random_prompts(model.config, batch, length=128), 128
-    seconds = []
-    for _ in range(repeats + 1):
-        done = generate(model, prompts, reset_id=None, stop_ids=(), max_new_tokens=new_tokens)
-        seconds.append(step_seconds(done))
-    step = statistics.median(seconds[1:])  # the first run warms up and compiles
-    floor = step_bytes(model, batch, len(prompts[0]) + new_tokens / 2) / bandwidth
-    least = LEAST_SHARE_8B if compiled and batch == 1 else None
-    return {
-        "name": f"8B bf16, batch {batch}, {'compiled' if compiled else 'eager'}",
-        "tokens_per_s": batch / step,
-        "bandwidth_share": floor / step,
-        "range": [floor / max(seconds[1:]), floor / min(seconds[1:])],
-        "least": least,
-        "verdict": "" if least is None else verdict(floor / step, least=least),
-    }
-
-
 # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -444,16 +375,6 @@ def reset_table(rows: list[dict]) -> str:
     return table(lines)
 
 
-def cuda_table(rows: list[dict]) -> str:
-    lines = [["", "tokens/s", "of the copy bandwidth (range)", "bar", ""]]
-    for r in rows:
-        low, high = r["range"]
-        bar = "" if r["least"] is None else f"≥ {r['least']:.0%}"
-        share = f"{r['bandwidth_share']:.0%} ({low:.0%}–{high:.0%})"
-        lines.append([r["name"], f"{r['tokens_per_s']:.0f}", share, bar, r["verdict"]])
-    return table(lines)
-
-
 def machine(transformers) -> dict:
     return {
         "cpu": cpu_name(),
@@ -461,7 +382,6 @@ def machine(transformers) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "seed": SEED,
     }
 
@@ -474,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         check_file(args.out)
     transformers = load_transformers()
-    report = {"machine": machine(transformers), "speed": [], "resets": [], "scoring": [], "cuda": []}
+    report = {"machine": machine(transformers), "speed": [], "resets": [], "scoring": []}
     print(", ".join(f"{k} {v}" for k, v in report["machine"].items() if v is not None), flush=True)
     report["read_bytes_per_s"] = bandwidth = read_bandwidth()
     print(f"memory: {bandwidth / 1e9:.1f} GB/s read\n", flush=True)
@@ -509,12 +429,6 @@ def main(argv: list[str] | None = None) -> None:
     print(reset_table(report["resets"]), end="\n\n", flush=True)
     print(reset_table(report["scoring"]), flush=True)
 
-    if torch.cuda.is_available():
-        report["cuda"] = on_cuda(repeats)
-        device, *rows = report["cuda"]
-        print(f"\n{device['name']}")
-        if rows:
-            print(f"{device['copy_bytes_per_s'] / 1e9:.0f} GB/s copied\n{cuda_table(rows)}")
     if args.out:
         write_text(json.dumps(report, indent=2) + "\n", args.out)
 

@@ -1,13 +1,14 @@
-"""How much of a GPU does SFT use? A Llama-3-8B shape, cut to as many layers as fit, one device.
+"""How much of a GPU do SFT and decoding use? A Llama-3-8B shape, one device, random weights.
 
-    python -m backtrack.bench_gpu [--out bench-gpu.json]      # make test-gpu runs it too
+    make bench-gpu           # or: python -m backtrack.bench_gpu [--out bench-gpu.json]; make test-gpu runs its parts
 
-MFU is the share of the device's peak that goes into the products that the model itself asks for, forward and
-backward (arXiv 2204.02311, appendix B): 6 FLOPs per weight and token, and 12 · layers · width · length for attention,
-as if every token saw all others. Sequences of 2,048 tokens, each a target; bf16 by autocast, fp32 weights, AdamW, as in
-train.py. Goal: at least 50% on an H100. How fast it decodes is measured by `python -m backtrack.bench`.
+SFT: as many layers as fit. MFU is the share of the device's peak that goes into the products that the model itself asks
+for, forward and backward (arXiv 2204.02311, appendix B): 6 FLOPs per weight and token, and 12 · layers · width · length
+for attention, as if every token saw all others. A step is --grad-accum micro-batches of sequences of 2,048 tokens, each
+a target; bf16 by autocast, fp32 weights, AdamW, as in train.py. Goal: at least 50% on an H100.
 
-No GPU was at hand when this was written: it HAS NOT BEEN RUN on one, unless numbers are committed.
+Decoding: all layers in bf16, as a share of what the memory allows. A step has to read every weight and the keys and
+values of every row once; the bandwidth is that of a copy on the device. Goal: 85%, compiled, one row.
 """
 
 import argparse
@@ -20,21 +21,38 @@ import time
 import torch
 
 import train
-from backtrack.bench import LLAMA_8B, random_model
+from backtrack.bench import random_model, random_prompts, step_bytes
+from backtrack.bench import step_seconds as decode_seconds
 from backtrack.examples import make_batch, window_tree
+from backtrack.generate import generate
 from backtrack.plan import plan
 from backtrack.results import made_by
 from model import InputError, ModelConfig
 from model.errors import positive, run
 from model.files import check_file, write_text
 
+LLAMA_8B = ModelConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=8192,
+    rope_theta=500_000.0,
+)
 LENGTH = 2048
 # Dense bf16 FLOPs per second, from NVIDIA's data sheets of the SXM cards.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+TRAINING = ((1, False), (4, False), (4, True))  # (sequences in a micro-batch, compiled)
+DECODING = ((1, False), (16, False), (1, True), (16, True))  # (rows, compiled)
+
+# ── SFT ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def sft_flops(config: ModelConfig, batch: int, length: int) -> float:
-    """Of one step, forward and backward, without what is computed again."""
+    """Of one pass, forward and backward, without what is computed again."""
     with torch.device("meta"):
         model = train.Transformer(config)
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
@@ -61,10 +79,14 @@ def cut(config: ModelConfig, memory: float, batch: int) -> ModelConfig:
     raise InputError(f"{memory / 1e9:.0f} GB hold no layer of this shape; take a larger device")
 
 
-def step_seconds(config: ModelConfig, batch: int, length: int, device: str, steps: int) -> list[float]:
-    """Of `steps` optimizer steps, after two that warm up."""
+def step_seconds(
+    config: ModelConfig, batch: int, length: int, device: str, steps: int, accumulated=1, compiled=False
+) -> list[float]:
+    """Of `steps` optimizer steps of `accumulated` micro-batches, after two that warm up."""
     args = settings(batch, device)
     model = random_model(config, device).train()
+    if compiled:
+        model.model.compile(dynamic=True)
     optimizer = train.make_optimizer(model, args)
     ids = random.Random(0)
     stream = [ids.randrange(config.vocab_size) for _ in range(batch * length)]
@@ -72,10 +94,11 @@ def step_seconds(config: ModelConfig, batch: int, length: int, device: str, step
     found = []
     for _ in range(steps + 2):
         start = time.perf_counter()
-        some = make_batch(trees, device)
-        with train.autocast(args):
-            values = train.logprobs(model, some)
-        (train.sft_loss(values, some.weight) / some.weight.sum()).backward()
+        for _ in range(accumulated):
+            some = make_batch(trees, device)
+            with train.autocast(args):
+                values = train.logprobs(model, some)
+            (train.sft_loss(values, some.weight) / (accumulated * some.weight.sum())).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -85,42 +108,108 @@ def step_seconds(config: ModelConfig, batch: int, length: int, device: str, step
     return found[2:]
 
 
-def measure(batch: int, steps: int) -> dict:
+def train_8b(batch: int, compiled: bool, accumulated: int, steps: int) -> dict:
     """One record: shape, tokens per second, and the share of the peak where the card's is known."""
     name = torch.cuda.get_device_name()
     config = cut(LLAMA_8B, torch.cuda.get_device_properties(0).total_memory, batch)
-    seconds = step_seconds(config, batch, LENGTH, "cuda", steps)
-    rate = sft_flops(config, batch, LENGTH) / statistics.median(seconds)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = step_seconds(config, batch, LENGTH, "cuda", steps, accumulated, compiled)
+    step = statistics.median(seconds)
+    rate = accumulated * sft_flops(config, batch, LENGTH) / step
     peak = next((value for card, value in PEAK.items() if card in name), None)
     return {
-        "device": name,
-        "layers": config.num_hidden_layers,
-        "tokens_per_s": batch * LENGTH / statistics.median(seconds),
+        "name": f"SFT, {config.num_hidden_layers} layers, {batch} × {LENGTH} tokens, {how(compiled)}",
+        "tokens_per_s": accumulated * batch * LENGTH / step,
         "flops_per_s": rate,
         "mfu": None if peak is None else rate / peak,
         "range_s": [min(seconds), max(seconds)],
         "peak_memory": torch.cuda.max_memory_allocated(),
+        "planned_memory": plan(config, settings(batch, "cuda"), train.CHUNK).total,
     }
+
+
+def how(compiled: bool) -> str:
+    return "compiled" if compiled else "eager"
+
+
+# ── Decoding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def copy_bandwidth(mebibytes: int = 4096) -> float:
+    """Bytes per second read and written by a copy on the device, the usual yardstick for GPUs."""
+    x = torch.ones(mebibytes << 18, device="cuda")
+    y = torch.empty_like(x)
+    seconds = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        y.copy_(x)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * x.nbytes / min(seconds)
+
+
+def decode_8b(model, batch: int, compiled: bool, repeats: int, bandwidth: float) -> dict:
+    """One record: tokens per second, and the share of the bandwidth with its range."""
+    torch.compiler.reset()  # or the second batch size would get kernels that take any
+    model._compiled_call_impl = None
+    if compiled:
+        model.compile()  # as sample.py does it: the decode step, not the reading of the prompt
+    prompts, new_tokens = random_prompts(model.config, batch, length=128), 128
+    seconds = []
+    for _ in range(repeats + 1):
+        done = generate(model, prompts, reset_id=None, stop_ids=(), max_new_tokens=new_tokens)
+        seconds.append(decode_seconds(done))
+    step = statistics.median(seconds[1:])  # the first run warms up and compiles
+    least = step_bytes(model, batch, len(prompts[0]) + new_tokens / 2) / bandwidth
+    return {
+        "name": f"decoding, {model.config.num_hidden_layers} layers, {batch} rows, {how(compiled)}",
+        "tokens_per_s": batch / step,
+        "bandwidth_share": least / step,
+        "range": [least / max(seconds[1:]), least / min(seconds[1:])],
+    }
+
+
+# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def line(record: dict) -> str:
+    if "bandwidth_share" in record:
+        low, high = record["range"]
+        share = f"{record['bandwidth_share']:.0%} of the copy bandwidth ({low:.0%}–{high:.0%})"
+    else:
+        share = "peak unknown" if record["mfu"] is None else f"{record['mfu']:.0%} MFU"
+        share += f", {record['peak_memory'] / 1e9:.1f} GB ({record['planned_memory'] / 1e9:.1f} planned)"
+    return f"{record['name']}: {record['tokens_per_s']:,.0f} tokens/s, {share}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=positive, default=1, help="sequences of 2,048 tokens (default: 1)")
-    parser.add_argument("--steps", type=positive, default=10, help="timed steps (default: 10)")
+    parser.add_argument("--grad-accum", type=positive, default=8, help="micro-batches in a step (default: 8)")
+    parser.add_argument("--steps", type=positive, default=5, help="timed steps, and repeats of decoding (default: 5)")
     parser.add_argument("--out", help="write the result to this file as JSON")
     args = parser.parse_args()
     if args.out:
         check_file(args.out)
     if not torch.cuda.is_available():
         raise InputError("no CUDA device: nothing to measure here")
-    record = measure(args.batch_size, args.steps)
-    share = "unknown peak" if record["mfu"] is None else f"{100 * record['mfu']:.0f}% MFU"
-    print(
-        f"{record['device']}: {record['layers']} of 32 layers, {record['tokens_per_s']:,.0f} tokens/s,"
-        f" {record['flops_per_s'] / 1e12:.0f} TFLOP/s, {share}, {record['peak_memory'] / 1e9:.1f} GB"
-    )
+    records = []
+
+    def add(record: dict) -> None:
+        print(line(record), flush=True)
+        records.append(record)
+
+    for batch, compiled in TRAINING:
+        add(train_8b(batch, compiled, args.grad_accum, args.steps))
+        torch.cuda.empty_cache()
+    bandwidth = copy_bandwidth()
+    print(f"a copy on the device: {bandwidth / 1e9:,.0f} GB/s read and written", flush=True)
+    model = random_model(LLAMA_8B, "cuda", torch.bfloat16)
+    for batch, compiled in DECODING:
+        add(decode_8b(model, batch, compiled, args.steps, bandwidth))
     if args.out:
-        write_text(json.dumps({**made_by(), **record}, indent=1) + "\n", args.out)
+        report = {**made_by(), "copy_bytes_per_s": bandwidth, "records": records}
+        write_text(json.dumps(report, indent=1) + "\n", args.out)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,8 @@ def attend(q, k, v, mask, scale: float, cap: float | None) -> torch.Tensor:
     # With the G heads of a group stacked along T, one product serves them all and no key is copied.
     q = q.reshape(B, K, G * T, hd)
     if cap is None:  # T is 1, and the G queries of a group share its one mask
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).view(B, H, T, hd)
+        # On CUDA the result is laid out in another order than on a CPU: reshape, not view.
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(B, H, T, hd)
     scores = softcap((q * scale) @ k.transpose(-1, -2), cap)  # (B, K, G·T, S)
     scores = scores.view(B, K, G, T, S) + mask[:, None]
     weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(v)

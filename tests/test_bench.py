@@ -52,12 +52,11 @@ def test_bytes_of_a_step(tied):
         assert bench.step_bytes(model, batch=3, context=20.5) == size * (weights + entries)
 
 
-def test_full_size_shapes():
+def test_a_full_size_shape():
     def parameters(config):
         with torch.device("meta"):
             return sum(p.numel() for p in bench.Transformer(config).parameters())
 
-    assert parameters(bench.LLAMA_8B) == 8_030_261_248
     assert 120e6 < parameters(bench.LLAMA_125M) < 130e6
 
 
@@ -85,9 +84,6 @@ def test_tables_say_what_the_rows_say():
         ]
     )
     assert "1.012" in text and "≤ 1.05  ok" in text and "0.050 (0.040–0.060)" in text
-    shares = {"tokens_per_s": 150.0, "bandwidth_share": 0.86, "range": [0.8, 0.9], "least": 0.85, "verdict": "ok"}
-    text = bench.cuda_table([{"name": "8B", **shares}, {"name": "eager", **shares, "least": None, "verdict": ""}])
-    assert "86% (80%–90%)" in text and "≥ 85%  ok" in text and text.count("≥") == 1
 
 
 # ── What is timed ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -178,8 +174,6 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "TOY_RUNS", ((1, 4, 3.0),))
     monkeypatch.setattr(bench, "RUNS_125M", ((2, 4, 1.4),))
     monkeypatch.setattr(bench, "PROMPT_OF_RETRY", 20)
-    monkeypatch.setattr(bench, "on_cuda", lambda repeats: pytest.fail("no GPU in this test"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     traced = functools.partialmethod(torch.nn.Module.compile, backend="eager")  # generating code would take a minute
     monkeypatch.setattr(bench.Transformer, "compile", traced)
     monkeypatch.setattr(bench.shutil, "which", lambda name: name)
@@ -193,7 +187,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
         "125M, batch 2",
         "125M, compiled, batch 2",
     ]
-    assert len(report["resets"]) == 3 and report["cuda"] == [] and report["read_bytes_per_s"] == 1e10
+    assert len(report["resets"]) == 3 and report["read_bytes_per_s"] == 1e10
     for row in report["speed"] + report["resets"]:
         assert row["name"] in printed
     bench.main(["--quick"])

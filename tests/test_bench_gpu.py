@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from backtrack import bench, bench_gpu
-from backtrack.bench import LLAMA_8B
+from backtrack import bench_gpu
+from backtrack.bench_gpu import LLAMA_8B
 from backtrack.plan import plan
 from tests.command import command
 from train import CHUNK
@@ -50,20 +50,37 @@ def test_without_a_gpu_it_says_so():
     assert "no CUDA device" in said
 
 
+def test_the_shape_is_llama_3_8b():
+    with torch.device("meta"):
+        model = bench_gpu.train.Transformer(LLAMA_8B)
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
+
+
+def test_a_line_says_what_the_record_says():
+    decoded = {"name": "decoding", "tokens_per_s": 150.4, "bandwidth_share": 0.86, "range": [0.8, 0.9]}
+    assert bench_gpu.line(decoded) == "decoding: 150 tokens/s, 86% of the copy bandwidth (80%–90%)"
+    trained = {"name": "SFT", "tokens_per_s": 11_200.0, "mfu": 0.514, "peak_memory": 58.9e9, "planned_memory": 73e9}
+    assert bench_gpu.line(trained) == "SFT: 11,200 tokens/s, 51% MFU, 58.9 GB (73.0 planned)"
+    assert "peak unknown" in bench_gpu.line({**trained, "mfu": None})
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: MFU is not measured")
-def test_mfu(capsys):
-    record = bench_gpu.measure(batch=1, steps=5)
+def test_mfu_and_memory(capsys):
+    record = bench_gpu.train_8b(batch=1, compiled=False, accumulated=2, steps=2)
     with capsys.disabled():
-        print(record)
+        print(bench_gpu.line(record))
     assert record["flops_per_s"] > 0 and (record["mfu"] is None or record["mfu"] < 1)
+    assert record["planned_memory"] == pytest.approx(record["peak_memory"], rel=0.1)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: decoding is not measured")
 def test_decoding_as_a_share_of_the_bandwidth(capsys):
-    results = bench.on_cuda(repeats=2)
-    with capsys.disabled():
-        print(*results, sep="\n")
-    shares = [r["bandwidth_share"] for r in results if "bandwidth_share" in r]
-    assert all(0 < share < 1.05 for share in shares)
+    bandwidth = bench_gpu.copy_bandwidth()
+    model = bench_gpu.random_model(LLAMA_8B, "cuda", torch.bfloat16)
+    for batch in (1, 16):
+        record = bench_gpu.decode_8b(model, batch, False, repeats=2, bandwidth=bandwidth)
+        with capsys.disabled():
+            print(bench_gpu.line(record))
+        assert 0 < record["bandwidth_share"] < 1.05

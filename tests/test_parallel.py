@@ -488,13 +488,14 @@ def test_nccl_reaches_what_one_device_reaches(world, tmp_path, more):
 @needs_cuda
 @pytest.mark.parametrize("more", [[], ["--checkpoint-activations"]])
 def test_the_plan_is_what_cuda_takes(tmp_path, capsys, more):
-    """Against torch.cuda.max_memory_allocated, on one device, in bf16."""
+    """Against torch.cuda.max_memory_allocated, on one device, in bf16; of two micro-batches, so that there are gradients
+    when the second one's activations are at their peak."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | WIDE | {"hidden_size": 1024, "head_dim": 128}))
     toy_tokenizer().save(tmp_path)
     write(tmp_path / "corpus.jsonl", {"text": " ".join(str(i * i) for i in range(3000))})
     arguments = ["base", "--config", tmp_path / "config.json", "--tokenizer", tmp_path, "--device", "cuda", *more]
     arguments += ["--data", tmp_path / "corpus.jsonl", "--max-length", 512, "--batch-size", 8, "--dtype", "bfloat16"]
-    arguments += ["--steps", 3, "--out", tmp_path / "out"]
+    arguments += ["--grad-accum", 2, "--steps", 3, "--out", tmp_path / "out"]
     torch.cuda.reset_peak_memory_stats()
     trained(*arguments)
     measured = torch.cuda.max_memory_allocated()
@@ -510,5 +511,5 @@ def test_compiled_on_cuda(world, tmp_path):
     trained(*words(world, "sft", tmp_path / "plain", "--device", "cuda"))
     trained(*words(world, "sft", tmp_path / "compiled", "--device", "cuda", "--compile"))
     plain, compiled = (metrics(tmp_path / name) for name in ("plain", "compiled"))
-    for one, other in zip(plain, compiled, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    losses = [[record["loss"] for record in records if "loss" in record] for records in (plain, compiled)]
+    assert len(losses[0]) > 2 and losses[1] == pytest.approx(losses[0], rel=1e-3)
