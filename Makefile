@@ -17,7 +17,7 @@ RUN    := $(RUNS)/toy-$(SEED)
 # any spinning a quiet machine is slower; with as much as OpenMP's default a busy one hardly moves.
 # Another number of threads, other last bits.
 THREADS ?= 2
-TOY     := OMP_NUM_THREADS=$(THREADS) GOMP_SPINCOUNT=1000
+TOY     := OMP_NUM_THREADS=$(THREADS) GOMP_SPINCOUNT=10000
 
 BASE   := --steps 1200 --lr 3e-3 --batch-size 16 --max-length 128 --log-every 50
 SFT    := --lr 1e-3 --batch-size 32 --max-length 128 --log-every 50
