@@ -144,8 +144,16 @@ $(RESULTS)/toy-training.json: $(foreach seed,$(TRAINING_SEEDS),$(RUNS)/toy-$(see
 $(RESULTS)/toy-triggers.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/sft.done)
 	$(PY) -m backtrack.triggers --worlds $(^:/sft.done=) --out $@
 
+# A clone has the tables already: so first what they are made of, or make would find nothing to do.
+MEASURED = $(foreach experiment,$(filter-out training triggers,$(EXPERIMENTS)), \
+	$(TEST_SEEDS:%=$(RUNS)/toy-%/$(experiment).json))
+ifneq ($(filter training,$(EXPERIMENTS)),)
+MEASURED += $(TRAINING_SEEDS:%=$(RUNS)/toy-%/training.json)
+endif
+
 eval: $(VENV)/.installed  ## every experiment on the test seeds, into results/; an hour. QUICK=1: minutes
 	$(if $(QUICK),$(MAKE) $(TEST_SEEDS:%=$(RUNS)/toy-%/base.done))
+	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(MEASURED)
 	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(EXPERIMENTS:%=$(RESULTS)/toy-%.json)
 
 # ── Attacks ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -219,11 +227,14 @@ $(RUNS)/toy-%/attacked-again.done: $(RUNS)/toy-%/dpo.done
 	$(call attack,adaptive-gcg,dpo,adaptive-gcg-dpo-bias-5,$(ATTACK_SIZE) --reset-bias 5)
 	@touch $@
 
-$(RESULTS)/toy-attacks.json: $(foreach seed,$(ATTACK_SEEDS),$(ATTACKS:%=$(RUNS)/toy-$(seed)/attacked-%.done))
+ATTACKED = $(foreach seed,$(ATTACK_SEEDS),$(ATTACKS:%=$(RUNS)/toy-$(seed)/attacked-%.done))
+
+$(RESULTS)/toy-attacks.json: $(ATTACKED)
 	$(PY) -m backtrack.attacks table $(ATTACK_SEEDS:%=$(RUNS)/toy-%/attacks/*.jsonl) --out $@
 
 attack: $(VENV)/.installed  ## the attacks on the test seeds, after make eval; half an hour on 2 cores
-	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(RESULTS)/toy-attacks.json
+	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(ATTACKED)
+	$(MAKE) $(RESULTS)/toy-attacks.json
 
 figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, from its JSON
 	$(PY) -m backtrack.tables --results $(RESULTS)
