@@ -32,7 +32,7 @@ DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
 DPO_BASELINE := --beta 0.2 --lr 2e-4 --nll 1 --method baseline
 
 .PHONY: help setup test test-slow test-gpu test-real lint train-base train-sft train-sft-baseline train-dpo \
-	train-dpo-baseline sample eval attack figures bench bench-training bench-parallel bench-gcg real tuning hold-back \
+	train-dpo-baseline sample eval attack figures bench bench-training bench-parallel bench-gcg bench-gpu real tuning hold-back \
 	test-vllm
 .DELETE_ON_ERROR:
 .SECONDARY:

@@ -193,23 +193,22 @@ def main() -> None:
         check_file(args.out)
     if not torch.cuda.is_available():
         raise InputError("no CUDA device: nothing to measure here")
-    records = []
+    report = {**made_by(), "records": []}
 
     def add(record: dict) -> None:
         print(line(record), flush=True)
-        records.append(record)
+        report["records"].append(record)
+        if args.out:  # each time: a lent GPU may be gone before the compiler is done
+            write_text(json.dumps(report, indent=1) + "\n", args.out)
 
     for batch, compiled in TRAINING:
         add(train_8b(batch, compiled, args.grad_accum, args.steps))
         torch.cuda.empty_cache()
-    bandwidth = copy_bandwidth()
+    report["copy_bytes_per_s"] = bandwidth = copy_bandwidth()
     print(f"a copy on the device: {bandwidth / 1e9:,.0f} GB/s read and written", flush=True)
     model = random_model(LLAMA_8B, "cuda", torch.bfloat16)
     for batch, compiled in DECODING:
         add(decode_8b(model, batch, compiled, args.steps, bandwidth))
-    if args.out:
-        report = {**made_by(), "copy_bytes_per_s": bandwidth, "records": records}
-        write_text(json.dumps(report, indent=1) + "\n", args.out)
 
 
 if __name__ == "__main__":

@@ -245,6 +245,9 @@ figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, fro
 bench: $(VENV)/.installed-dev bench-parallel  ## tokens per second against transformers, what a reset costs, and ranks
 	$(PY) -m backtrack.bench
 
+bench-gpu: $(VENV)/.installed-dev  ## on a CUDA device: what SFT and decoding of Llama-3-8B's shape make of it
+	$(PY) -m backtrack.bench_gpu --out $(RESULTS)/bench-gpu.json
+
 bench-parallel: $(RUN)/data/world.json  ## SFT on 2 ranks with a core each against 1 process with 2, and the bytes they move
 	$(PY) -m backtrack.bench_parallel --data $(RUN)/data/sft.jsonl --tokenizer $(RUN)/data/tokenizer
 

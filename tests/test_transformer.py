@@ -575,6 +575,21 @@ def test_every_path_of_attention(B, H, K, T, cap):
             assert distance(attend(q, k, v, None, 0.7, None), spelled_out(q, k, v, causal, 0.7, None)) < 1e-5
 
 
+@pytest.mark.parametrize("T", [1, 6])
+def test_attention_takes_results_laid_out_in_another_order(monkeypatch, T):
+    """As CUDA's kernels for fp32 give them: (B, T, H, hd) in memory."""
+    q, k, v = (torch.randn(2, heads, T, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    mask = torch.zeros(1, 1, T, T)
+    expected = attend(q, k, v, mask, 0.7, None)
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def otherwise(*args, **kwargs):
+        return fused(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", otherwise)
+    assert torch.equal(attend(q, k, v, mask, 0.7, None), expected)
+
+
 def test_logits_of_hidden_states_are_those_of_forward(model):
     tokens = random_tokens(2, 5)
     with torch.no_grad():
