@@ -23,7 +23,6 @@ questions can do harm: keep it out of repositories.
 
 import argparse
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from backtrack.generate import Done, stream
 from backtrack.judge import load_judge
 from backtrack.prompts import Prompt, choose_prompts, prompts_digest, read_prompts, render
 from backtrack.results import json_line
-from backtrack.terminal import say
+from backtrack.terminal import Ticker, say
 from model import ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import SEED, TEMPERATURE, Help, device, positive, run
@@ -104,6 +103,7 @@ def answer_missing(args, prompts: list[Prompt], file: Path, done: dict) -> set[i
         prefill=[forced for _ in todo],
         batch_size=args.batch_size,
     )
+    ticker = Ticker()
     answers = ((event.row, event.generation) for event in events if isinstance(event, Done))
     with open(file, "a", encoding="utf-8") as f:
         for count, (row, g) in enumerate(answers, start=1):
@@ -113,8 +113,8 @@ def answer_missing(args, prompts: list[Prompt], file: Path, done: dict) -> set[i
             done[i, sample] = record
             f.write(json_line(record) + "\n")
             f.flush()
-            sys.stderr.write(f"\r{count} of {len(todo)} answers ")
-    print(file=sys.stderr)
+            ticker.show(f"{count} of {len(todo)} answers")
+    ticker.done()
     return too_long
 
 

@@ -42,7 +42,7 @@ from backtrack.prompts import Prompt, choose_prompts, prompts_digest, read_promp
 from backtrack.results import json_line, write_result
 from backtrack.rows import json_lines, several
 from backtrack.statistics import best_of_k, mcnemar, wilson_of_worlds, worst_of_k
-from backtrack.terminal import say
+from backtrack.terminal import Ticker, say
 from model import InputError, ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import BIAS, PROBABILITY, RESETS, SEED, TEMPERATURE, between, device, positive, run
@@ -280,7 +280,7 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     judge = load_judge(args.judge, *how) if args.judge else None
     refuse_seen(judge, prompts)
     judge_late(path, settings, done, judge, prompts, args)
-    count, began = 0, time.time()
+    count, began, ticker = 0, time.time(), Ticker()
     writes = parallel.rank() == 0
     with open(path if writes else os.devnull, "a", encoding="utf-8") as f:
         for ckpt in args.ckpt:
@@ -299,11 +299,10 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
                     done |= {key(r): r for r in records}
                     count += len(records)
                     seconds = (time.time() - began) / count * (left - count)
-                    sys.stderr.write(f"\r{Path(ckpt).name}: {count}/{left} answers, {seconds:.0f} s left   ")
+                    ticker.show(f"{Path(ckpt).name}: {count}/{left} answers, {seconds:.0f} s left")
         if writes:
             os.fsync(f.fileno())
-    if count:
-        print(file=sys.stderr)
+    ticker.done()
     return [done[w] for w in wanted], skipped
 
 

@@ -8,7 +8,6 @@ They are all false ones: the questions are harmless. https://github.com/lm-sys/F
 
 import hashlib
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from backtrack.generate import Done, Options, room_for_answer
 from backtrack.prompts import Prompt
 from backtrack.results import json_line
 from backtrack.rows import json_lines, several
-from backtrack.terminal import say
+from backtrack.terminal import Ticker, say
 from model.checkpoint import weights_digest
 from model.errors import InputError
 from model.files import write_text
@@ -45,7 +44,7 @@ def answer(path: Path, ckpt: str, ask, positions: int, tok, prompts: list[Prompt
     known = {answer["question_id"] for answer in done}
     questions = [p for p in prompts if p["question_id"] not in known]
     number = {p["question_id"]: i for i, p in enumerate(prompts)}  # of the samples: the same when it goes on
-    long = []
+    long, ticker = [], Ticker()
     for temperature in sorted({temperature_of(q) for q in questions}):
         asked = [q for q in questions if temperature_of(q) == temperature]
         for start in range(0, len(asked), args.batch_size):
@@ -58,8 +57,8 @@ def answer(path: Path, ckpt: str, ask, positions: int, tok, prompts: list[Prompt
                 else:
                     done.append(record(path.stem, ckpt, q, choice, made_with))
             write_text("".join(json_line(answer) + "\n" for answer in done), path)
-            sys.stderr.write(f"\r{path.stem}: {len(done)}/{len(prompts)} questions ")
-    print(file=sys.stderr)
+            ticker.show(f"{path.stem}: {len(done)}/{len(prompts)} questions")
+    ticker.done()
     if long:
         say(f"{len(long)} questions are left out, for they and their answers are too long: {several(long)}")
     turns = [resets for answer in done for resets in answer["choices"][0]["resets"]]

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections import deque
 
 import torch
@@ -23,6 +24,33 @@ HARMLESS = {code: " " for code in CONTROL if code != ord("\n")}
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+class Ticker:
+    """How far a long computation is, on stderr: one line, written over and over.
+
+    In a file a new line instead, and that twice a minute.
+    """
+
+    def __init__(self):
+        self.text = self.shown = ""
+        self.next_line = 0.0
+
+    def show(self, text: str) -> None:
+        self.text = text
+        if sys.stderr.isatty():
+            sys.stderr.write("\r" + text.ljust(len(self.shown)))
+            self.shown = text
+        elif time.monotonic() >= self.next_line:
+            say(text)
+            self.shown, self.next_line = text, time.monotonic() + 30
+
+    def done(self) -> None:
+        if sys.stderr.isatty() and self.shown:
+            say("")
+        elif self.shown != self.text:
+            say(self.text)
+        self.text = self.shown = ""
 
 
 def can_erase() -> bool:

@@ -488,8 +488,10 @@ def test_nccl_reaches_what_one_device_reaches(world, tmp_path, more):
 @needs_cuda
 @pytest.mark.parametrize("more", [[], ["--checkpoint-activations"]])
 def test_the_plan_is_what_cuda_takes(tmp_path, capsys, more):
-    """Against torch.cuda.max_memory_allocated, on one device, in bf16; of two micro-batches, so that there are gradients
-    when the second one's activations are at their peak."""
+    """Against torch.cuda.max_memory_allocated, on one device, in bf16.
+
+    Of two micro-batches: so there are gradients when the second one's activations are at their peak.
+    """
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | WIDE | {"hidden_size": 1024, "head_dim": 128}))
     toy_tokenizer().save(tmp_path)
     write(tmp_path / "corpus.jsonl", {"text": " ".join(str(i * i) for i in range(3000))})

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -19,7 +20,9 @@ from command import command
 from models import LLAMA, network_of
 from samples import toy_tokenizer, user, write
 
+from backtrack import terminal
 from backtrack.attacks import __main__ as attacks
+from backtrack.terminal import Ticker
 from model import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +34,39 @@ def ckpt(tmp_path_factory):
     root = tmp_path_factory.mktemp("ckpt")
     save_model(network_of(LLAMA, seed=0, max_position_embeddings=16384), root, tokenizer=toy_tokenizer())
     return root
+
+
+class Screen(io.StringIO):
+    """stderr, on a terminal or not."""
+
+    def __init__(self, is_terminal: bool):
+        super().__init__()
+        self.isatty = lambda: is_terminal
+
+
+def test_a_ticker_writes_over_its_line_on_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Screen(True))
+    ticker = Ticker()
+    for text in ("1/10, 100 s left", "2/10, 9 s left"):
+        ticker.show(text)
+    ticker.done()
+    assert sys.stderr.getvalue() == "\r1/10, 100 s left\r2/10, 9 s left  \n"
+
+
+def test_a_ticker_writes_a_line_now_and_then_into_a_file(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Screen(False))
+    now = [1000.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    ticker = Ticker()
+    for count in range(100):
+        ticker.show(f"{count}/99")
+        now[0] += 1.0
+    ticker.done()
+    ticker.done()
+    assert sys.stderr.getvalue() == "0/99\n30/99\n60/99\n90/99\n99/99\n"
+    monkeypatch.setattr(sys, "stderr", Screen(True))
+    Ticker().done()  # nothing was to be done
+    assert sys.stderr.getvalue() == ""
 
 
 class Person:

@@ -22,7 +22,6 @@ them.
 import argparse
 import hashlib
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from backtrack.evaluate import CONDITION, adding_to, read_answers
 from backtrack.judge import load_judge, refuse_seen
 from backtrack.prompts import choose_prompts, prompts_digest, read_prompts, render
 from backtrack.results import json_line
+from backtrack.terminal import Ticker
 from model import InputError, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import BIAS, RESETS, SEED, TEMPERATURE, device, not_negative, positive, run
@@ -102,7 +102,7 @@ def attack_missing(victim: Victim, prompts: list[dict], done: list[dict], args) 
     if not missing:
         return
     attack = attack_on(victim, prompts, done, args)
-    began = time.time()
+    began, ticker = time.time(), Ticker()
     with open(args.out, "a", encoding="utf-8") as f:
         for count, index in enumerate(missing, start=1):
             head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompts[index]["set"]}
@@ -113,8 +113,8 @@ def attack_missing(victim: Victim, prompts: list[dict], done: list[dict], args) 
             os.fsync(f.fileno())
             left = (time.time() - began) / count * (len(missing) - count)
             have = len(prompts) - len(missing) + count
-            sys.stderr.write(f"\r{args.name}, {Path(args.ckpt).name}: {have}/{len(prompts)}, {left:.0f} s left ")
-    print(file=sys.stderr)
+            ticker.show(f"{args.name}, {Path(args.ckpt).name}: {have}/{len(prompts)}, {left:.0f} s left")
+    ticker.done()
 
 
 def variant_of(args) -> str:
