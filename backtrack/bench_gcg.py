@@ -1,12 +1,13 @@
 """GCG here against nanoGCG: the losses they reach and the candidates they score per second.
 
-    make bench-gcg           # or: python -m backtrack.bench_gcg --ckpt runs/smollm2 [--steps 8] [--out bench-gcg.json]
+    make bench-gcg           # or: python -m backtrack.bench_gcg --ckpt runs/smollm2 [--seeds 3] [--out bench-gcg.json]
 
-One model, the same prompts, targets, suffixes to start from, tokens to draw from, swaps per step and tokens per place.
-nanoGCG goes first, for --steps steps; what it scored is the budget of ours. Its defaults otherwise: the keys and values
-of the prompt are cached, and every step goes on from the best of its own candidates, ours from the best so far. The
-loss of its best suffix is computed again here, and must agree or the benchmark ends there. That suffix may be one that
-cannot be sent: nanoGCG asks whether it comes back as the same tokens by itself, not behind the prompt. Then it says so.
+Every question is searched for with every seed, by either side; a quarter of an hour on 2 cores. One model, the same
+prompts, targets, suffixes to start from, tokens to draw from, swaps per step and tokens per place. nanoGCG goes first,
+for --steps steps; what it scored is the budget of ours. Its defaults otherwise: the keys and values of the prompt are
+cached, and every step goes on from the best of its own candidates, ours from the best so far. The loss of its best
+suffix is computed again here, and must agree or the benchmark ends there. That suffix may be one that cannot be sent:
+nanoGCG asks whether it comes back as the same tokens by itself, not behind the prompt. Then it says so.
 
 The questions are harmless and the targets change the subject, so that there is something to search for. Needs nanoGCG
 (https://github.com/GraySwanAI/nanoGCG), which pins an older transformers: an environment of its own, see the Makefile.
@@ -15,9 +16,11 @@ Seconds are of the whole search, gradients included, without loading the model. 
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import os
+import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -108,7 +111,7 @@ def loss_of(model, tok, goal: Goal, text: str) -> tuple[float, bool]:
 def compare(args) -> list[dict]:
     tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device)
     records = []
-    for seed, (question, target) in enumerate(CASES[: args.cases]):
+    for seed, (question, target) in itertools.product(range(args.seeds), CASES[: args.cases]):
         goal = goal_of(tok, question, target)
         theirs = nanogcg_side(args.ckpt, tok, question, target, seed, args)
         again, sendable = loss_of(model, tok, goal, theirs["suffix"])
@@ -118,9 +121,9 @@ def compare(args) -> list[dict]:
             )
         ours = our_side(model, tok, question, target, seed, theirs["candidates"], args)
         start, _ = loss_of(model, tok, goal, SUFFIX)
-        records.append({"question": question, "target": target, "loss_at_start": round(start, 4), "sendable": sendable})
-        records[-1] |= {"nanogcg": theirs, "backtrack": ours}
-        print(f"{question}: {theirs['candidates']} candidates each", flush=True)
+        record = {"question": question, "target": target, "seed": seed, "loss_at_start": round(start, 4)}
+        records.append(record | {"sendable": sendable, "nanogcg": theirs, "backtrack": ours})
+        print(f"{question} (seed {seed}): {theirs['candidates']} candidates each", flush=True)
     return records
 
 
@@ -136,6 +139,9 @@ def print_table(records: list[dict]) -> None:
     print(table(rows))
     middle, low, high = ratio(rates["backtrack"], rates["nanogcg"])
     print(f"candidates per second, backtrack / nanoGCG: {middle:.2f} ({low:.2f} to {high:.2f})")
+    more = [r["backtrack"]["loss"] - r["nanogcg"]["loss"] for r in records]
+    lower = f"lower in {sum(difference < 0 for difference in more)} of {len(more)} searches"
+    print(f"loss, backtrack - nanoGCG: {statistics.mean(more):+.3f} on average; {lower}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -143,6 +149,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", default="runs/smollm2", help="a chat model's directory that both sides can load")
     add("--cases", type=positive, default=len(CASES), help="questions to search for")
+    add("--seeds", type=positive, default=3, help="searches for each question")
     add("--steps", type=positive, default=8, help="of nanoGCG")
     add("--candidates", type=positive, default=64, help="swaps per step")
     add("--topk", type=positive, default=64, help="promising tokens per place")

@@ -37,15 +37,18 @@ def test_both_get_the_same_budget_and_the_loss_is_computed_again(ckpt, tmp_path,
         return {"loss": loss, "suffix": " x y z", "seconds": 2.0, "candidates": 37}
 
     monkeypatch.setattr(bench_gcg, "nanogcg_side", other)
-    flags = ["--ckpt", ckpt, "--cases", 2, "--candidates", 8, "--topk", 8, "--device", "cpu"]
+    flags = ["--ckpt", ckpt, "--cases", 2, "--seeds", 2, "--candidates", 8, "--topk", 8, "--device", "cpu"]
     printed, _ = command(*flags, "--out", tmp_path / "b.json")
     records = json.loads((tmp_path / "b.json").read_text())["records"]
-    for r, (question, target) in zip(records, bench_gcg.CASES, strict=False):
+    assert [r["seed"] for r in records] == [0, 0, 1, 1]
+    for r, (question, target) in zip(records, bench_gcg.CASES[:2] * 2, strict=True):
         assert r["backtrack"]["candidates"] == 37 and r["sendable"]
         ours = loss_by_hand(ckpt, question, target, r["backtrack"]["suffix"])
         assert r["backtrack"]["loss"] == pytest.approx(ours, abs=2e-3)
         assert r["backtrack"]["loss"] <= r["loss_at_start"]
         assert f"{r['nanogcg']['loss']:.3f}" in printed and f"{r['backtrack']['loss']:.3f}" in printed
+    lower = sum(r["backtrack"]["loss"] < r["nanogcg"]["loss"] for r in records)
+    assert f"lower in {lower} of 4 searches" in printed
     off = 0.01
     assert "no comparison" in command(*flags, code=2)[1]
     assert "data.smollm2" in command("--ckpt", tmp_path / "gone", code=2)[1]
