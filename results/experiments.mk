@@ -2,6 +2,8 @@
 #
 # In the rules % is the seed and $(@D) its directory under runs/.
 
+.PHONY: eval attack figures hold-back bench bench-training bench-parallel bench-gcg bench-gpu
+
 # Trainings and evaluations of `make eval` that run side by side, each on one thread.
 JOBS   ?= 2
 
@@ -235,6 +237,11 @@ $(RESULTS)/toy-attacks.json: $(ATTACKED)
 attack: $(VENV)/.installed  ## the attacks on the test seeds, after make eval; half an hour on 2 cores
 	OMP_NUM_THREADS=1 $(MAKE) THREADS=1 -j $(JOBS) $(ATTACKED)
 	$(MAKE) $(RESULTS)/toy-attacks.json
+
+# What a user has read of an unsafe answer before it is taken back, against the delay of the stream.
+hold-back: $(RUN)/sft.done  ## how late to stream, so that retracted text is not seen
+	$(TOY) $(PY) -m backtrack.hold_back --ckpt $(RUN)/sft --prompts $(RUN)/data/prompts.jsonl \
+		--judge $(RUN)/data/world.json --out $(RESULTS)/toy-hold-back.json
 
 figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, from its JSON
 	$(PY) -m backtrack.tables --results $(RESULTS)

@@ -186,6 +186,7 @@ $(RESULTS)/real-attacks.json: $(REAL)/sft-baseline.done $(REAL)/sft.done
 	$(call REAL_ATTACK,adaptive-gcg,sft)
 	$(PY) -m backtrack.attacks table $(REAL)/attacks/*.jsonl --out $@
 
+.PHONY: real
 real: $(VENV)/.installed  ## the experiment on SmolLM2-135M: DATA=DIR with the files of data/README.md. QUICK=1
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL_MODELS:%=$(REAL)/%.done) $(REAL)/test-rows.done $(REAL)/hh.done
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL)/mt-bench.done \

