@@ -4,8 +4,9 @@
 
 No weight is read and no memory taken: shapes come from the network on the meta device, activations from a forward pass
 over tensors that have a shape and no numbers, of which autograd says what it would keep. It is the worst case: every
-micro-batch is full, --batch-size sequences of --max-length tokens, each a target. What PyTorch and CUDA take for
-themselves, and what an allocator cannot use, comes on top: leave a tenth.
+micro-batch is full, --batch-size sequences of --max-length tokens, each a target, and comes when those before it have
+left their gradients. What PyTorch and CUDA take for themselves, and what an allocator cannot use, comes on top: leave a
+tenth.
 """
 
 from dataclasses import dataclass
