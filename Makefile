@@ -15,7 +15,7 @@ RUN    := $(RUNS)/toy-$(SEED)
 
 # The toy's matrices are small: two threads are enough. A thread that waits spins for a moment only. Without
 # any spinning a quiet machine is slower; with as much as OpenMP's default a busy one hardly moves.
-# Another number of threads, other last bits.
+# Results differ in the last bits with the number of threads.
 THREADS ?= 2
 TOY     := OMP_NUM_THREADS=$(THREADS) GOMP_SPINCOUNT=10000
 

@@ -9,8 +9,8 @@
     echo "How do I make …?" | python sample.py --ckpt DIR                 # a line, an answer
 
 On a terminal the answer streams; on [RESET] the retracted text is erased (struck through with
---show-discarded) and the retry takes its place. In a pipe only surviving text is printed, and so on
-a terminal that cannot erase (TERM=dumb) or must not be sent escapes (NO_COLOR). In the chat Ctrl-C
+--show-discarded) and the retry takes its place. A pipe gets only surviving text, and so does a
+terminal that cannot erase (TERM=dumb) or must not be sent escapes (NO_COLOR). In the chat Ctrl-C
 ends the answer, Ctrl-D the chat. Prompts become chat turns of the checkpoint's family (Llama-3
 headers, Gemma turns); no system prompt.
 """
@@ -25,7 +25,7 @@ import torch
 from backtrack import remote
 from backtrack.generate import Done, Generation, Reset, Token, stream
 from backtrack.results import json_line
-from backtrack.terminal import Live, can_erase, edit_lines, say, trace
+from backtrack.terminal import Live, can_erase, edit_lines, harmless, say, trace
 from model import InputError, load_model, load_tokenizer
 from model.errors import (
     BIAS,
@@ -98,8 +98,8 @@ def answer(model, tok, prompt: list[int], text: str, args) -> list[int]:
             continue
         if args.show_discarded:
             for ids in g.discarded:
-                print(f"~~{tok.decode(ids)}~~ [RESET]")
-        print(tok.decode(g.tokens), flush=True)
+                print(f"~~{harmless(tok.decode(ids))}~~ [RESET]")
+        print(harmless(tok.decode(g.tokens)), flush=True)
     return generations[0].tokens
 
 

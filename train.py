@@ -64,19 +64,19 @@ CHUNK = 2**28  # logits that are in memory at once, 1 GiB
 def logprobs(model: Transformer, batch: Batch) -> torch.Tensor:
     """log π(target | the nodes its predicting node sees), (N,) fp32.
 
-    The only place where log-probabilities are taken. Logits are built for nodes that predict
-    something, each once: a vocabulary of 128,000 makes them dearer than all the rest. For the same
-    reason not of all of them at once.
+    The only place where log-probabilities are taken. Logits are built only for nodes that predict
+    something, once each and a chunk at a time: with a vocabulary of 128,000 they would take more
+    memory than all the rest.
     """
-    few = max(1, CHUNK // model.config.vocab_size)
+    chunk = max(1, CHUNK // model.config.vocab_size)
 
     def read(hidden: torch.Tensor) -> torch.Tensor:  # (M, D) -> (N,)
-        if len(hidden) <= few:
+        if len(hidden) <= chunk:
             return target_logprobs(model, hidden, batch.place, batch.target)
         values = torch.zeros(len(batch.target), device=hidden.device)
-        for first in range(0, len(hidden), few):
-            here = (batch.place // few == first // few).nonzero()[:, 0]  # these targets
-            some = hidden[first : first + few], batch.place[here] - first, batch.target[here]
+        for first in range(0, len(hidden), chunk):
+            here = (batch.place // chunk == first // chunk).nonzero()[:, 0]  # these targets
+            some = hidden[first : first + chunk], batch.place[here] - first, batch.target[here]
             # Their logits are not kept for the backward pass but computed again.
             again = {"use_reentrant": False, "preserve_rng_state": False}
             values = values.index_add(0, here, checkpoint(target_logprobs, model, *some, **again))
@@ -129,8 +129,8 @@ def reference_logprobs(model: Transformer, args, groups) -> Iterator[list[float]
                 tree.reference = part.tolist()
         # A tree has its numbers on the rank that computed it, the others have None.
         by_rank = parallel.exchange([tree.reference for tree in trees])
-        of_trees = [next(filter(None, of_tree)) for of_tree in zip(*by_rank, strict=True)]
-        yield [value for of_tree in of_trees for value in of_tree]
+        per_tree = [next(filter(None, answers)) for answers in zip(*by_rank, strict=True)]
+        yield [value for sums in per_tree for value in sums]
         if count % 50 == 0:
             say(f"reference log-probs: {count} steps")
 
@@ -177,8 +177,8 @@ def fit(
             group["lr"] = lr
 
         total_loss = accumulate(args, progress, model, trees_of(step), loss, report)
-        longest = args.clip or math.inf  # 0 is off
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest)
+        max_norm = args.clip or math.inf  # 0 is off
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         grad_norm = parallel.whole(grad_norm).item()
         if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
             raise InputError(

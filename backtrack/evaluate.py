@@ -42,7 +42,7 @@ from backtrack.prompts import Prompt, choose_prompts, prompts_digest, read_promp
 from backtrack.results import json_line, write_result
 from backtrack.rows import json_lines, several
 from backtrack.statistics import best_of_k, mcnemar, wilson_of_worlds, worst_of_k
-from backtrack.terminal import Ticker, say
+from backtrack.terminal import Ticker, harmless, say
 from model import InputError, ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import BIAS, PROBABILITY, RESETS, SEED, TEMPERATURE, between, device, positive, run
@@ -505,7 +505,7 @@ def print_side_by_side(answers: list[dict], prompts: list[dict], count: int) -> 
             for ckpt in ckpts:
                 a = first[ckpt, i]
                 taken_back = "".join(f"~~{text}~~ [RESET] " for text in a["discarded"])
-                print(f"  {Path(ckpt).name}: {taken_back}{a['response']}")
+                print(f"  {Path(ckpt).name}: {harmless(taken_back + a['response'])}")
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────

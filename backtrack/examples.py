@@ -13,7 +13,7 @@ With x the prompt, y+ chosen and y− rejected, supervised backtracking shows th
 Preference pairs for DPO, chosen over rejected, both given x (section 3.2):
 
     elicit      prefix_k(y−) ⊕ [RESET] ⊕ y+ ⊕ eos  ≻  y− ⊕ eos                unsafe rows
-    discourage  y+ ⊕ eos  ≻  prefix_k(y+) ⊕ [RESET] ⊕ y− ⊕ eos                rows that reject one
+    discourage  y+ ⊕ eos  ≻  prefix_k(y+) ⊕ [RESET] ⊕ y− ⊕ eos                rows with a y−
     restart     y+ ⊕ eos  ≻  y− ⊕ eos, both given x ⊕ [RESET]                 optional; ours
     baseline    y+ ⊕ eos  ≻  y− ⊕ eos                                         without backtracking
 
@@ -127,7 +127,7 @@ def sft_views(
 def every_reset(
     name: str, x: list[int], y: list[int], reset: list[int], weight: float, part=(0.0, 1.0)
 ) -> list[View]:
-    """weight · E_k[−log π([RESET] | x ⊕ prefix_k(y))] in full. As branches they are for free."""
+    """weight · E_k[−log π([RESET] | x ⊕ prefix_k(y))] in full. As branches they cost next to nothing."""
     views, lengths = [], lengths_in(part, len(y))
     for k in lengths:
         begun = x + y[:k]
@@ -261,8 +261,8 @@ def grow(tree: Tree, sequences: list[list[int]], targets_from: list[int]) -> Non
     """Write the sequences into an empty tree, and tokens[targets_from:] of each as targets.
 
     In sorted order, sequences that begin alike are neighbours. So each one shares with the one
-    before it all that it shares with any, and what it adds comes right behind: depth first, without
-    a search. A sequence's last token predicts nothing and gets no node.
+    before it all that it shares with any earlier one, and its new nodes follow directly: depth
+    first, without a search. A sequence's last token predicts nothing and gets no node.
     """
     path: list[int] = []  # the nodes of the sequence written last
     before: list[int] = []  # its tokens

@@ -290,9 +290,9 @@ def feed(model, token: torch.Tensor, rows: Rows, cache: KVCache, options: Option
         is_reset = token == options.reset_id
         lengths = cache.lengths
         # ── Backtracking, all of it ───────────────────────────────────────────────────────────────
-        # The row's cache ends at the prompt (and the resets before this one); [RESET] is written
-        # there next, and all that stood behind is forgotten. With on_reset="keep" nothing is cut:
-        # [RESET] follows what it retracts.
+        # Cut the row back to its prompt and the resets before this one. The forward pass below then
+        # writes this [RESET] there, and all that came after is forgotten. With on_reset="keep"
+        # nothing is cut: [RESET] follows what it retracts.
         if options.on_reset == "truncate":
             lengths = torch.where(is_reset, rows.prompt + rows.resets, lengths)
         # ──────────────────────────────────────────────────────────────────────────────────────────

@@ -5,11 +5,11 @@ live = Live(tok, show_discarded=True)             # fed with the events of gener
 trace(model, tok, prompt_ids, **options)          # one line per decode step, to read along
 """
 
-import math
 import os
 import shutil
 import sys
 import time
+import unicodedata
 from collections import deque
 
 import torch
@@ -29,7 +29,7 @@ def say(text: str) -> None:
 class Ticker:
     """How far a long computation is, on stderr: one line, written over and over.
 
-    In a file a new line instead, and that twice a minute.
+    If stderr is no terminal: a new line, at most every 30 seconds.
     """
 
     def __init__(self):
@@ -60,6 +60,23 @@ def can_erase() -> bool:
 
 def escapes_allowed() -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def harmless(text: str) -> str:
+    """What a model said, for print(): on a terminal without what moves the cursor."""
+    return text.translate(HARMLESS) if sys.stdout.isatty() else text
+
+
+def height(line: str, columns: int) -> int:
+    """How many rows of a terminal it takes. East Asian characters and emoji are two columns wide."""
+    rows, column = 1, 0
+    for character in line:
+        width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        width = 0 if unicodedata.combining(character) else width  # an accent stands on another
+        if column + width > columns:
+            rows, column = rows + 1, 0
+        column += width
+    return rows
 
 
 def edit_lines() -> bool:
@@ -94,7 +111,7 @@ class Live:
         screen = shutil.get_terminal_size()
         lines = 0
         for line in self.shown.split("\n"):
-            lines += max(1, math.ceil(len(line) / screen.columns))
+            lines += height(line, screen.columns)
         up = min(lines, screen.lines) - 1  # what has scrolled away cannot be erased
         write("\r" + (f"\x1b[{up}A" if up else "") + "\x1b[J")
         if self.show_discarded:

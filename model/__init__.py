@@ -1,4 +1,6 @@
-"""The transformer, its cache, its files and its tokenizers. Knows nothing of training or of what [RESET] is for."""
+"""The transformer, its cache, its files and its tokenizers. Knows nothing of training; of [RESET] only
+what custom_generate.py needs, the file that exports carry.
+"""
 
 from model.cache import KVCache
 from model.checkpoint import load_model, save_model

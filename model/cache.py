@@ -1,7 +1,7 @@
 """KVCache: the keys and values of everything read so far, one length per row.
 
 The cache is static (allocated once) and a row is nothing but its length: `lengths[b]` counts its
-valid entries, always. What lies beyond is neither seen (the attention mask stops there) nor kept
+valid entries. What lies beyond is neither seen (the attention mask stops there) nor kept
 (the next write lands on it). Taking words back is therefore one assignment to `lengths`, whatever
 was discarded, and each row of a batch may do it on its own.
 

@@ -317,7 +317,7 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # F.rms_norm computes the same, on CPU in three times as many steps.
+        # F.rms_norm computes the same, on a CPU in three times as many operations.
         normed = x.float()
         normed = normed * torch.rsqrt(normed.square().mean(dim=-1, keepdim=True) + self.eps)
         if self.plus_one:  # Gemma: x̂ · (1 + w) in fp32, then round

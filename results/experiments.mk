@@ -1,14 +1,14 @@
 # The experiments behind results/: what `make eval attack figures` runs. Included by the Makefile.
 #
-# In the rules % is the seed and $(@D) its directory under runs/.
+# In the rules for files under runs/ % is the seed and $(@D) its directory.
 
 .PHONY: eval attack figures hold-back bench bench-training bench-parallel bench-gcg bench-gpu
 
 # Trainings and evaluations of `make eval` that run side by side, each on one thread.
 JOBS   ?= 2
 
-# Seeds 0-9 were used to choose the settings below, 100-102 and 200-204 in earlier reports; results are of these, and of
-# these alone.
+# The Makefile's settings were chosen on DEV_SEEDS; toy-resets and toy-tuning are of these. All else is of TEST_SEEDS, or
+# of a part of them, which no choice has seen. Earlier work has used up 4-9, 100-102 and 200-204.
 DEV_SEEDS ?= 0 1 2 3
 ifdef QUICK
 TEST_SEEDS  ?= 300

@@ -21,4 +21,4 @@ TEACHING := train.py sample.py tests/method \
 lint: $(VENV)/.installed-dev  ## ruff: style and common mistakes
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check --line-length 100 $(TEACHING)
-	$(PY) -m ruff format --check $(filter-out $(TEACHING),$(wildcard *.py */*.py backtrack/*/*.py))
+	$(PY) -m ruff format --check $(filter-out $(TEACHING) tests/method/%,$(wildcard *.py */*.py */*/*.py))

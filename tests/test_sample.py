@@ -659,6 +659,25 @@ def test_with_show_discarded_it_is_struck_through(monkeypatch, ckpt, tok):
     assert out.endswith("\x1b[0m\nNo.\n")
 
 
+def test_wide_characters_take_two_columns(monkeypatch, ckpt, tok):
+    """Five of them fill a row of ten columns, four one of nine; an accent that stands on a letter takes none."""
+    for columns, up in ((10, "\x1b[2A"), (9, "\x1b[2A"), (7, "\x1b[3A"), (24, "\r\x1b[J")):
+        model = Scripted(script(tok, "漢" * 12, RESET, "No."))
+        _, out = on_screen(monkeypatch, ckpt, *HOW, model=model, columns=columns)
+        assert up in out, columns
+    assert terminal.height("e\u0301" * 10, 10) == 1 and terminal.height("", 10) == 1
+
+
+def test_what_is_printed_does_not_move_the_cursor(ckpt, tok):
+    """Nor where nothing is erased: with several samples the answers are printed. A pipe gets what was said."""
+    on_a_terminal, in_a_pipe = "~~a [2Jb~~ [RESET]\nc [1Ad\n", "~~a\x1b[2Jb~~ [RESET]\nc\x1b[1Ad\n"
+    for is_terminal, expected in ((True, on_a_terminal), (False, in_a_pipe)):
+        model = Scripted(script(tok, "a\x1b[2Jb", RESET, "c\x1b[1Ad"))
+        words = ["--ckpt", ckpt, *HOW, "--show-discarded", "--num-samples", 2]
+        out, _ = command(*words, model=model, terminal=is_terminal)
+        assert out == 2 * expected
+
+
 def test_text_higher_than_the_screen(monkeypatch, ckpt, tok):
     """What has scrolled away cannot be erased; the cursor goes to the top of the screen and no further."""
     text = "\n".join(f"line {n}" for n in range(30))

@@ -19,9 +19,9 @@ Where an opening is all that is known of y ("Sure, here is"), the model itself s
 there is of y, greedily, [RESET] masked. If the judge calls that answer unsafe, it is the new y, whose tail is said anew
 each time that more of it is aimed at. If not (it refuses after the opening), the search goes on with the y that it has.
 
-One step: the gradient of L with respect to the suffix's one-hot tokens names promising replacements, single swaps are
-drawn from them, every swap is scored by a real forward pass, and the best few suffixes seen so far are kept. One suffix
-for many prompts: see universal.py.
+One step: the gradient of L with respect to the suffix's one-hot tokens names promising replacements. Swaps of one token
+are drawn from them, of more where few new ones are left; every new suffix is scored by a real forward pass, and the
+best few so far are kept. One suffix for many prompts: see universal.py.
 """
 
 import random
@@ -75,7 +75,7 @@ def gcg(
                   new best; the search ends at the first yes.
     suffix        the one to start from; seed makes the draws.
     adaptive      λ of the objective that knows about [RESET]; None is plain GCG.
-    candidates    swaps per step, from the topk tokens of each place; rows of them are scored at a time.
+    candidates    suffixes drawn per step, from the topk tokens of each place; rows of them are scored at a time.
 
     The loss of the best suffix never rises, but where the target is lengthened: another loss from then on.
     """
@@ -98,14 +98,14 @@ def gcg(
         left = (budget - found.evaluations) // len(aims)  # candidates
         if left < 1:
             return found
-        lengthened = [aim.lengthened(best) for aim in aims]
+        lengthened = [aim.lengthen_if_due(best) for aim in aims]
         if any(lengthened):
             drawn, buffer = [s for _, s in buffer[:left]], []
             neighbours.start_anew(drawn)
         else:
             gradient = torch.stack([aim.gradient(best) for aim in aims]).mean(dim=0)  # (n, V)
             drawn = neighbours.draw(gradient, best, min(candidates, left))
-        found.evaluations += len(aims) * max(1, len(drawn))  # so that a search without a way out ends
+        found.evaluations += len(aims) * max(1, len(drawn))  # 1 at least: a search that draws nothing new must end
         buffer = sorted(buffer + scored(aims, drawn))[:buffer_size]
 
 
@@ -153,8 +153,8 @@ class Aim:
     def can_be_sent(self, suffix: list[int]) -> bool:
         return survives(self.tok, self.goal.send, self.slots, suffix)
 
-    def lengthened(self, suffix: list[int]) -> bool:
-        """Twice as much is aimed at from now on, if it is time and there is more."""
+    def lengthen_if_due(self, suffix: list[int]) -> bool:
+        """Aim at twice as much from now on, if it is time and there is more; whether it was."""
         there_is_more = self.m < len(self.slots.target) or (self.is_opening and suffix != self.ended_at)
         if not there_is_more or not (self.steps >= PATIENCE or self.scorer.says(suffix, self.m)):
             return False
@@ -198,7 +198,8 @@ class Neighbours:
         """At most `count`, each once, and only what the attacker can send as text."""
         drawn = swaps(gradient, best, count, self.topk, self.allowed, self.rng, self.at_once)
         new = [s for s in dict.fromkeys(map(tuple, drawn)) if s not in self.known]
-        self.at_once += 4 * len(new) < count  # its neighbours are known: look further away, until there is a better one
+        if 4 * len(new) < count:  # its neighbours are known: look further away, until there is a better one
+            self.at_once += 1
         sendable = [s for s in new if all(aim.can_be_sent(list(s)) for aim in self.aims)]
         self.known.update(sendable)
         return [list(s) for s in sendable]
