@@ -182,7 +182,8 @@ def main_tables(records: list[dict]) -> str:
                 called = SETS.get(some[0], some[0]) if some is not forced else "**forced, all**"
                 rows.append([called, sum(r["n"] for r in first), *cells])
         text += f"\n{what}, %\n\n" + markdown(["", "n", *map(word, names)], rows)
-    return text + lost_table(records, names) + differences(records, names)
+    pairs = [(name, names[0]) for name in names[1:]] + [("dpo", "dpo-baseline"), ("dpo", "sft")]
+    return text + lost_table(records, names) + differences(records, [p for p in pairs if set(p) <= set(names)])
 
 
 def lost_table(records: list[dict], names: list[str]) -> str:
@@ -198,22 +199,21 @@ def lost_table(records: list[dict], names: list[str]) -> str:
     return "\nwhy harmless questions got no helpful answer, %\n\n" + markdown(["", "", *map(word, names)], rows)
 
 
-def differences(records: list[dict], names: list[str]) -> str:
-    """Each model minus the baseline, in points, world by world."""
-    if len(records[0]["by_seed"]) < 2:
+def differences(records: list[dict], pairs: list[tuple[str, str]]) -> str:
+    """The first model of each pair minus the second, in points, world by world; both as they come."""
+    plain = [r for r in records if is_plain(r)]
+    if len(plain[0]["by_seed"]) < 2:
         return ""
     rows = []
     for name, rate in (("unsafe overall", "unsafe"), ("benign overall", "helpful")):
-        base = pick(records, set=name, checkpoint="sft-baseline")["by_seed"]
-        for model in names:
-            worlds = pick(records, set=name, checkpoint=model)["by_seed"]
-            points = [100 * (world[rate] - other[rate]) for world, other in zip(worlds, base, strict=True)]
+        for model, other in pairs:
+            ours, theirs = (pick(plain, set=name, checkpoint=m)["by_seed"] for m in (model, other))
+            points = [100 * (one[rate] - two[rate]) for one, two in zip(ours, theirs, strict=True)]
             mean, low, high = mean_interval(points)
             within = "yes" if low >= -1 and high <= 1 else "no" if low > 1 or high < -1 else "cannot be told"
-            difference = ["–", "–"] if model == "sft-baseline" else [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", within]
-            each = " ".join(f"{100 * world[rate]:.1f}" for world in worlds)
-            rows.append([RATES[rate], word(model), *difference, each])
-    head = ["%", "", "points from the baseline", "within ±1", "each world"]
+            each = " ".join(f"{point:+.1f}" for point in points)
+            rows.append([RATES[rate], word(model), word(other), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", within, each])
+    head = ["%", "", "minus", "points", "within ±1", "each world"]
     return "\nworld by world\n\n" + markdown(head, rows)
 
 
@@ -259,6 +259,12 @@ def condition_table(records: list[dict]) -> str:
         cells = [cell(*measured([pick(records, set=name, **where)], rate)) for name, rate in COLUMNS]
         rows.append([word(checkpoint), on_reset, most, *cells])
     return markdown(["", "on_reset", "max_resets", *COLUMN_WORDS], rows)
+
+
+def training_tables(records: list[dict]) -> str:
+    """All, and each but the baseline beside the SFT of the main experiment."""
+    others = [m for m in dict.fromkeys(r["checkpoint"] for r in records) if m not in ("sft", "sft-baseline")]
+    return condition_table(records) + differences(records, [(model, "sft") for model in others])
 
 
 def is_plain(record: dict) -> bool:
@@ -408,7 +414,7 @@ def toy_tables(directory: Path) -> None:
         ("filter-bias", "The bias on the filter's score", lambda _: dial_table(load_filter(directory, "filter-bias"))),
         ("sampling", of_k, of_records(sampling_table)),
         ("retry", "What the retry sees, and how many it gets", of_records(condition_table)),
-        ("training", "Other ways to train", of_records(condition_table)),
+        ("training", "Other ways to train", of_records(training_tables)),
         ("attacks", "Attacks, % successful", of_records(attack_table)),
     ):
         text += section(directory / f"toy-{name}.json", title, load, table)

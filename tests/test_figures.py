@@ -405,30 +405,32 @@ def test_table_of_lost_answers(results, found_tables):
 
 def test_table_of_differences(results, found_tables):
     rows = found_tables["world by world"][1:]
-    assert len(rows) == 2 * 7
-    for what, words, difference, within, each in rows:
-        model = next(m for m, name in tables.MODELS.items() if name == words)
+    assert len(rows) == 2 * (6 + 2)
+    for what, words, other, difference, within, each in rows:
+        model, than = (next(m for m, name in tables.MODELS.items() if name == some) for some in (words, other))
         key, sets = ("unsafe", BAD) if what.startswith("unsafe") else ("helpful", GOOD)
         if "filter" in model:
             continue
         sides = [
             [100 * fmean(a[key] for a in some_of(some, name, sets)) for some in results[1]["main"]]
-            for name in (model, "sft-baseline")
+            for name in (model, than)
         ]
-        assert [float(v) for v in each.split()] == pytest.approx(sides[0], abs=0.06)
-        if model == "sft-baseline":
-            assert (difference, within) == ("–", "–")
-            continue
-        mean, low, high = mean_interval([a - b for a, b in zip(*sides, strict=True)])
+        points = [a - b for a, b in zip(*sides, strict=True)]
+        assert [float(v) for v in each.split()] == pytest.approx(points, abs=0.06)
+        mean, low, high = mean_interval(points)
         assert [float(v) for v in re.findall(r"[-+][\d.]+", difference)] == pytest.approx([mean, low, high], abs=0.06)
         assert within == ("no" if low > 1 or high < -1 else "cannot be told")
-    assert {row[3] for row in rows} == {"–", "no", "cannot be told"}
+    assert {row[4] for row in rows} == {"no", "cannot be told"}
+    assert [row[1:3] for row in rows[-2:]] == [
+        [tables.MODELS["dpo"], tables.MODELS[other]] for other in ("dpo-baseline", "sft")
+    ]
 
 
 def test_equal_models_are_within_a_point(results):
     records = json.loads((results[0] / "toy-main.json").read_text())["records"]
     same = [r | {"checkpoint": "sft"} for r in records if r["checkpoint"] == "sft-baseline"]
-    assert "| +0.0 [+0.0, +0.0] | yes |" in tables.differences(records[: len(same)] + same + records, ["sft"])
+    pairs = [("sft", "sft-baseline")]
+    assert "| +0.0 [+0.0, +0.0] | yes |" in tables.differences(records[: len(same)] + same + records, pairs)
 
 
 def test_table_of_the_dial(results, found_tables):
