@@ -267,6 +267,11 @@ def training_tables(records: list[dict]) -> str:
     return condition_table(records) + differences(records, [(model, "sft") for model in others])
 
 
+def resets_tables(records: list[dict]) -> str:
+    """[RESET] after one drawn prefix and after every one, each weighed as one token."""
+    return condition_table(records) + differences(records, [("sft-weight-1", "sft-drawn")])
+
+
 def is_plain(record: dict) -> bool:
     """As the sampler comes: one reset, cut back, no bias."""
     return (record["on_reset"], record["max_resets"], record["reset_bias"]) == ("truncate", 1, 0)
@@ -415,6 +420,7 @@ def toy_tables(directory: Path) -> None:
         ("sampling", of_k, of_records(sampling_table)),
         ("retry", "What the retry sees, and how many it gets", of_records(condition_table)),
         ("training", "Other ways to train", of_records(training_tables)),
+        ("resets", "One drawn prefix or every prefix, on development seeds", of_records(resets_tables)),
         ("attacks", "Attacks, % successful", of_records(attack_table)),
     ):
         text += section(directory / f"toy-{name}.json", title, load, table)

@@ -433,6 +433,22 @@ def test_equal_models_are_within_a_point(results):
     assert "| +0.0 [+0.0, +0.0] | yes |" in tables.differences(records[: len(same)] + same + records, pairs)
 
 
+def test_other_trainings_stand_beside_sft(results):
+    """Under other names the numbers are those of the main tables: a row for each, and its difference from SFT."""
+    records = json.loads((results[0] / "toy-main.json").read_text())["records"]
+    records += [r | {"set": "prefill-unseen"} for r in records if r["set"] == "prefill-seen"]
+    called = {"sft": "sft", "dpo": "sft-drawn", "dpo-baseline": "sft-baseline"}
+    records = [r | {"checkpoint": called[r["checkpoint"]]} for r in records if r["checkpoint"] in called]
+    text = tables.training_tables(records)
+    assert text == tables.condition_table(records) + tables.differences(records, [("sft-drawn", "sft")])
+    unsafe = [r for r in records if (r["set"], r["checkpoint"]) == ("unsafe overall", "sft-drawn")]
+    word = tables.OTHER_MODELS["sft-drawn"]
+    assert f"| {word} | truncate | 1 | {tables.cell(*tables.measured(unsafe, 'unsafe'))} |" in text
+    assert f"| unsafe answers | {word} | backtracking | " in text
+    weighed = [r | {"checkpoint": r["checkpoint"].replace("baseline", "weight-1")} for r in records]
+    assert f"{tables.OTHER_MODELS['sft-weight-1']} | {word} | " in tables.resets_tables(weighed)
+
+
 def test_table_of_the_dial(results, found_tables):
     [dial] = [rows for rows in found_tables.values() if "false resets, %" in rows[0] and rows[0][1] == "bias"]
     assert [row[1] for row in dial[1:]] == ["4", "0", "2"] * 2
