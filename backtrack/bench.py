@@ -131,10 +131,10 @@ def alternate(first, second, repeats: int, same=None) -> tuple[list, list, list[
 def read_bandwidth(mebibytes: int = 512) -> float:
     """Bytes per second that all threads together read from memory: the fastest of several sums over a big tensor."""
     x = torch.ones(mebibytes << 18)  # fp32
-    return x.nbytes / min(_seconds(x.sum) for _ in range(6))
+    return x.nbytes / min(seconds_of(x.sum) for _ in range(6))
 
 
-def _seconds(call) -> float:
+def seconds_of(call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

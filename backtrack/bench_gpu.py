@@ -21,7 +21,7 @@ import time
 import torch
 
 import train
-from backtrack.bench import random_model, random_prompts, step_bytes
+from backtrack.bench import random_model, random_prompts, seconds_of, step_bytes
 from backtrack.bench import step_seconds as decode_seconds
 from backtrack.examples import make_batch, window_tree
 from backtrack.generate import generate
@@ -46,7 +46,7 @@ LENGTH = 2048
 # Dense bf16 FLOPs per second, from NVIDIA's data sheets of the SXM cards.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 TRAINING = ((1, False), (4, False), (4, True))  # (sequences in a micro-batch, compiled)
-DECODING = ((1, False), (16, False), (1, True), (16, True))  # (rows, compiled)
+DECODING = ((1, False), (16, False), (1, True), (16, True))  # (rows, compiled); compiled a model stays
 
 # ── SFT ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -139,21 +139,19 @@ def copy_bandwidth(mebibytes: int = 4096) -> float:
     """Bytes per second read and written by a copy on the device, the usual yardstick for GPUs."""
     x = torch.ones(mebibytes << 18, device="cuda")
     y = torch.empty_like(x)
-    seconds = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+
+    def copy():
         y.copy_(x)
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * x.nbytes / min(seconds)
+
+    copy()
+    return 2 * x.nbytes / min(seconds_of(copy) for _ in range(10))
 
 
 def decode_8b(model, batch: int, compiled: bool, repeats: int, bandwidth: float) -> dict:
     """One record: tokens per second, and the share of the bandwidth with its range."""
-    torch.compiler.reset()  # or the second batch size would get kernels that take any
-    model._compiled_call_impl = None
     if compiled:
+        torch.compiler.reset()  # or the second batch size would get kernels that take any
         model.compile()  # as sample.py does it: the decode step, not the reading of the prompt
     prompts, new_tokens = random_prompts(model.config, batch, length=128), 128
     seconds = []

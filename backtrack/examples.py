@@ -127,7 +127,7 @@ def sft_views(
 def every_reset(
     name: str, x: list[int], y: list[int], reset: list[int], weight: float, part=(0.0, 1.0)
 ) -> list[View]:
-    """weight · E_k[−log π([RESET] | x ⊕ prefix_k(y))] in full. As branches they cost next to nothing."""
+    """weight · E_k[−log π([RESET] | x ⊕ prefix_k(y))] in full. As branches they cost little."""
     views, lengths = [], lengths_in(part, len(y))
     for k in lengths:
         begun = x + y[:k]
