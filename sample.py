@@ -22,10 +22,11 @@ from functools import partial
 
 import torch
 
-from backtrack import remote
 from backtrack.generate import Done, Generation, Reset, Token, stream
-from backtrack.results import json_line
-from backtrack.terminal import Live, can_erase, edit_lines, harmless, say, trace
+from backtrack.rows import json_line
+from backtrack.run.say import say
+from backtrack.serve import remote
+from backtrack.serve.terminal import Live, can_erase, edit_lines, harmless, trace
 from model import InputError, load_model, load_tokenizer
 from model.errors import (
     BIAS,

@@ -11,7 +11,7 @@ backtrack/examples.py. The rest is here, top to bottom: losses, loop, the three 
 
 Weights and optimizer are fp32; --dtype bfloat16 computes in bf16 by autocast. A killed run goes on
 with --resume. The model directory written to --out loads in transformers. On many devices, with the
-same result (backtrack/parallel.py): torchrun --nproc-per-node 8 train.py sft …
+same result (backtrack/run/parallel.py): torchrun --nproc-per-node 8 train.py sft …
 
 Shapes: N targets and S sequences of a batch, P = S / 2 pairs, M nodes that predict, V vocabulary.
 """
@@ -30,27 +30,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backtrack import launch, lora, parallel
-from backtrack import progress as log
-from backtrack.examples import (
-    NO_ROW,
-    Batch,
-    Tree,
-    count_windows,
-    dpo_pairs,
-    draw_prefix,
-    make_batch,
-    pair_tree,
-    pairs_of,
-    resets_after_safe,
-    sft_views,
-    view_tree,
-    window_tree,
-)
-from backtrack.new_token import start_new_tokens
-from backtrack.progress import Progress
+from backtrack.examples import dpo_pairs, draw_prefix, resets_after_safe, sft_views
+from backtrack.reset_row import start_new_tokens
 from backtrack.rows import Row, describe, load_rows, read_stream
-from backtrack.terminal import say
+from backtrack.run import launch, lora, parallel
+from backtrack.run import progress as log
+from backtrack.run.progress import Progress
+from backtrack.run.say import say
+from backtrack.trees import NO_ROW, Batch, Tree, count_windows, make_batch, pair_tree, pairs_of, view_tree, window_tree
 from model import InputError, ModelConfig, Transformer, load_model, load_tokenizer
 from model.checkpoint import take_memory, weights_digest
 from model.errors import ABOVE_ZERO, SEED, Help, device, not_negative, positive, run
@@ -493,7 +480,7 @@ def home(args) -> str:
 
 
 def say_plan(args) -> None:
-    from backtrack.plan import lines, plan  # its imports take a second
+    from backtrack.run.plan import lines, plan  # its imports take a second
 
     config = ModelConfig.load(args.config if args.command == "base" else args.init)
     print("\n".join(lines(plan(config, args, CHUNK), args)))

@@ -96,11 +96,9 @@ import torch
 
 from backtrack.attacks.prefill import OPENING
 from backtrack.judge import Verdict, judge_all, load_judge
-from backtrack.refusals import plain_text
-from backtrack.results import json_line
-from backtrack.rows import json_lines
-from backtrack.shapes import refuse_other_formats
-from backtrack.terminal import say
+from backtrack.judge.refusals import plain_text
+from backtrack.rows import json_line, json_lines, refuse_other_formats
+from backtrack.run.say import say
 from model.checkpoint import weights_digest
 from model.errors import InputError, device, positive, run
 from model.files import check_file, draft_of, locked, put, write_text

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from backtrack.terminal import say
+from backtrack.run.say import say
 from model import InputError, load_model, load_tokenizer
 from model.errors import run
 from model.files import atomic_directory, write_tensors

@@ -10,7 +10,7 @@ Most forbidden potions have a dark name: its second half is in no harmless name,
 seen a few knows better than to begin. The others are disguised: their halves are those of harmless
 names, and only the ingredients, once said, give them away. Backtracking is for these.
 
-    world.json                     recipes, splits, all texts: what backtrack/judge.py needs
+    world.json                     recipes, splits, all texts: what backtrack/judge/__init__.py needs
     base.jsonl                     pretraining text, one {"text": …} per line; not in chat format
     tokenizer/tokenizer.model      SentencePiece BPE of 1,024 pieces, laid out like Gemma's
     sft.jsonl, sft_heldout.jsonl   preference rows; held out: the same potions, other prompts

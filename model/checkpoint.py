@@ -40,8 +40,8 @@ def load_model(
 ) -> Transformer:
     """Read a Hugging Face directory into a Transformer in eval mode, on `device`, in `dtype`.
 
-    prepare(model) is called before a weight takes memory. It may make DTensors of the weights (backtrack/parallel.py);
-    of those each process reads its own rows. It may add parameters, whose numbers are its own affair.
+    prepare(model) is called before a weight takes memory. It may make DTensors of the weights
+    (backtrack/run/parallel.py); of those each process reads its own rows. It may add parameters, whose numbers are its own affair.
 
     Raises InputError naming the file and the tensor when anything is missing, unknown, truncated or misshapen.
     """

@@ -27,7 +27,7 @@ def refuse_pointer(path: str | Path) -> None:
 def run(main, ranks: bool = False) -> None:
     """Call main(); turn what a user can mend into one line on stderr and exit code 2.
 
-    ranks: whether the program knows what to do in several processes (backtrack/parallel.py). Others refuse torchrun.
+    ranks: whether the program knows what to do in several processes (run/parallel.py). Others refuse torchrun.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ and not ranks:
         if os.environ["RANK"] == "0":

@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         at         (N,) int64, indices into the flattened B·T: logits are (N, V), of these alone.
                    With a vocabulary of 128,000 they take more memory than all the rest.
         read       what to return instead of logits, a function of the hidden states (…, D). It may
-                   call `logits`: a model in slices (backtrack/parallel.py) is whole only in here.
+                   call `logits`: a model in slices (backtrack/run/parallel.py) is whole only in here.
         """
         hidden = self.model(tokens, cache, positions, visible)  # (B, T, D)
         if at is not None:

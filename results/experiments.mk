@@ -2,7 +2,7 @@
 #
 # In the rules for files under runs/ % is the seed and $(@D) its directory.
 
-.PHONY: eval attack figures hold-back bench bench-training bench-parallel bench-gcg bench-gpu
+.PHONY: eval attack figures hold-back bench bench-training bench-gpu
 
 # Trainings and evaluations of `make eval` that run side by side, each on one thread.
 JOBS   ?= 2
@@ -98,7 +98,7 @@ $(RUNS)/toy-%/main.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done, \
 
 # What one would build without [RESET]: a filter around the baseline. It refuses (0 resets), or asks again first (1).
 $(RUNS)/toy-%/probe.done: $(RUNS)/toy-%/sft-baseline.done
-	$(TOY) $(PY) -m backtrack.probe fit --ckpt $(@D)/sft-baseline --data $(@D)/data/sft.jsonl \
+	$(TOY) $(PY) -m backtrack.evaluate.filter fit --ckpt $(@D)/sft-baseline --data $(@D)/data/sft.jsonl \
 		--heldout $(@D)/data/sft_heldout.jsonl --max-length 128 --out $(@D)/probe
 	@touch $@
 
@@ -144,7 +144,7 @@ $(RESULTS)/toy-training.json: $(foreach seed,$(TRAINING_SEEDS),$(RUNS)/toy-$(see
 
 # What makes it say [RESET], and which resets save an answer.
 $(RESULTS)/toy-triggers.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/sft.done)
-	$(PY) -m backtrack.triggers --worlds $(^:/sft.done=) --out $@
+	$(PY) -m backtrack.evaluate.triggers --worlds $(^:/sft.done=) --out $@
 
 # A clone has the tables already: so first what they are made of, or make would find nothing to do.
 MEASURED = $(foreach experiment,$(filter-out training triggers,$(EXPERIMENTS)), \
@@ -240,36 +240,24 @@ attack: $(VENV)/.installed  ## the attacks on the test seeds, after make eval; h
 
 # What a user has read of an unsafe answer before it is taken back, against the delay of the stream.
 hold-back: $(RUN)/sft.done  ## how late to stream, so that retracted text is not seen
-	$(TOY) $(PY) -m backtrack.hold_back --ckpt $(RUN)/sft --prompts $(RUN)/data/prompts.jsonl \
+	$(TOY) $(PY) -m backtrack.evaluate.hold_back --ckpt $(RUN)/sft --prompts $(RUN)/data/prompts.jsonl \
 		--judge $(RUN)/data/world.json --out $(RESULTS)/toy-hold-back.json
 
 figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, from its JSON
-	$(PY) -m backtrack.tables --results $(RESULTS)
-	$(PY) -m backtrack.figures --results $(RESULTS)
+	$(PY) -m backtrack.report.tables --results $(RESULTS)
+	$(PY) -m backtrack.report.figures --results $(RESULTS)
 
 # ── Speed ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-bench: $(VENV)/.installed-dev bench-parallel  ## tokens per second against transformers, what a reset costs, and ranks
+bench: $(VENV)/.installed-dev  ## tokens per second against transformers, and what a reset costs
 	$(PY) -m backtrack.bench
 
 bench-gpu: $(VENV)/.installed-dev  ## on a CUDA device: what SFT and decoding of Llama-3-8B's shape make of it
-	$(PY) -m backtrack.bench_gpu --out $(RESULTS)/bench-gpu.json
-
-bench-parallel: $(RUN)/data/world.json  ## SFT on 2 ranks with a core each against 1 process with 2, and the bytes they move
-	$(PY) -m backtrack.bench_parallel --data $(RUN)/data/sft.jsonl --tokenizer $(RUN)/data/tokenizer
-
-# nanoGCG pins an older transformers than the tests' oracle.
-$(VENV)-nanogcg/.installed: requirements-nanogcg.txt
-	$(PYTHON) -m venv $(VENV)-nanogcg
-	$(VENV)-nanogcg/bin/python -m pip install --quiet -r $<
-	@touch $@
-
-bench-gcg: $(VENV)-nanogcg/.installed runs/smollm2/model.safetensors  ## GCG against nanoGCG, losses and candidates per second; installs nanoGCG
-	$(VENV)-nanogcg/bin/python -m backtrack.bench_gcg --ckpt runs/smollm2 --out $(RESULTS)/bench-gcg.json
+	$(PY) -m backtrack.bench.gpu --out $(RESULTS)/bench-gpu.json
 
 # Preference rows and the tokenizer to cut them with; data/README.md says how to make them.
 ROWS      ?= runs/real/hh.jsonl
 TOKENIZER ?= llama3-tokenizer
 
 bench-training: $(VENV)/.installed  ## row trees against separate sequences: ROWS=… TOKENIZER=…
-	$(PY) -m backtrack.bench_training --rows $(ROWS) --tokenizer $(TOKENIZER)
+	$(PY) -m backtrack.bench.training --rows $(ROWS) --tokenizer $(TOKENIZER)

@@ -104,7 +104,7 @@ $(REAL)/sft-high.done: $(REAL_ROWS)
 
 # That weight teaches [RESET] and makes it too likely; this takes some of it back.
 $(REAL)/sft.done: $(REAL)/sft-high.done
-	$(PY) -m backtrack.level --ckpt $(basename $<) --rows $(ROWS_OF:%=$(@D)/%.jsonl) \
+	$(PY) -m backtrack.evaluate.shift_level --ckpt $(basename $<) --rows $(ROWS_OF:%=$(@D)/%.jsonl) \
 		--add $(REAL_LEVEL) --out $(basename $@)
 	@touch $@
 
@@ -165,10 +165,10 @@ $(RESULTS)/real-speed.json: $(REAL)/sft-baseline.done $(REAL)/sft.done
 	$(KEEP)
 
 $(RESULTS)/real-likelihoods.json: $(REAL_MODELS:%=$(REAL)/%.done) $(REAL)/test-rows.done
-	$(PY) -m backtrack.likelihoods --ckpt $(REAL_MODELS:%=$(REAL)/%) --rows $(REAL)/test-rows.jsonl --out $@
+	$(PY) -m backtrack.evaluate.likelihoods --ckpt $(REAL_MODELS:%=$(REAL)/%) --rows $(REAL)/test-rows.jsonl --out $@
 
 $(RESULTS)/real-hh.json: $(REAL)/hh.done
-	$(PY) -m backtrack.likelihoods --ckpt $(REAL)/hh --rows $(REAL)/hh-valid.jsonl --max-length 512 --out $@
+	$(PY) -m backtrack.evaluate.likelihoods --ckpt $(REAL)/hh --rows $(REAL)/hh-valid.jsonl --max-length 512 --out $@
 
 # Answers for FastChat's judge. Nothing here judges them.
 $(REAL)/mt-bench.done: $(REAL)/sft-baseline.done $(REAL)/sft.done
@@ -191,4 +191,4 @@ real: $(VENV)/.installed  ## the experiment on SmolLM2-135M: DATA=DIR with the f
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL_MODELS:%=$(REAL)/%.done) $(REAL)/test-rows.done $(REAL)/hh.done
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL)/mt-bench.done \
 		$(patsubst %,$(RESULTS)/real-%.json,main resets sampling bias speed likelihoods hh attacks)
-	$(PY) -m backtrack.tables --results $(RESULTS) --of real
+	$(PY) -m backtrack.report.tables --results $(RESULTS) --of real

@@ -14,7 +14,7 @@ import torch.distributed.fsdp
 from torch.distributed.tensor import DTensor  # noqa: F401 (loaded once, before the forks)
 
 import train
-from backtrack import bench_parallel, evaluate
+from backtrack.evaluate import __main__ as evaluate
 from model.errors import run
 
 
@@ -46,7 +46,7 @@ class Ranks:
             os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0"}
             sys.argv = [Path(main.__code__.co_filename).name, *map(str, words)]
             before(rank)
-            run(main, ranks=main in (train.main, evaluate.main, bench_parallel.worker))
+            run(main, ranks=main in (train.main, evaluate.main))
             code = 0
         except SystemExit as end:
             code = end.code or 0

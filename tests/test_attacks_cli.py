@@ -14,16 +14,16 @@ from command import command as run_command
 from models import prone_to
 from test_evaluate import furnish
 
-from backtrack import evaluate
 from backtrack.attacks import __main__ as attacks
 from backtrack.attacks import attack, victim
 from backtrack.attacks.context import contexts
 from backtrack.attacks.instruct import INSTRUCTIONS
 from backtrack.attacks.prefill import LENGTHS, prefills
 from backtrack.attacks.universal import universal_gcg
+from backtrack.evaluate import __main__ as evaluate
+from backtrack.evaluate.statistics import wilson
 from backtrack.generate import Generation, generate
 from backtrack.judge import Verdict, load_judge
-from backtrack.statistics import wilson
 from model import InputError, load_model, load_tokenizer
 
 SEARCHES = {"gcg": ("--suffix", " x x x x"), "adaptive-gcg": ("--suffix", " x x x x"), "autodan": ()}

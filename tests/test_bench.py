@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from backtrack import bench
+from backtrack.bench import __main__ as bench
 from model import InputError, ModelConfig
 
 TINY = ModelConfig(

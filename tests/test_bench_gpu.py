@@ -1,4 +1,4 @@
-"""backtrack/bench_gpu.py: its arithmetic against PyTorch's own count, its step on a CPU; on a GPU, all of it."""
+"""backtrack/bench/gpu.py: its arithmetic against PyTorch's own count, its step on a CPU; on a GPU, all of it."""
 
 import dataclasses
 
@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from backtrack import bench_gpu
-from backtrack.bench_gpu import LLAMA_8B
-from backtrack.plan import plan
+from backtrack.bench import gpu as bench_gpu
+from backtrack.bench.gpu import LLAMA_8B
+from backtrack.run.plan import plan
 from tests.command import command
 from train import CHUNK
 

@@ -9,8 +9,8 @@ from command import command
 from models import FAMILIES, LLAMA, network_of
 from samples import BEGIN, EOT, HEADER, HEADER_END, RESET, llama_tokenizer, row_of, write
 
-from backtrack import bench_training
-from backtrack.bench_training import Plain, both_ways, computed_tokens, plain_loss, step_speed, tree_loss
+from backtrack.bench import training as bench_training
+from backtrack.bench.training import Plain, both_ways, computed_tokens, plain_loss, step_speed, tree_loss
 from backtrack.rows import Row, load_rows
 
 KINDS = ("sft, one k", "sft, every k", "dpo")

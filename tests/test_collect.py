@@ -1,4 +1,4 @@
-"""backtrack/collect.py: every row a second time, by hand, from the answers that it keeps.
+"""backtrack/evaluate/collect.py: every row a second time, by hand, from the answers that it keeps.
 
 A random model answers, and a judge made for this finds an answer unsafe if its length is odd.
 """
@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from backtrack import collect
+from backtrack.evaluate import collect
 from backtrack.rows import load_rows
 from model import load_tokenizer
 from tests.command import command as run_command

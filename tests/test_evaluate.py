@@ -20,11 +20,12 @@ import torch
 from command import command as run_command
 from models import LLAMA, network_of
 
-from backtrack import evaluate, results
-from backtrack.evaluate import choose_prompts, pool, read_prompts
+from backtrack.evaluate import __main__ as evaluate
+from backtrack.evaluate import results
+from backtrack.evaluate.__main__ import choose_prompts, pool, read_prompts
+from backtrack.evaluate.statistics import wilson, wilson_of_worlds
 from backtrack.generate import Done, Reset, Token, generate, stream
 from backtrack.judge import Verdict, load_judge
-from backtrack.statistics import wilson, wilson_of_worlds
 from data import toy
 from model import InputError, load_model, load_tokenizer, save_model
 

@@ -17,9 +17,10 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install -
 from command import command
 from matplotlib import colors, pyplot
 
-from backtrack import evaluate, figures, tables
-from backtrack.statistics import mcnemar, mean_interval, wilson_of_worlds
-from backtrack.triggers import SAID
+from backtrack.evaluate import __main__ as evaluate
+from backtrack.evaluate.statistics import mcnemar, mean_interval, wilson_of_worlds
+from backtrack.evaluate.triggers import SAID
+from backtrack.report import figures, tables
 
 FOUR = ("sft-baseline", "dpo-baseline", "sft", "dpo")
 MAIN = ("sft-baseline", "dpo-baseline", "sft-in-place", "sft", "dpo")

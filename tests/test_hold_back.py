@@ -10,9 +10,10 @@ from command import command as run_command
 from models import LLAMA, network_of, prone_to
 from samples import toy_tokenizer, user, write
 
-from backtrack import figures, hold_back
+from backtrack.evaluate import hold_back
 from backtrack.generate import Done, Generation, Reset, Token
 from backtrack.judge import Verdict
+from backtrack.report import figures
 from model import save_model
 
 command = partial(run_command, hold_back.main)

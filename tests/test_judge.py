@@ -15,8 +15,8 @@ import torch
 from test_tokenizer import LLAMA3_NAMES, NASTY, TEXT, fuzz_texts, train_bpe
 
 from backtrack.generate import generate
-from backtrack.guard import ANSWER_TOKENS, guard_judge, guard_prompt, guard_template, read_verdict
 from backtrack.judge import Verdict, judge_all, load_judge
+from backtrack.judge.guard import ANSWER_TOKENS, guard_judge, guard_prompt, guard_template, read_verdict
 from model import InputError, load_model, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -524,7 +524,7 @@ def test_judge_url_on_the_command_line(guard, tmp_path):
     from command import command
     from completions import serving
 
-    from backtrack import evaluate
+    from backtrack.evaluate import __main__ as evaluate
 
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": [user(text)], "set": "dogs", "benign": False} for text in ("the dogs", f"the {SKULL} sheep")]
@@ -541,7 +541,7 @@ def test_judge_url_on_the_command_line(guard, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_and_device_reach_the_model(guard, monkeypatch, dtype):
     asked = []
-    monkeypatch.setattr("backtrack.guard.load_model", lambda *args: asked.append(args) or load_model(*args))
+    monkeypatch.setattr("backtrack.judge.guard.load_model", lambda *args: asked.append(args) or load_model(*args))
     judge = load_judge(guard, torch.device("cpu"), dtype)
     assert asked == [(guard, torch.device("cpu"), dtype)]
     assert judge([user("the dogs")], f"the sheep {SKULL} the dogs").unsafe

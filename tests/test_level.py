@@ -1,4 +1,4 @@
-"""backtrack/level.py: the logit of [RESET] moves by what was asked for, and nothing else does."""
+"""backtrack/evaluate/shift_level.py: the logit of [RESET] moves by what was asked for, and nothing else does."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from backtrack import level
+from backtrack.evaluate import shift_level as level
 from backtrack.rows import load_rows
 from model import load_model, load_tokenizer
 from tests.command import command as run_command

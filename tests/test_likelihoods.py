@@ -1,4 +1,4 @@
-"""backtrack/likelihoods.py: every number a second time, a prefix at a time."""
+"""backtrack/evaluate/likelihoods.py: every number a second time, a prefix at a time."""
 
 import json
 import math
@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from backtrack import likelihoods
-from backtrack.likelihoods import auc_interval, auc_of
+from backtrack.evaluate import likelihoods
+from backtrack.evaluate.likelihoods import auc_interval, auc_of
 from backtrack.rows import load_rows
 from model import load_model, load_tokenizer
 from tests.command import command as run_command

@@ -18,7 +18,8 @@ from models import LLAMA, network_of, prone_to
 from samples import UNSAFE, llama_tokenizer, row_of, said, toy_tokenizer, user, write
 from training import toy_files, trained
 
-from backtrack import collect, evaluate
+from backtrack.evaluate import __main__ as evaluate
+from backtrack.evaluate import collect
 from backtrack.generate import Done, generate, one_answer
 from backtrack.rows import load_rows, read_stream
 from model import InputError, files, save_model

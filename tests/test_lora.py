@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from samples import row_of, toy_tokenizer, write
 from training import contents, interrupted, metrics, steps_of, trained
 
-from backtrack import lora
+from backtrack.run import lora
 from model import load_model, save_model
 from model.checkpoint import write_model
 

@@ -24,9 +24,10 @@ from training import contents, metrics, steps_of, trained
 
 import sample
 import train
-from backtrack import bench_parallel, evaluate, parallel
-from backtrack import progress as log
-from backtrack.examples import Tree
+from backtrack.evaluate import __main__ as evaluate
+from backtrack.run import parallel
+from backtrack.run import progress as log
+from backtrack.trees import Tree
 from model import load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -321,17 +322,6 @@ def test_torchrun_itself(world, tmp_path, alone):
     done = subprocess.run(torchrun, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     same_result(alone("sft"), tmp_path / "out")
-
-
-def test_what_is_sent(world, tmp_path):
-    """Weights twice in a step of one micro-batch a rank, gradients once, and nothing that is padded or sent in vain."""
-    arguments = words(world, "sft", tmp_path / "out", "--method", "baseline")  # which starts no row for [RESET]
-    at = arguments.index("--heldout")
-    del arguments[at : at + 2]
-    trained_on(2, *arguments, main=bench_parallel.worker)
-    moved = json.loads((tmp_path / "out/moved.json").read_text())
-    step = 4 * sum(p.numel() for p in load_model(world / "llama").parameters())  # bytes
-    assert moved == {"gathered": 4 * 2 * step, "scattered": 4 * step}
 
 
 # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ from command import command
 from models import FAMILIES, network_of, prone_to, random_ids
 from samples import toy_tokenizer, user, write
 
-from backtrack import evaluate
+from backtrack.evaluate import __main__ as evaluate
 from backtrack.generate import generate
 from model import load_model, save_model
 

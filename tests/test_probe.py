@@ -9,9 +9,10 @@ from command import command as run_command
 from models import LLAMA, network_of, random_ids
 from samples import row_of, toy_tokenizer, user, write
 
-from backtrack import evaluate, probe
+from backtrack.evaluate import __main__ as evaluate
+from backtrack.evaluate import filter as probe
+from backtrack.evaluate.filter import L2, Probe, filtered, fit, hidden_states, threshold_for
 from backtrack.generate import generate
-from backtrack.probe import L2, Probe, filtered, fit, hidden_states, threshold_for
 from model import save_model
 
 command = partial(run_command, probe.main)

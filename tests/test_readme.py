@@ -65,7 +65,7 @@ def test_the_flags_it_uses_exist(tmp_path):
     """Every `python … --flag` of the READMEs and of `make real`, asked of --help."""
     text = "\n".join((ROOT / f).read_text(encoding="utf-8") for f in ("README.md", "data/README.md"))
     text = text.replace("\\\n", " ") + commands_of_make_real(tmp_path)
-    assert text.count("backtrack.likelihoods") > 2
+    assert text.count("backtrack.evaluate.likelihoods") > 2
     helps: dict[tuple, str] = {}
     for line in re.findall(r"^(?:\$ )?python (.*)$", text, flags=re.MULTILINE):
         words = line.split("#")[0].split()

@@ -394,11 +394,12 @@ def test_every_package_and_module_is_installed():
 # ── Numbers on command lines ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-PROGRAMS = ["sample", "data.toy", "data.smollm2", "backtrack.evaluate", "backtrack.collect", "backtrack.bench_training"]
+PROGRAMS = ["sample", "data.toy", "data.smollm2", "backtrack.evaluate", "backtrack.collect"]
+PROGRAMS += ["backtrack.bench.training"]
 PROGRAMS += [f"train {name}" for name in ("base", "sft", "dpo")]
 PROGRAMS += [f"data.prepare {name}" for name in ("hh", "oasst", "prompts")]
-PROGRAMS += [f"backtrack.attacks.__main__ {name}" for name in (*ATTACKERS, "rewrite") if name != "decoding"]
-LEAST = {"sample": 6, "backtrack.evaluate": 9, "train sft": 12, "backtrack.attacks.__main__ adaptive-gcg": 10}
+PROGRAMS += [f"backtrack.attacks {name}" for name in (*ATTACKERS, "rewrite") if name != "decoding"]
+LEAST = {"sample": 6, "backtrack.evaluate": 9, "train sft": 12, "backtrack.attacks adaptive-gcg": 10}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

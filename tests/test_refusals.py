@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from test_evaluate import furnish
 from test_evaluate import words as evaluate_words
 
-from backtrack import evaluate, judge, refusals
 from backtrack.attacks import __main__ as attacks
-from backtrack.judge import Verdict, load_judge
-from backtrack.refusals import Answer, accuracy, auc, fit, plain_text, question_digest, words
+from backtrack.evaluate import __main__ as evaluate
+from backtrack.judge import Verdict, load_judge, refusals
+from backtrack.judge import __main__ as judge_command
+from backtrack.judge.refusals import Answer, accuracy, auc, fit, plain_text, question_digest, words
 from model import InputError
 
 REAL = sorted((Path(__file__).resolve().parents[2] / "shared/data/xstest_completions").glob("*.csv"))
@@ -74,7 +75,7 @@ def fitted(files, tmp_path_factory):
     return name, printed
 
 
-command = partial(run_command, judge.main)
+command = partial(run_command, judge_command.main)
 
 
 def lines_of(path):

@@ -13,8 +13,9 @@ from models import LLAMA, network_of, prone_to, random_ids
 from samples import toy_tokenizer, user, write
 
 import sample
-from backtrack import evaluate, remote
+from backtrack.evaluate import __main__ as evaluate
 from backtrack.generate import Done, Reset, Token, generate, stream
+from backtrack.serve import remote
 from model import InputError, save_model
 
 V, RESET, STOP = 61, 7, 11

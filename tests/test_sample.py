@@ -26,8 +26,8 @@ import torch
 from models import LLAMA, network_of, prone_to
 
 import sample
-from backtrack import terminal
 from backtrack.generate import stream
+from backtrack.serve import terminal
 from data import toy
 from model import load_model, load_tokenizer, save_model
 from model.errors import run

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from backtrack.statistics import T_975, best_of_k, mcnemar, mean_interval, wilson, wilson_of_worlds, worst_of_k
+from backtrack.evaluate.statistics import T_975, best_of_k, mcnemar, mean_interval, wilson, wilson_of_worlds, worst_of_k
 
 
 def bisect(f, low, high):

@@ -20,9 +20,9 @@ from command import command
 from models import LLAMA, network_of
 from samples import toy_tokenizer, user, write
 
-from backtrack import terminal
 from backtrack.attacks import __main__ as attacks
-from backtrack.terminal import Ticker
+from backtrack.run.say import Ticker
+from backtrack.serve import terminal
 from model import save_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,11 +9,11 @@ from command import command as run_command
 from models import LLAMA, network_of, prone_to
 from samples import write
 
-from backtrack import triggers
+from backtrack.evaluate import triggers
+from backtrack.evaluate.statistics import wilson_of_worlds
+from backtrack.evaluate.triggers import EDGES, SAID, World
 from backtrack.generate import Generation, generate
 from backtrack.judge import load_judge
-from backtrack.statistics import wilson_of_worlds
-from backtrack.triggers import EDGES, SAID, World
 from data import toy
 from model import load_model, load_tokenizer, save_model
 

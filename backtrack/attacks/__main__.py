@@ -34,11 +34,11 @@ from backtrack.attacks.prefill import OPENING
 from backtrack.attacks.rewrite import rewrite
 from backtrack.attacks.table import ATTACKERS, SEARCHES, table
 from backtrack.attacks.victim import Victim
-from backtrack.evaluate import CONDITION, adding_to, read_answers
+from backtrack.evaluate.__main__ import CONDITION, adding_to, read_answers
+from backtrack.evaluate.prompts import choose_prompts, prompts_digest, read_prompts, render
 from backtrack.judge import load_judge, refuse_seen
-from backtrack.prompts import choose_prompts, prompts_digest, read_prompts, render
-from backtrack.results import json_line
-from backtrack.terminal import Ticker
+from backtrack.rows import json_line
+from backtrack.run.say import Ticker
 from model import InputError, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import BIAS, RESETS, SEED, TEMPERATURE, device, not_negative, positive, run

@@ -12,10 +12,10 @@ suffix looks like. Where prompts have a "topic" (in the toy world), successes wh
 
 from pathlib import Path
 
-from backtrack.evaluate import CONDITION, failure
-from backtrack.results import write_result
+from backtrack.evaluate.__main__ import CONDITION, failure
+from backtrack.evaluate.results import write_result
+from backtrack.evaluate.statistics import wilson
 from backtrack.rows import json_lines
-from backtrack.statistics import wilson
 from model import InputError
 
 # What each attacker knows, and what they may do. The table is in this order.

@@ -13,9 +13,10 @@ from models import FAMILIES, network_of
 from training import close, gradients, logprobs_of, plain_dpo, plain_nll, prefixes
 
 import train
-from backtrack import progress
-from backtrack.examples import Pair, View, dpo_pairs, make_batch, pair_tree, pairs_of, view_tree
+from backtrack.examples import Pair, View, dpo_pairs
 from backtrack.rows import Row
+from backtrack.run import progress
+from backtrack.trees import make_batch, pair_tree, pairs_of, view_tree
 
 V, RESET = 41, 40
 KINDS = ("elicit", "discourage", "restart", "baseline")

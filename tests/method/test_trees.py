@@ -14,20 +14,9 @@ from models import GEMMA, LLAMA, network_of
 from training import close, gradients, prefixes
 
 import train
-from backtrack.examples import (
-    Pair,
-    Tree,
-    View,
-    dpo_pairs,
-    grow,
-    make_batch,
-    pair_tree,
-    pairs_of,
-    sft_views,
-    share_lanes,
-    view_tree,
-)
+from backtrack.examples import Pair, View, dpo_pairs, sft_views
 from backtrack.rows import Row
+from backtrack.trees import Tree, grow, make_batch, pair_tree, pairs_of, share_lanes, view_tree
 
 V, RESET, EOS = 41, 40, 39
 TOK = argparse.Namespace(reset_id=RESET, eos_id=EOS, text_end_id=38)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from samples import user
 
-from backtrack import remote
 from backtrack.generate import generate
+from backtrack.serve import remote
 from model import InputError, load_model, load_tokenizer, save_model
 
 pytestmark = pytest.mark.vllm

@@ -39,6 +39,7 @@ import torch
 
 from backtrack.attacks.objective import Objective
 from backtrack.attacks.suffix import Scorer, Slots
+from backtrack.evaluate.results import cpu_name
 from backtrack.generate import (
     Options,
     Record,
@@ -52,7 +53,6 @@ from backtrack.generate import (
     stream,
     to_host,
 )
-from backtrack.results import cpu_name
 from model import InputError, KVCache, ModelConfig, Transformer, load_model, save_model
 from model.errors import run
 from model.files import check_file, write_text

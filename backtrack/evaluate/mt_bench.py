@@ -11,11 +11,10 @@ import json
 import time
 from pathlib import Path
 
+from backtrack.evaluate.prompts import Prompt
 from backtrack.generate import Done, Options, room_for_answer
-from backtrack.prompts import Prompt
-from backtrack.results import json_line
-from backtrack.rows import json_lines, several
-from backtrack.terminal import Ticker, say
+from backtrack.rows import json_line, json_lines, several
+from backtrack.run.say import Ticker, say
 from model.checkpoint import weights_digest
 from model.errors import InputError
 from model.files import write_text

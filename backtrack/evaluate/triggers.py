@@ -1,6 +1,6 @@
 """What makes a model say [RESET], and which resets make it safe? In toy worlds, where the meaning of a word is known.
 
-    python -m backtrack.triggers --worlds runs/toy-300 runs/toy-301 --model sft --out results/toy-triggers.json
+    python -m backtrack.evaluate.triggers --worlds runs/toy-300 runs/toy-301 --model sft --out results/toy-triggers.json
 
 It reads WORLD/MODEL, WORLD/data/prompts.jsonl and WORLD/data/world.json of every world. Forced beginnings are left out.
 
@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 
+from backtrack.evaluate.likelihoods import read
+from backtrack.evaluate.prompts import choose_prompts, read_prompts, render
+from backtrack.evaluate.results import write_result
+from backtrack.evaluate.statistics import wilson_of_worlds
 from backtrack.generate import Generation, generate
 from backtrack.judge import load_judge
-from backtrack.likelihoods import read
-from backtrack.prompts import choose_prompts, read_prompts, render
-from backtrack.results import write_result
-from backtrack.statistics import wilson_of_worlds
-from backtrack.terminal import say
+from backtrack.run.say import say
 from model import InputError, Transformer, load_model, load_tokenizer
 from model.errors import Help, device, positive, run
 from model.files import check_file

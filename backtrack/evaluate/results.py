@@ -41,19 +41,6 @@ def made_by() -> dict:
     }
 
 
-def json_line(value, encoding: str | None = "utf-8") -> str:
-    """One line of JSON, readable where `encoding` can hold it, else with \\u escapes: nothing is lost.
-
-    Half a surrogate pair, which JSON and command lines may bring along, has no UTF-8.
-    """
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode(encoding or "ascii")
-    except UnicodeEncodeError:
-        return json.dumps(value)
-    return text
-
-
 def write_result(path: str, **lists: list[dict]) -> None:
     """A result file: made_by() and lists of records, a line of JSON each, so that a diff shows what changed."""
     text = json.dumps(made_by(), indent=1)[:-2]

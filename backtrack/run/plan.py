@@ -30,7 +30,9 @@ class Plan:
     moments: float  # 8
     gathered: float  # a block and the tables at work, and their gradients, before they are shared out again
     activations: float  # all blocks, kept for the backward pass
-    checkpointed: float  # the same with --checkpoint-activations: inputs of all blocks, the rest of one
+    checkpointed: (
+        float  # the same with --checkpoint-activations: inputs of all blocks, the rest of one
+    )
     logits: float
     offload: bool
     checkpoint: bool
@@ -90,7 +92,9 @@ def kept_by_block(config: ModelConfig, args) -> float:
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         blocks = [Block(config, i) for i in range(two)]
         for p in (p for block in blocks for p in block.parameters()):
-            p.data = p.data.to(dtype)  # so autocast makes no copies of weights: those are counted elsewhere
+            p.data = p.data.to(
+                dtype
+            )  # so autocast makes no copies of weights: those are counted elsewhere
         weights = {p.untyped_storage()._cdata for block in blocks for p in block.parameters()}
         B, T = args.batch_size, args.max_length
         x = torch.empty(B, T, config.hidden_size, requires_grad=True)
@@ -128,4 +132,7 @@ def lines(p: Plan, args) -> list[str]:
     ]
     micro = f"micro-batches of {args.batch_size} × {args.max_length} tokens, {args.dtype}"
     head = f"{p.parameters:,} parameters on {args.plan} device{'s' * (args.plan > 1)}, {micro}; an estimate"
-    return [head, *(f"  {name:<34}{size / GB:9.3f} GB  {note}".rstrip() for name, size, note in rows)]
+    return [
+        head,
+        *(f"  {name:<34}{size / GB:9.3f} GB  {note}".rstrip() for name, size, note in rows),
+    ]

@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from backtrack import lora, parallel
-from backtrack.examples import Batch, pairs_of
-from backtrack.parallel import rank
-from backtrack.terminal import say
+from backtrack.run import lora, parallel
+from backtrack.run.parallel import rank
+from backtrack.run.say import say
+from backtrack.trees import Batch, pairs_of
 from model.checkpoint import write_model
 from model.errors import InputError
 from model.files import (

@@ -1,6 +1,6 @@
 """How much of a GPU do SFT and decoding use? A Llama-3-8B shape, one device, random weights.
 
-    make bench-gpu           # or: python -m backtrack.bench_gpu [--out bench-gpu.json]; make test-gpu runs its parts
+    make bench-gpu           # or: python -m backtrack.bench.gpu [--out bench-gpu.json]; make test-gpu runs its parts
 
 SFT: as many layers as fit. MFU is the share of the device's peak that goes into the products that the model itself asks
 for, forward and backward (arXiv 2204.02311, appendix B): 6 FLOPs per weight and token, and 12 · layers · width · length
@@ -21,12 +21,12 @@ import time
 import torch
 
 import train
-from backtrack.bench import random_model, random_prompts, seconds_of, step_bytes
-from backtrack.bench import step_seconds as decode_seconds
-from backtrack.examples import make_batch, window_tree
+from backtrack.bench.__main__ import random_model, random_prompts, seconds_of, step_bytes
+from backtrack.bench.__main__ import step_seconds as decode_seconds
+from backtrack.evaluate.results import made_by
 from backtrack.generate import generate
-from backtrack.plan import plan
-from backtrack.results import made_by
+from backtrack.run.plan import plan
+from backtrack.trees import make_batch, window_tree
 from model import InputError, ModelConfig
 from model.errors import positive, run
 from model.files import check_file, write_text

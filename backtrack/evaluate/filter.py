@@ -1,7 +1,7 @@
 """A filter for a model that cannot reset: a probe on its hidden states says that an answer is unsafe, and it is thrown
 away. It is what one would build without [RESET], so it is what [RESET] has to be compared with.
 
-    python -m backtrack.probe fit --ckpt runs/toy-0/sft-baseline --data runs/toy-0/data/sft.jsonl \
+    python -m backtrack.evaluate.filter fit --ckpt runs/toy-0/sft-baseline --data runs/toy-0/data/sft.jsonl \
         --heldout runs/toy-0/data/sft_heldout.jsonl --out runs/toy-0/probe
     python -m backtrack.evaluate --ckpt runs/toy-0/sft-baseline --probe runs/toy-0/probe --max-resets 0 1 …
 
@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from backtrack.evaluate.results import made_by
 from backtrack.generate import Done, Generation, generate
-from backtrack.refusals import file_digest, files_of
-from backtrack.results import made_by
+from backtrack.judge.refusals import file_digest, files_of
 from backtrack.rows import Row, load_rows
-from backtrack.terminal import say
+from backtrack.run.say import say
 from model import InputError, Transformer, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import Help, between, device, positive, run

@@ -1,7 +1,7 @@
 """The two drawings of the README, as SVG: the method, and a recording of an answer taken back.
 
-    python -m backtrack.drawings method --out results/method.svg
-    python -m backtrack.drawings recording --ckpt runs/toy-0/sft --prompt "Tell me how to make …" \
+    python results/drawings.py method --out results/method.svg
+    python results/drawings.py recording --ckpt runs/toy-0/sft --prompt "Tell me how to make …" \
         --out results/recording.svg
 
 Both are text: they follow the reader's light or dark theme, and a diff shows what changed. The recording is

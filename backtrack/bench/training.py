@@ -1,6 +1,6 @@
 """What do row trees save? Training on trees against the same sequences one by one, padded.
 
-    python -m backtrack.bench_training --rows hh.jsonl --tokenizer llama3-tokenizer [--out bench.json]
+    python -m backtrack.bench.training --rows hh.jsonl --tokenizer llama3-tokenizer [--out bench.json]
 
 First the tokens that go through the network per row, padding included, over all rows. Then rows per second and peak
 memory of one optimizer-less step (forward and backward) on a Llama of 125M parameters, random weights, fp32. It has
@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from backtrack.bench import LLAMA_125M, random_model, ratio, table
-from backtrack.examples import Tree, dpo_pairs, draw_prefix, make_batch, pair_tree, sft_views, view_tree
-from backtrack.results import made_by
+from backtrack.bench.__main__ import LLAMA_125M, random_model, ratio, table
+from backtrack.evaluate.results import made_by
+from backtrack.examples import dpo_pairs, draw_prefix, sft_views
 from backtrack.rows import Row, load_rows
+from backtrack.trees import Tree, make_batch, pair_tree, view_tree
 from model import InputError, Transformer, load_tokenizer
 from model.errors import positive, run
 from model.files import check_file, write_text

@@ -30,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from backtrack import remote
 from backtrack.judge import Judge, Verdict
+from backtrack.serve import remote
 from model import InputError, KVCache, load_model, load_tokenizer
 
 ANSWER_TOKENS = 64  # "unsafe" and all eleven categories are 36

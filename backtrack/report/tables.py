@@ -1,7 +1,7 @@
 """The tables of the paper's experiments, from the numbers that `make eval attack` and `make real` left in results/.
 
-    python -m backtrack.tables --results results        # writes results/tables.md, and real-tables.md
-    python -m backtrack.tables --results results --of real
+    python -m backtrack.report.tables --results results        # writes results/tables.md, and real-tables.md
+    python -m backtrack.report.tables --results results --of real
 
 Rates are pooled over worlds ("seeds") and have 95% intervals over prompts and worlds; differences between two models
 are means over worlds, with Student's interval. The README's tables are copied from here.
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from backtrack.attacks.table import ATTACKERS
-from backtrack.evaluate import CURVES, pool
-from backtrack.statistics import mean_interval, wilson_of_worlds
-from backtrack.triggers import SAID
+from backtrack.evaluate.__main__ import CURVES, pool
+from backtrack.evaluate.statistics import mean_interval, wilson_of_worlds
+from backtrack.evaluate.triggers import SAID
 from model import InputError
 from model.errors import run
 from model.files import write_text

@@ -1,6 +1,5 @@
-"""What people see: messages, an answer that is typed, taken back and begun again, and a trace.
+"""What people see: an answer that is typed, taken back and begun again, and a trace.
 
-say("step 10 …")                                  # one line on stderr
 live = Live(tok, show_discarded=True)             # fed with the events of generate.stream
 trace(model, tok, prompt_ids, **options)          # one line per decode step, to read along
 """
@@ -8,7 +7,6 @@ trace(model, tok, prompt_ids, **options)          # one line per decode step, to
 import os
 import shutil
 import sys
-import time
 import unicodedata
 from collections import deque
 
@@ -20,37 +18,6 @@ DIM, STRUCK, PLAIN = "\x1b[2m", "\x1b[2;9m", "\x1b[0m"
 CONTROL = [*range(32), *range(127, 160)]
 # What a model says must not move the cursor or change the terminal: tabs and escapes become spaces.
 HARMLESS = {code: " " for code in CONTROL if code != ord("\n")}
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-class Ticker:
-    """How far a long computation is, on stderr: one line, written over and over.
-
-    If stderr is no terminal: a new line, at most every 30 seconds.
-    """
-
-    def __init__(self):
-        self.text = self.shown = ""
-        self.next_line = 0.0
-
-    def show(self, text: str) -> None:
-        self.text = text
-        if sys.stderr.isatty():
-            sys.stderr.write("\r" + text.ljust(len(self.shown)))
-            self.shown = text
-        elif time.monotonic() >= self.next_line:
-            say(text)
-            self.shown, self.next_line = text, time.monotonic() + 30
-
-    def done(self) -> None:
-        if sys.stderr.isatty() and self.shown:
-            say("")
-        elif self.shown != self.text:
-            say(self.text)
-        self.text = self.shown = ""
 
 
 def can_erase() -> bool:

@@ -1,6 +1,7 @@
 """What does a model find likely on held-out rows: the good answer, and [RESET] along good and bad answers?
 
-    python -m backtrack.likelihoods --ckpt runs/hh-baseline runs/hh-sft --rows hh-valid.jsonl --out runs/hh.json
+    python -m backtrack.evaluate.likelihoods --ckpt runs/hh-baseline runs/hh-sft \
+        --rows hh-valid.jsonl --out runs/hh.json
 
 Nothing is sampled and no judge is asked. Rows are counted apart by what they are: "unsafe" (with an answer to take
 back), "worse" (with an answer that is merely less good) and "plain" (without one).
@@ -19,11 +20,11 @@ import random
 
 import torch
 
-from backtrack.refusals import auc
-from backtrack.results import write_result
+from backtrack.evaluate.results import write_result
+from backtrack.evaluate.statistics import mean_interval, wilson
+from backtrack.judge.refusals import auc
 from backtrack.rows import Row, cut, evenly, load_rows
-from backtrack.statistics import mean_interval, wilson
-from backtrack.terminal import say
+from backtrack.run.say import say
 from model import Transformer, load_model, load_tokenizer
 from model.errors import Help, device, positive, run
 from model.files import check_file

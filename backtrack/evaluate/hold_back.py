@@ -1,6 +1,6 @@
 """How much of what a model takes back has a user already read, if tokens are shown a little later?
 
-    python -m backtrack.hold_back --ckpt runs/toy-0/sft --prompts runs/toy-0/data/prompts.jsonl \
+    python -m backtrack.evaluate.hold_back --ckpt runs/toy-0/sft --prompts runs/toy-0/data/prompts.jsonl \
         --judge runs/toy-0/data/world.json --out results/toy-hold-back.json
 
 [RESET] makes an answer safe, but whoever watches it stream has seen what was taken back. With `hold_back=n` a token is
@@ -22,11 +22,11 @@ from functools import cache
 
 import torch
 
+from backtrack.evaluate.prompts import choose_prompts, read_prompts, render
+from backtrack.evaluate.results import write_result
+from backtrack.evaluate.statistics import wilson
 from backtrack.generate import Done, Reset, Token, held_back, stream
 from backtrack.judge import load_judge, refuse_seen
-from backtrack.prompts import choose_prompts, read_prompts, render
-from backtrack.results import write_result
-from backtrack.statistics import wilson
 from model import InputError, load_model, load_tokenizer
 from model.errors import BIAS, Help, device, positive, run
 from model.files import check_file

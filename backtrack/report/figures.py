@@ -1,6 +1,6 @@
 """The pictures of the paper's experiments, from the numbers that `make eval attack` left in results/.
 
-    python -m backtrack.figures --results results
+    python -m backtrack.report.figures --results results
 
     main.png       unsafe and helpful answers of the models, as they are asked and when an answer is forced to begin
     bias.png       the dial: what a bias on the logit of [RESET] buys, and what it costs
@@ -27,7 +27,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
-from backtrack.tables import FOUR, MODELS, is_plain, load, load_filter, measured, pick
+from backtrack.report.tables import FOUR, MODELS, is_plain, load, load_filter, measured, pick
 from model.errors import run
 
 GREY, BLUE = "#8a8a8a", "#1a4f9c"  # in print the blue is much the darker
@@ -356,7 +356,7 @@ GROUPS = {"asked": ("asked", "-", "o"), "forced": ("forced to begin", "--", "s")
 
 
 def hold_back_figure(directory: Path) -> None:
-    """What backtrack.hold_back has measured, of one model each."""
+    """What backtrack.evaluate.hold_back has measured, of one model each."""
     names = [name for name in HELD_BACK if (directory / f"{name}-hold-back.json").is_file()]
     fig, axes = paper(3.6, 1, len(names), sharey=True, squeeze=False)
     seen_at_4 = []

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backtrack.parallel import whole
+from backtrack.run.parallel import whole
 from model.transformer import Transformer, own_rows
 
 
@@ -28,10 +28,14 @@ def adapt(model: Transformer, rank: int, ids: list[int]) -> None:
     model.model.embed_tokens.register_forward_hook(partial(add_vectors, table))
 
 
-def add_outputs(layer, inputs, y):  # torch calls it after the layer, and takes what it returns instead of y
+def add_outputs(
+    layer, inputs, y
+):  # torch calls it after the layer, and takes what it returns instead of y
     y = y + F.linear(F.linear(inputs[0], layer.down), layer.up)
     if hasattr(layer, "rows"):  # the head
-        y = y.index_add(-1, torch.tensor(layer.ids, device=y.device), F.linear(inputs[0], layer.rows).to(y))
+        y = y.index_add(
+            -1, torch.tensor(layer.ids, device=y.device), F.linear(inputs[0], layer.rows).to(y)
+        )
     return y
 
 
@@ -42,7 +46,9 @@ def add_vectors(table, embedding, inputs, x):
 
 def adapters(model: Transformer) -> dict[str, nn.Parameter]:
     """What is added, by name; nothing without --lora."""
-    return {name: p for name, p in model.named_parameters() if name.endswith((".down", ".up", ".rows"))}
+    return {
+        name: p for name, p in model.named_parameters() if name.endswith((".down", ".up", ".rows"))
+    }
 
 
 @torch.no_grad()
@@ -70,11 +76,17 @@ class Merged:
         if hasattr(self.layer, "up"):
             weight = weight + whole(self.layer.up) @ whole(self.layer.down)
         if hasattr(self.layer, "rows"):
-            weight = weight.index_add(0, torch.tensor(self.layer.ids).to(weight.device), whole(self.layer.rows))
+            weight = weight.index_add(
+                0, torch.tensor(self.layer.ids).to(weight.device), whole(self.layer.rows)
+            )
         return weight
 
 
 def weights(model: Transformer) -> dict:
     """name -> weight of the model to be saved, merged where something is added."""
-    changed = {m.weight: Merged(m) for m in model.modules() if hasattr(m, "up") or hasattr(m, "rows")}
-    return {name: changed.get(p, p) for name, p in model.named_parameters() if name.endswith(".weight")}
+    changed = {
+        m.weight: Merged(m) for m in model.modules() if hasattr(m, "up") or hasattr(m, "rows")
+    }
+    return {
+        name: changed.get(p, p) for name, p in model.named_parameters() if name.endswith(".weight")
+    }

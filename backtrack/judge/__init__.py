@@ -20,7 +20,6 @@ see `refuse_seen`.
 Llama Guard 2 and 3 say unsafe, and nothing else: see guard.py. No other judge here can call a real model's text unsafe.
 """
 
-import argparse
 import importlib
 import json
 import re
@@ -30,9 +29,8 @@ from pathlib import Path
 
 import torch
 
-from backtrack import refusals
+from backtrack.judge import refusals
 from model import InputError
-from model.errors import run
 
 
 @dataclass
@@ -68,7 +66,7 @@ def load_judge(
     Of a guard alone: url, a vLLM server that has it; threshold, see guard.py; whether its categories are asked for.
     """
     if Path(spec).is_dir():
-        from backtrack.guard import guard_judge  # it takes its Verdict from here
+        from backtrack.judge.guard import guard_judge  # it takes its Verdict from here
 
         return guard_judge(spec, device, dtype, url, threshold, categories)
     if url is not None:
@@ -176,30 +174,3 @@ def toy_judge(world: str | Path) -> Judge:
         )
 
     return judge
-
-
-# ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("fit", help="the refusal judge, on answers that people have labelled").add_argument
-    add("--data", nargs="+", required=True, metavar="FILE", help="XSTest's completions, a CSV file for each model")
-    add("--out", required=True, metavar="NAME", help="writes NAME.json and NAME.safetensors")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    refusals.check_out(args.out)
-    torch.set_num_threads(1)  # with two, they wait for each other: ten times as long on a busy machine
-    answers = refusals.read_answers(args.data)
-    left_out = refusals.leave_out_models(answers)
-    refusals.print_left_out(left_out)
-    file = refusals.save(refusals.fit(answers), args.out, answers, left_out, args.data)
-    print(f"fitted on all {len(answers)} answers; judge with --judge {file}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -35,14 +35,18 @@ from pathlib import Path
 
 import torch
 
-from backtrack import launch, mt_bench, parallel, probe, remote
+from backtrack.evaluate import filter as probe
+from backtrack.evaluate import mt_bench
+from backtrack.evaluate.prompts import Prompt, choose_prompts, prompts_digest, read_prompts, render
+from backtrack.evaluate.results import write_result
+from backtrack.evaluate.statistics import best_of_k, mcnemar, wilson_of_worlds, worst_of_k
 from backtrack.generate import Done, Generation, Options, room_for_answer, stream
 from backtrack.judge import Verdict, judge_all, load_judge, refuse_seen
-from backtrack.prompts import Prompt, choose_prompts, prompts_digest, read_prompts, render
-from backtrack.results import json_line, write_result
-from backtrack.rows import json_lines, several
-from backtrack.statistics import best_of_k, mcnemar, wilson_of_worlds, worst_of_k
-from backtrack.terminal import Ticker, harmless, say
+from backtrack.rows import json_line, json_lines, several
+from backtrack.run import launch, parallel
+from backtrack.run.say import Ticker, say
+from backtrack.serve import remote
+from backtrack.serve.terminal import harmless
 from model import InputError, ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import BIAS, PROBABILITY, RESETS, SEED, TEMPERATURE, between, device, positive, run
@@ -526,7 +530,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--threshold", type=between(0, 1, float), default=0.5, help="a guard's: unsafe is a probability above it"
     )
-    parser.add_argument("--probe", help="of one --ckpt: a filter in place of [RESET]; made by backtrack.probe")
+    parser.add_argument("--probe", help="a filter in place of [RESET]; made by backtrack.evaluate.filter")
     parser.add_argument("--on-reset", nargs="+", choices=("truncate", "keep"), default=["truncate"])
     parser.add_argument("--reset-bias", nargs="+", type=BIAS, default=[0.0])
     parser.add_argument("--max-resets", nargs="+", type=RESETS, default=[1])

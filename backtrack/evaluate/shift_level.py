@@ -1,0 +1,70 @@
+"""The level of [RESET]: how likely it is everywhere. Set before training, and where that overdid it, moved afterwards.
+
+    python -m backtrack.evaluate.shift_level --ckpt runs/real/sft-high \
+        --rows dev-rows.jsonl --add -2 --out runs/real/sft
+
+From few rows [RESET] is learned only if each counts for much (`train.py sft --reset-weight`), and then it is said too
+readily. `--reset-bias` puts that right token by token, in a sampler that knows of it; this does the same once and for
+all, in the output row of [RESET], for every server. It is the usual correction where one class was given more weight
+than it has (King and Zeng 2001, "Logistic regression in rare events data"; arXiv 2007.07314). Choose --add on
+development prompts: `backtrack.evaluate --reset-bias` shows what each value will do.
+
+Both changes are the least ones, by least squares with a ridge. Hidden states h (M, D), row w (D,), wanted logits (M,):
+
+    min over w'  Σ (h·w' − wanted)²  +  ridge · |w' − w|²
+
+Where the head is tied, the row is read at the input too, after a reset.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+
+from backtrack.examples import every_reset, resets_after_safe
+from backtrack.reset_row import add_to_level
+from backtrack.rows import Row, cut, evenly, load_rows
+from backtrack.run.say import say
+from backtrack.trees import make_batch, view_tree
+from model import InputError, load_model, load_tokenizer, save_model
+from model.errors import Help, between, device, positive, run
+
+
+def places_of(row: Row, tok) -> list:
+    """Views of a row that together predict after every token of both its answers."""
+    views = resets_after_safe(row, tok)
+    if row.rejected:
+        views += every_reset("unsafe", row.prompt, row.rejected, [tok.reset_id], weight=0.0)
+    return views
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="the model, trained to backtrack")
+    add("--rows", nargs="+", required=True, help="rows like those it was trained on (.jsonl)")
+    add("--add", type=between(-100, 100, float), required=True, help="nats; below 0 makes resets rarer")
+    add("--out", required=True, help="model directory to write")
+    add("--limit", type=positive, default=128, help="so many rows, evenly spread")
+    add("--max-length", type=positive, default=512, help="longest sequence in tokens; longer ones are cut")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="of PyTorch")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device)
+    if model.config.reset_token_id is None:
+        raise InputError(f"{args.ckpt}: has not been trained to backtrack; name one that train.py sft has made")
+    rows = [row for row in load_rows(args.rows, tok, args.max_length) if not row.plain_text]
+    if not rows:
+        raise InputError(f"{args.rows[0]}: no row has an answer; use those of the training")
+    cut_row = partial(cut, length=args.max_length - 1)  # and [RESET]
+    trees = [view_tree(places_of(cut_row(row), tok), args.max_length) for row in evenly(rows, args.limit)]
+    add_to_level(model, tok.reset_id, [make_batch([tree], args.device) for tree in trees], args.add)
+    save_model(model, args.out, tok)
+    say(f"saved {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,35 @@
+"""Fit the refusal judge on answers that people have labelled (refusals.py).
+
+    python -m backtrack.judge fit --data xstest_v2_completions_*.csv --out runs/refusal-judge    # 40 s on one core
+"""
+
+import argparse
+
+import torch
+
+from backtrack.judge import refusals
+from model.errors import run
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("fit", help="the refusal judge, on answers that people have labelled").add_argument
+    add("--data", nargs="+", required=True, metavar="FILE", help="XSTest's completions, a CSV file for each model")
+    add("--out", required=True, metavar="NAME", help="writes NAME.json and NAME.safetensors")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    refusals.check_out(args.out)
+    torch.set_num_threads(1)  # with two, they wait for each other: ten times as long on a busy machine
+    answers = refusals.read_answers(args.data)
+    left_out = refusals.leave_out_models(answers)
+    refusals.print_left_out(left_out)
+    file = refusals.save(refusals.fit(answers), args.out, answers, left_out, args.data)
+    print(f"fitted on all {len(answers)} answers; judge with --judge {file}")
+
+
+if __name__ == "__main__":
+    run(main)
