@@ -75,7 +75,7 @@ $(RUNS)/toy-%/data/world.json: | $(VENV)/.installed
 	$(PY) -m data.toy --seed $* --out $(@D)
 
 $(RUNS)/toy-%/base.done: $(RUNS)/toy-%/data/world.json
-	$(TOY) $(PY) train.py base --config data/toy.json --tokenizer $(@D)/data/tokenizer \
+	$(TOY) $(PY) -m data.base --config data/toy.json --tokenizer $(@D)/data/tokenizer \
 		--data $(@D)/data/base.jsonl --out $(@D)/base $(BASE) --seed $* --resume
 	@touch $@
 
@@ -105,6 +105,7 @@ $(RUNS)/toy-%/dpo-baseline.done: $(RUNS)/toy-%/sft-baseline.done
 train-base: $(RUN)/base.done  ## pretrain a small Llama on the toy world: all recipes, no regard to safety
 
 train-sft: $(RUN)/sft.done sample  ## from nothing to a model that backtracks, and a few of its answers
+	@printf 'Its curves: pip install matplotlib, then %s -m backtrack.report curves %s/sft --out curves.png\n' $(PY) $(RUN)
 
 train-sft-baseline: $(RUN)/sft-baseline.done  ## the same rows without backtracking
 

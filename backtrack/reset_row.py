@@ -104,7 +104,7 @@ def read_states(
         others.append(logits.logsumexp(dim=-1))
 
     for batch in batches:  # all of them on every rank, so that all find the same row
-        where = {"positions": batch.positions, "visible": batch.visible, "at": batch.places}
+        where = {"positions": batch.positions, "visible": batch.visible, "at": batch.predicting}
         model(batch.tokens, **where, read=read)
     return torch.cat(hidden), torch.cat(others), torch.cat(reset)
 

@@ -3,7 +3,8 @@
     for where, value in json_lines("any.jsonl.gz"): …             # ("file:line", value)
     rows = load_rows(["hh.jsonl"], tok, max_length=1024)          # preference rows -> Row
 
-A row is a line in TRL's conversational preference format (.jsonl or .jsonl.gz), plus "unsafe":
+A row is a line in TRL's conversational preference format (.jsonl, .jsonl.gz or a pipe), plus
+"unsafe":
 
     {"prompt": [{"role": "user", "content": "…"}],
      "chosen": [{"role": "assistant", "content": "…"}],
@@ -11,18 +12,29 @@ A row is a line in TRL's conversational preference format (.jsonl or .jsonl.gz),
 
 `rejected` and `unsafe` may be absent (plain SFT data), and {"text": "…"} is plain text to go on
 remembering. Whatever is wrong with a line is an InputError that names the file and the line.
+
+TRL's other forms (https://huggingface.co/docs/trl/dataset_formats) are read too: the prompt inside
+`chosen` and `rejected`, or there as well as before them; texts instead of messages; contents that
+are lists of text parts, as OpenAI writes them.
 """
 
 import gzip
 import json
+import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backtrack.run.say import say
-from model.errors import InputError, refuse_pointer
+from model.errors import InputError
+
+ANSWERS = ("chosen", "rejected")
+HELDOUT = 64  # held-out rows that are measured: often, so few
+# Text that spells special tokens, of other models too. It is trained on as plain characters, which
+# is seldom meant: mostly a chat template has been applied already.
+MARKERS = (r"<\|[a-z][a-z0-9_]*\|>", r"</?(?:start|end)_of_turn>", r"\[/?INST\]", r"<</?SYS>>")
 
 
 @dataclass
@@ -36,39 +48,65 @@ class Row:
     plain_text: bool = False  # then the prompt is what begins a text, alone
 
 
-def load_rows(paths: list[str], tok, max_length: int, on_long: str = "skip") -> list[Row]:
-    """All rows of all files as ids.
+def load_rows(paths: list[str], tok, max_length: int) -> list[Row]:
+    """All rows of all files as ids. Says on stderr which rows it leaves out, and why.
 
-    A row whose prompt leaves no room for a prefix token, [RESET] and an answer token under
-    max_length is left out, and told of; on_long="error" makes that an InputError, as it is if
-    nothing else is left. So is a chat that the template does not know. All rows are read before.
+    Left out are rows whose prompt leaves no room under max_length for a token of the prefix, [RESET]
+    and a token of the answer; and unsafe rows whose answers are equal, which would teach to take a
+    safe answer back. Raises InputError if no row is left, or if a line is wrong.
     """
-    rows, long, refused = [], [], []
-    spelled = Spelled(tok)
+    rows, long, equal, spelling = [], [], [], []
+    spells_special = special_text(tok)
     for path in paths:
         for where, raw in read_rows(path):
             try:
                 row = encode_row(raw, tok)
             except InputError as error:  # a chat that the template does not know
-                refused.append((where, str(error)))
-                continue
-            spelled.look(raw, where)
+                raise InputError(f"{where}: {error}") from None
+            if found := spells_special.search(json.dumps(raw, ensure_ascii=False)):
+                spelling.append(f"{where} ({found[0]})")
             if len(row.prompt) + 3 > max_length:
                 long.append(f"{where} ({len(row.prompt)} tokens)")
+            elif row.unsafe and row.chosen == row.rejected:
+                equal.append(where)
             else:
                 rows.append(row)
-    spelled.report()
-    if refused:
-        (where, error), *more = refused
-        too = f" (so are {several([place for place, _ in more])})" if more else ""
-        raise InputError(f"{where}: {error}{too}")
-    if long:
-        told = f"no room for an answer after the prompt under --max-length {max_length}:"
-        told += f" {several(long)}"
-        if on_long == "error" or not rows:
-            raise InputError(f"{told}; raise it, drop them, or --on-long skip")
-        say(f"{len(long)} of {len(long) + len(rows)} rows are skipped, {told}")
+    if spelling:
+        say(
+            f"note: {len(spelling)} rows spell special tokens, which are trained on as plain"
+            f" characters; is a chat template applied already? {several(spelling)}"
+        )
+    no_room = f"no room for an answer after the prompt under --max-length {max_length}"
+    for what, where in ((no_room, long), ("unsafe, but both answers are the same", equal)):
+        if where:
+            say(f"{len(where)} rows are left out, {what}: {several(where)}")
+    if (long or equal) and not rows:
+        raise InputError(f"{paths[0]}: no row is left; raise --max-length, or mend the rows")
     return rows
+
+
+def special_text(tok) -> re.Pattern:
+    names = sorted(map(re.escape, tok.special_tokens), reverse=True)  # the longest first
+    return re.compile("|".join([*names, *MARKERS]))
+
+
+def describe(rows: list[Row], paths: list[str], max_length: int) -> None:
+    """Say how many rows there are, how many are unsafe, and how many may have to be cut."""
+    if not rows:
+        return
+    unsafe = sum(row.unsafe for row in rows)
+    say(f"{', '.join(paths)}: {len(rows)} rows, {unsafe} with an unsafe rejected answer")
+    lengths = [len(r.prompt) + len(r.chosen) + len(r.rejected or []) + 2 for r in rows]
+    long = sum(length > max_length for length in lengths)
+    if long:
+        say(
+            f"{long} rows have more than --max-length {max_length} tokens with both answers: cut there"
+        )
+
+
+def few_of(rows: Sequence) -> Sequence:
+    """At most HELDOUT of them, from all over."""
+    return rows[:: math.ceil(len(rows) / HELDOUT) or 1]
 
 
 def evenly(items: list, limit: int | None) -> list:
@@ -89,83 +127,11 @@ def several(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-class Spelled:
-    """Rows whose text spells special tokens. They come out as plain characters, which is seldom
-    meant: mostly a chat template has been applied already."""
-
-    # Those of other models too: a text made for one of them is no better.
-    FAMILIES = (r"<\|[a-z][a-z0-9_]*\|>", r"</?(?:start|end)_of_turn>", r"\[/?INST\]", r"<</?SYS>>")
-
-    def __init__(self, tok):
-        names = sorted(map(re.escape, tok.special_tokens), reverse=True)  # the longest first
-        self.pattern = re.compile("|".join([*names, *self.FAMILIES]))
-        self.where: list[str] = []
-
-    def look(self, row: dict, where: str) -> None:
-        texts = [row["text"]] if "prompt" not in row else []
-        for key in ("prompt", "chosen", "rejected"):
-            texts += [message["content"] for message in row.get(key) or []]
-        found = next(filter(None, map(self.pattern.search, texts)), None)
-        if found:
-            self.where.append(f"{where} ({found[0]})")
-
-    def report(self) -> None:
-        if self.where:
-            say(
-                f"note: {len(self.where)} rows spell special tokens, which are trained on as plain"
-                f" characters; is a chat template applied already? {several(self.where)}"
-            )
-
-
-def describe(rows: list[Row], args) -> None:
-    """Say what the rows are, and what of them does not fit."""
-    pairs = [row for row in rows if row.rejected is not None]
-    unsafe = sum(row.unsafe for row in rows)
-    if rows:
-        say(f"{', '.join(args.data)}: {len(rows)} rows, {unsafe} with an unsafe rejected answer")
-    if args.command == "dpo" and len(pairs) < len(rows):
-        say(f"{len(rows) - len(pairs)} rows without a rejected answer are left out")
-    long = sum(longest_sequence(row, args) > args.max_length for row in rows)
-    if long:
-        say(f"{long} of {len(rows)} rows are longer than --max-length {args.max_length}: cut there")
-
-
-def longest_sequence(row: Row, args) -> int:
-    """Of those that examples.py makes of a row, after the longest prefix; 0 if it makes none."""
-    x, chosen, rejected = len(row.prompt), len(row.chosen), len(row.rejected or [])
-    if args.command == "dpo" and row.rejected is None:
-        return 0
-    if args.command == "dpo" and args.method == "baseline":
-        return x + max(chosen, rejected) + 1
-    reset = args.method == "backtrack"
-    if args.command == "dpo" or (row.unsafe and args.method != "baseline"):  # holds both answers
-        return x + rejected + reset + chosen + 1
-    reset = reset and args.restart == "all" and not row.plain_text
-    return x + reset + chosen + 1
-
-
-def read_stream(paths: list[str], tok) -> list[int]:
-    """Plain text for pretraining, as one stream of ids: <bos> text <end> <bos> text <end> …"""
-    stream = []
-    spelled = Spelled(tok)
-    for path in paths:
-        for where, row in read_rows(path):
-            if "text" not in row:
-                raise InputError(
-                    f'{where}: `base` trains on plain text, one {{"text": "…"}} per line'
-                )
-            spelled.look({"text": row["text"]}, where)
-            stream += [tok.text_start_id, *tok.encode(row["text"]), tok.text_end_id]
-    spelled.report()
-    return stream
-
-
 def encode_row(row: dict, tok) -> Row:
     """A checked row -> token ids. Answers are stripped, as the chat templates strip them."""
     if "prompt" not in row:
-        return Row(
-            [tok.text_start_id], tok.encode(row["text"]), None, unsafe=False, plain_text=True
-        )
+        text = tok.encode(row["text"])
+        return Row([tok.text_start_id], text, None, unsafe=False, plain_text=True)
     rejected = row.get("rejected")
     return Row(
         prompt=tok.render(row["prompt"], add_generation_prompt=True),
@@ -173,6 +139,9 @@ def encode_row(row: dict, tok) -> Row:
         rejected=None if rejected is None else tok.encode(rejected[0]["content"].strip()),
         unsafe=bool(row.get("unsafe", False)),
     )
+
+
+# ── Files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -188,14 +157,17 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Yields ("file:line", value) of every line that is not blank, from .jsonl or .jsonl.gz."""
+    """Yields ("file:line", value) of every line that is not blank, from .jsonl, .jsonl.gz, a pipe."""
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; name the files in it, {path}/*.jsonl")
+    if not path.exists():
         raise InputError(f"{path}: no such file")
-    refuse_other_formats(path)
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open(path, "rb") as file:
+            refuse_format(file.peek(256), path)
+            lines = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+            for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
@@ -207,16 +179,127 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
         raise InputError(f"{path}: not a whole gzip file ({error}); download it again") from None
 
 
+def json_line(value, encoding: str | None = "utf-8") -> str:
+    """One line of JSON, readable where `encoding` can hold it, else with \\u escapes.
+
+    Half a surrogate pair, which JSON and command lines may bring along, has no UTF-8.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(encoding or "ascii")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
+def refuse_other_formats(path: str | Path, lists: bool = False) -> None:
+    """Raises InputError if a file does not hold lines of JSON; `lists`: one JSON list will do."""
+    with open(path, "rb") as file:
+        refuse_format(file.peek(256), Path(path), lists)
+
+
+def refuse_format(head: bytes, path: Path, lists: bool = False) -> None:
+    """Raises InputError if a file that begins like this holds no lines of JSON; says what to do."""
+    jsonl = path.with_suffix(".jsonl")
+    to_json = f"('{path}').to_json('{jsonl}', orient='records', lines=True)"
+    convert = 'convert it (pip install pandas pyarrow): python -c "import pandas; pandas.read_'
+    ways_out = {
+        b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull`",
+        b"PAR1": f'Parquet; {convert}parquet{to_json}"',
+        b"\x28\xb5\x2f\xfd": f"compressed with zstd; unpack it: unzstd '{path}'",
+        b"PK\x03\x04": f"a zip archive; unpack it: unzip '{path}'",
+    }
+    if path.suffix != ".gz":
+        ways_out[b"\x1f\x8b"] = "gzipped; give it a name that ends in .gz"
+    for magic, way_out in ways_out.items():
+        if head.startswith(magic):
+            raise InputError(f"{path}: {way_out}")
+    if path.suffix in (".csv", ".tsv") and not lists:
+        raise InputError(f'{path}: a table; {convert}csv{to_json}"')
+    if not lists and re.match(rb"\s*\[\s*(\{|\n|$)", head[:256]):
+        raise InputError(
+            f"{path}: one JSON list, not a line for each row; convert it: jq -c '.[]' '{path}' > {jsonl}"
+        )
+
+
+# ── Rows in TRL's other forms ─────────────────────────────────────────────────────────────────────
+
+HINTS = {  # a key that tells what else a row without 'chosen' may be -> what to do with it
+    "messages": "a chat in 'messages': put its last answer into 'chosen', the rest into 'prompt'",
+    "conversations": "ShareGPT's 'conversations': write messages with 'role' and 'content'",
+    "completion": "TRL's 'prompt' and 'completion': call a good completion 'chosen'",
+}
+
+
+def as_conversation(row: object, where: str) -> object:
+    """The row with messages in 'prompt', 'chosen' and 'rejected'; check_row finds what else is wrong.
+
+    Raises InputError where one would have to guess: which of several turns is to be learned, or
+    where a question ends and its answer begins.
+    """
+    if not isinstance(row, dict) or ("text" in row and "prompt" not in row):
+        return row
+    if "chosen" not in row:
+        for key, hint in HINTS.items():
+            if key in row:
+                raise InputError(f"{where}: holds {hint}")
+        if "prompt" not in row:
+            keys = ", ".join(map(str, row)) or "nothing"
+            raise InputError(
+                f"{where}: 'prompt' is missing, and 'chosen', or 'text'; it has {keys}"
+            )
+        return row
+    row = dict(row)
+    if "prompt" not in row and any(isinstance(row.get(key), str) for key in ANSWERS):
+        hh = "\n\nAssistant:" in str(row["chosen"])
+        way_out = "`python -m data.prepare hh` reads Anthropic's" if hh else "give it apart"
+        raise InputError(
+            f"{where}: 'prompt' is missing, and a text does not show its end; {way_out}"
+        )
+    for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
+        if isinstance(row.get(key), str):
+            row[key] = [{"role": role, "content": row[key]}]
+        if isinstance(row.get(key), list):
+            row[key] = [joined_parts(message) for message in row[key]]
+    return prompt_apart(row, where)
+
+
+def joined_parts(message: object) -> object:
+    """A content that is a list of text parts -> one string; others are for check_messages."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list):
+        return message
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    if len(texts) < len(parts) or not texts or not all(isinstance(text, str) for text in texts):
+        return message
+    return message | {"content": "".join(texts)}
+
+
+def prompt_apart(row: dict, where: str) -> dict:
+    """Cut chats in 'chosen' and 'rejected' before the last message: what is before it is the prompt."""
+    chats = {key: row[key] for key in ANSWERS if row.get(key) is not None}
+    if not chats or not all(isinstance(chat, list) and len(chat) > 1 for chat in chats.values()):
+        if "prompt" not in row:
+            raise InputError(f"{where}: 'prompt' is missing, and the answers do not begin with it")
+        return row
+    prompts = [chat[:-1] for chat in chats.values()]
+    # A prompt given besides may be the whole of it, its last question, or its first.
+    given = row.get("prompt", prompts[0])
+    if given not in (prompts[0], prompts[0][-1:], prompts[0][:1]):
+        return row
+    if prompts[0] != prompts[-1]:
+        raise InputError(f"{where}: 'chosen' and 'rejected' may differ in their last message alone")
+    return row | {"prompt": prompts[0]} | {key: chat[-1:] for key, chat in chats.items()}
+
+
 def check_row(row: object, where: str) -> None:
     if not isinstance(row, dict):
-        raise InputError(
-            f"{where}: expected a JSON object with 'prompt' and 'chosen', or with 'text'"
-        )
+        raise InputError(f"{where}: expected a JSON object with 'prompt' and 'chosen', or 'text'")
     if "text" in row and "prompt" not in row:
         if not isinstance(row["text"], str) or not row["text"]:
             raise InputError(f"{where}: 'text' must be a string that is not empty")
         return
-    for key in ("prompt", "chosen", "rejected"):
+    for key in ("prompt", *ANSWERS):
         if key == "rejected" and row.get(key) is None:
             continue
         if key not in row:
@@ -235,109 +318,11 @@ def check_messages(messages: object, key: str, where: str) -> None:
     for m in messages:
         is_message = isinstance(m, dict) and isinstance(m.get("content"), str)
         if not is_message or m.get("role") not in roles:
+            role = f", not {m['role']!r}" if is_message and "role" in m else ""
             raise InputError(
-                f"{where}: {key!r} must hold {{'role': {'|'.join(roles)}, 'content': string}}"
+                f"{where}: {key!r} must hold {{'role': {'|'.join(roles)}, 'content': string}}{role}"
             )
     if key == "prompt" and messages[-1]["role"] != "user":
         raise InputError(f"{where}: 'prompt' must end with a user message")
     if key != "prompt" and (len(messages) != 1 or not messages[0]["content"].strip()):
         raise InputError(f"{where}: {key!r} must be one assistant message that is not empty")
-
-
-# ── Rows in other shapes, and files that are no lines of JSON ─────────────────────────────────────
-
-ANSWERS = ("chosen", "rejected")
-HINTS = {  # a key that tells what else a row without 'chosen' may be -> what to do with it
-    "messages": "a chat in 'messages': put its last answer into 'chosen' and what is before it into 'prompt'",
-    "conversations": "ShareGPT's 'conversations': write them as messages with 'role' and 'content'",
-    "completion": "TRL's 'prompt' and 'completion': call the completion 'chosen', if it is a good one",
-}
-
-
-def as_conversation(row: object, where: str) -> object:
-    """The row with messages in 'prompt', 'chosen' and 'rejected'. What is wrong besides, check_row finds."""
-    if not isinstance(row, dict) or ("text" in row and "prompt" not in row):
-        return row
-    if "chosen" not in row:
-        for key, hint in HINTS.items():
-            if key in row:
-                raise InputError(f"{where}: holds {hint}")
-        if "prompt" not in row:
-            keys = ", ".join(map(str, row)) or "nothing"
-            raise InputError(
-                f"{where}: 'prompt' is missing, and 'chosen', or 'text' in their place; it has {keys}"
-            )
-        return row
-    row = dict(row)
-    if "prompt" not in row and any(isinstance(row.get(key), str) for key in ANSWERS):
-        hh = (
-            ": `python -m data.prepare hh` reads Anthropic's"
-            if "\n\nAssistant:" in str(row["chosen"])
-            else ""
-        )
-        raise InputError(
-            f"{where}: 'prompt' is missing, and in plain text nothing shows where it ends{hh or '; give it apart'}"
-        )
-    if isinstance(row.get("prompt"), str):
-        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    for key in ANSWERS:
-        if isinstance(row.get(key), str):
-            row[key] = [{"role": "assistant", "content": row[key]}]
-    return _without_prompt_in_answers(row, where)
-
-
-def _without_prompt_in_answers(row: dict, where: str) -> dict:
-    """Chats in 'chosen' and 'rejected' are cut before the last message: what stands there is the prompt."""
-    chats = {key: row[key] for key in ANSWERS if row.get(key) is not None}
-    if not chats or not all(isinstance(chat, list) and len(chat) > 1 for chat in chats.values()):
-        if "prompt" not in row:
-            raise InputError(
-                f"{where}: 'prompt' is missing, and 'chosen' and 'rejected' do not begin with it"
-            )
-        return row
-    prompts = [chat[:-1] for chat in chats.values()]
-    # A prompt given besides may be the whole of it, its last question, or its first.
-    given = row.get("prompt", prompts[0])
-    if given not in (prompts[0], prompts[0][-1:], prompts[0][:1]):
-        return row
-    if prompts[0] != prompts[-1]:
-        raise InputError(
-            f"{where}: 'chosen' and 'rejected' differ before their last message; only that may differ"
-        )
-    return row | {"prompt": prompts[0]} | {key: chat[-1:] for key, chat in chats.items()}
-
-
-def refuse_other_formats(path: str | Path, lists: bool = False) -> None:
-    """Raises InputError for a file that is known not to be text, or is one list (unless `lists`); says what to do."""
-    refuse_pointer(path)
-    path = Path(path)
-    with open(path, "rb") as file:
-        head = file.read(256)
-    to_json = f"pandas.read_parquet('{path}').to_json('{path.with_suffix('.jsonl')}', orient='records', lines=True)"
-    ways_out = {
-        b"PAR1": f'Parquet; convert it (pip install pandas pyarrow): python -c "import pandas; {to_json}"',
-        b"\x28\xb5\x2f\xfd": f"compressed with zstd; unpack it: unzstd '{path}'",
-        b"PK\x03\x04": f"a zip archive; unpack it: unzip '{path}'",
-    }
-    if path.suffix != ".gz":
-        ways_out[b"\x1f\x8b"] = "gzipped; give it a name that ends in .gz"
-    for magic, way_out in ways_out.items():
-        if head.startswith(magic):
-            raise InputError(f"{path}: {way_out}")
-    if not lists and re.match(rb"\s*\[\s*(\{|\n|$)", head):
-        raise InputError(
-            f"{path}: one JSON list, not a line for each row; convert it: jq -c '.[]' '{path}' > rows.jsonl"
-        )
-
-
-def json_line(value, encoding: str | None = "utf-8") -> str:
-    """One line of JSON, readable where `encoding` can hold it, else with \\u escapes: nothing is lost.
-
-    Half a surrogate pair, which JSON and command lines may bring along, has no UTF-8.
-    """
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode(encoding or "ascii")
-    except UnicodeEncodeError:
-        return json.dumps(value)
-    return text

@@ -1,12 +1,30 @@
-"""TREES"""
+"""The clever form of plain.py: all sequences of a row as one tree, several trees as one batch.
+
+The sequences of a row begin alike: x ⊕ y+ and x ⊕ prefix_k(y−) ⊕ [RESET] ⊕ y+ share x, and every
+prefix of y− begins like every longer one. Written as a tree, what they share is computed once:
+
+    x ─┬─ y+ eos
+       └─ y−₁ ─ y−₂ ─ … y−_k ─┬─ [RESET] ─ y+ eos
+                              └─ y−_k+1 …
+
+A node is a token that the network reads. It attends to itself and its ancestors, its position is
+its depth, and it predicts the tokens that follow it in the sequences. Nodes stand depth first, so
+what hangs on node s are the nodes s … last[s], and the whole mask is one vector: node t sees node s
+when s ≤ t ≤ last[s]. Trees that stand side by side do not see each other.
+
+    tree = view_tree(sft_views(row, k, tok), max_length)
+    tree = pair_tree(dpo_pairs(row, k, j, tok), pair_weight, max_length)
+    batch = make_batch([tree, …])
+
+Shapes: B lanes of T nodes, M nodes that predict, N targets, S sequences.
+"""
 
 import math
 from dataclasses import dataclass, field
 
 import torch
 
-from backtrack.examples import WEIGHT, Pair, View
-from model.errors import InputError
+from backtrack.examples import Pair, View
 
 # ── Sequences to a tree ───────────────────────────────────────────────────────────────────────────
 
@@ -16,8 +34,8 @@ class Tree:
     """The sequences of one row. Nodes stand depth first: a node, then all that hangs on it."""
 
     names: list[str]  # of every sequence: its view, or the kind of its pair
-    weight: float  # of the row: a step's loss is divided by the sum over its rows
-    # Nodes. Node i is seen by the nodes i … last[i], and by no others.
+    divisor: float  # a step's loss is divided by the sum of its trees' divisors
+    # Nodes. Node s is seen by the nodes s … last[s], and by no others.
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
@@ -26,7 +44,7 @@ class Tree:
     target_token: list[int] = field(default_factory=list)
     target_weight: list[float] = field(default_factory=list)
     target_sequence: list[int] = field(default_factory=list)
-    # DPO: log π_ref of every sequence, set by train.py.
+    # DPO: log π_ref of every sequence, set by run/reference.py.
     reference: list[float] | None = None
 
     def __len__(self) -> int:
@@ -35,37 +53,21 @@ class Tree:
 
 def view_tree(views: list[View], max_length: int) -> Tree:
     """Every view is a sequence; its targets count what the view says."""
-    tree = Tree([view.name for view in views], weight=0.0)
+    tree = Tree([view.name for view in views], divisor=0.0)
     grow(tree, [view.tokens[:max_length] for view in views], [view.loss_from for view in views])
     tree.target_weight = [views[s].weight for s in tree.target_sequence]
-    tree.weight = sum(tree.target_weight)
+    tree.divisor = sum(tree.target_weight)
     return tree
 
 
-def window_tree(stream: list[int], first: int, length: int) -> Tree:
-    """A window of plain text, for pretraining: one sequence without branches."""
-    view = View("text", stream[first : first + length], loss_from=1, weight=WEIGHT["text"])
-    return view_tree([view], length)
+# For a process that has no row left while others have one: it computes along, and nothing counts.
+NO_ROW = Tree(names=[], divisor=0.0, tokens=[0], depths=[0], last=[0], reference=[])
 
 
-# For a process that has no row where others have one: it computes as they do, and nothing counts.
-NO_ROW = Tree(names=[], weight=0.0, tokens=[0], depths=[0], last=[0], reference=[])
+def pair_tree(pairs: list[Pair], pair_weight: dict[str, float], max_length: int) -> Tree:
+    """Pair p is the sequences 2p (chosen) and 2p + 1 (rejected); pair_weight: by its kind.
 
-
-def count_windows(stream: list[int], paths: list[str], length: int) -> int:
-    """How many windows a stream has, whatever the offset of the first."""
-    if length < 2:
-        raise InputError(f"--max-length {length}: a window needs two tokens, one to predict from")
-    count = len(stream) // length - 1
-    if paths and count < 1:
-        raise InputError(f"{paths[0]}: {len(stream)} tokens, not 2 × --max-length {length}")
-    return count
-
-
-def pair_tree(pairs: list[Pair], kind_weight: dict[str, float], max_length: int) -> Tree:
-    """Pair p is the sequences 2p (chosen) and 2p + 1 (rejected).
-
-    A target's weight is 1 where an NLL term may fall, else 0. The tree's is the sum over its pairs.
+    A target's weight is 1 where an NLL term may fall, else 0.
     """
     names, sequences, starts, nll_starts = [], [], [], []
     for pair in pairs:
@@ -74,11 +76,11 @@ def pair_tree(pairs: list[Pair], kind_weight: dict[str, float], max_length: int)
             sequences.append((pair.prompt + answer)[:max_length])
             starts.append(len(pair.prompt))
             nll_starts.append(len(pair.prompt) + nll_from)
-    tree = Tree(names, weight=sum(kind_weight[pair.kind] for pair in pairs))
+    tree = Tree(names, divisor=sum(pair_weight[pair.kind] for pair in pairs))
     grow(tree, sequences, starts)
     for node, s in zip(tree.target_node, tree.target_sequence, strict=True):
-        place = tree.depths[node] + 1  # of the target in its sequence
-        tree.target_weight.append(1.0 if place >= nll_starts[s] else 0.0)
+        position = tree.depths[node] + 1  # of the target in its sequence
+        tree.target_weight.append(1.0 if position >= nll_starts[s] else 0.0)
     return tree
 
 
@@ -108,9 +110,9 @@ def grow(tree: Tree, sequences: list[list[int]], targets_from: list[int]) -> Non
             tree.last.append(-1)
         for node in path:
             tree.last[node] = len(tree) - 1
-        for place in range(targets_from[s], len(tokens)):
-            tree.target_node.append(path[place - 1])
-            tree.target_token.append(tokens[place])
+        for position in range(targets_from[s], len(tokens)):
+            tree.target_node.append(path[position - 1])
+            tree.target_token.append(tokens[position])
             tree.target_sequence.append(s)
         before = inputs
 
@@ -128,18 +130,15 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 @dataclass
 class Batch:
-    """Some trees in the B lanes of a rectangle. S sequences in all, N targets, M places.
-
-    Several trees share a lane, one behind the other, since no tree sees another.
-    """
+    """Some trees in a rectangle of B lanes. Short trees share a lane, one behind the other."""
 
     tokens: torch.Tensor  # (B, T) int64
     positions: torch.Tensor  # (B, T) int64: a node's depth in its tree
     last: torch.Tensor  # (B, T) int64: node t is seen by the nodes t … last[t] of its lane
-    is_causal: bool  # no lane has a branch: each node sees all before it
-    places: torch.Tensor  # (M,) int64 in the flattened B·T: nodes that predict something
-    place: torch.Tensor  # (N,) int64: which of the places predicts a target
-    target: torch.Tensor  # (N,) int64: the token it predicts
+    is_causal: bool  # no lane has a branch or a second tree: each node sees all before it
+    predicting: torch.Tensor  # (M,) int64: the nodes that predict something, in the flattened B·T
+    predicted_by: torch.Tensor  # (N,) int64: which of those M predicts a target
+    target: torch.Tensor  # (N,) int64: the token to predict
     weight: torch.Tensor  # (N,) fp32
     sequence: torch.Tensor  # (N,) int64: which of the S sequences a target belongs to
     names: list[str]  # (S)
@@ -189,15 +188,16 @@ def make_batch(trees: list[Tree], device="cpu") -> Batch:
         names += tree.names
         reference += tree.reference or []
     # dtypes are said for the sake of a batch without targets.
-    places, place = torch.unique(torch.tensor(node, dtype=torch.int64), return_inverse=True)
+    node = torch.tensor(node, dtype=torch.int64)
+    predicting, predicted_by = torch.unique(node, return_inverse=True)
     no_branch = all(max(tree.depths) + 1 == len(tree) for tree in trees)
     return Batch(
         tokens=tokens.to(device),
         positions=positions.to(device),
         last=last.to(device),
         is_causal=no_branch and len(lanes) == len(trees),
-        places=places.to(device),
-        place=place.to(device),
+        predicting=predicting.to(device),
+        predicted_by=predicted_by.to(device),
         target=torch.tensor(target, dtype=torch.int64).to(device),
         weight=torch.tensor(weight, dtype=torch.float32).to(device),
         sequence=torch.tensor(sequence, dtype=torch.int64).to(device),

@@ -1,7 +1,6 @@
 """What the tests of training share: sums over sequences written out, and the command line within this process.
 
-The plain form, which everything is held against: one sequence at a time, a forward pass over what stands before each
-target and nothing else, a Python loop over the targets.
+Everything is held against backtrack/plain.py, one sequence at a time, and a Python loop over the targets.
 """
 
 import contextlib
@@ -15,7 +14,8 @@ import pytest
 import torch
 
 import train
-from data import toy
+from backtrack import plain
+from data import base, toy
 from model.errors import run
 
 
@@ -29,13 +29,13 @@ def toy_files() -> dict[str, bytes]:
 
 
 def logprob(network, context: list[int], token: int) -> torch.Tensor:
-    """log π(token | context), from a forward pass over the context alone."""
-    return network(torch.tensor([context]))[0, -1].double().log_softmax(dim=-1)[token]
+    """log π(token | context), fp64."""
+    return plain.logprobs(network, context, [token])[0].double()
 
 
-def logprobs_of(network, tokens: list[int], start: int) -> list[torch.Tensor]:
-    """log π of tokens[start:], each from a forward pass over what stands before it."""
-    return [logprob(network, tokens[:t], tokens[t]) for t in range(start, len(tokens))]
+def logprobs_of(network, tokens: list[int], start: int) -> torch.Tensor:
+    """log π of tokens[start:], each given what stands before it, fp64."""
+    return plain.logprobs(network, tokens[:start], tokens[start:]).double()
 
 
 def plain_nll(network, views) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -91,16 +91,23 @@ def close(a, b, atol=1e-5, rtol=1e-4):
 
 
 def trained(*words, code=0):
-    """`python train.py words` within this process; returns what it says on stderr."""
+    """`train.py words`, or `data.base words` without the first, within this process; what it says on stderr."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
-        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        program, argv = command_line(words)
+        patch.setattr(sys, "argv", argv)
         try:
-            run(train.main)
+            run(program.main)
             status = 0
         except SystemExit as end:
             status = end.code or 0
     return checked(status, said.getvalue(), code)
+
+
+def command_line(words):
+    if words[0] == "base":
+        return base, ["base.py", *map(str, words[1:])]
+    return train, ["train.py", *map(str, words)]
 
 
 def checked(status, said, code):
@@ -108,15 +115,16 @@ def checked(status, said, code):
     assert "Traceback" not in said
     if code == 2:
         *before, last = said.splitlines()
-        assert re.match(r"(train\.py( \w+)?: )?error: ", last)
+        assert re.match(r"((train|base)\.py( \w+)?: )?error: ", last)
         assert not any("error: " in line for line in before)
     return said
 
 
 def arguments(words):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
-        return train.parse_args()
+        program, argv = command_line(words)
+        patch.setattr(sys, "argv", argv)
+        return program.parse_args()
 
 
 def interrupted(words, at):

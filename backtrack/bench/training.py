@@ -32,7 +32,8 @@ from backtrack.trees import Tree, make_batch, pair_tree, view_tree
 from model import InputError, Transformer, load_tokenizer
 from model.errors import positive, run
 from model.files import check_file, write_text
-from train import logprobs, micro_batches
+from backtrack.run.parallel import micro_batches
+from train import logprobs
 
 MAX_LENGTH = 2048
 # What is trained, rows per micro-batch, the options of its sequences.

@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from backtrack.examples import every_reset, resets_after_safe
+from backtrack.examples import reset_after_every_prefix, resets_after_safe
 from backtrack.reset_row import add_to_level
 from backtrack.rows import Row, cut, evenly, load_rows
 from backtrack.run.say import say
@@ -34,7 +34,7 @@ def places_of(row: Row, tok) -> list:
     """Views of a row that together predict after every token of both its answers."""
     views = resets_after_safe(row, tok)
     if row.rejected:
-        views += every_reset("unsafe", row.prompt, row.rejected, [tok.reset_id], weight=0.0)
+        views += reset_after_every_prefix("unsafe", row.prompt, row.rejected, [tok.reset_id], weight=0.0)
     return views
 
 

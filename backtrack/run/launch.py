@@ -121,9 +121,9 @@ def within(seconds: float, is_so: Callable[[], bool]) -> bool:
     return True
 
 
-def check_device(args) -> None:
+def check_device(name: str) -> None:
     """Raises InputError where the ranks of this node cannot have a device each."""
-    device = torch.device(args.device)
+    device = torch.device(name)
     if not dist.is_initialized() or device.type == "cpu":
         return
     here, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from backtrack.run.options import Machine
+from backtrack.trees import NO_ROW, Tree
 from model import Transformer
 from model.errors import InputError
 from model.transformer import own_rows
@@ -41,7 +43,7 @@ def size() -> int:
 # ── The model in slices ───────────────────────────────────────────────────────────────────────────
 
 
-def shard(model: Transformer, args) -> None:
+def shard(model: Transformer, machine: Machine) -> None:
     """Share the rows of every weight out. The model is still on the meta device: see load_model.
 
     With --dtype bfloat16 a block's weights are gathered in bf16, which halves what is sent; slices,
@@ -52,12 +54,12 @@ def shard(model: Transformer, args) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    kind = torch.device(args.device).type
+    kind = torch.device(machine.device).type
     options = {"mesh": init_device_mesh(kind, (size(),)), "reshard_after_forward": True}
-    if args.offload:
+    if machine.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=kind == "cuda")
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if args.dtype == "bfloat16":
+    if machine.dtype == "bfloat16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
         fully_shard(block, mp_policy=policy, **options)
@@ -91,6 +93,17 @@ def as_a_whole(table: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 # ── Rows and numbers ──────────────────────────────────────────────────────────────────────────────
+
+
+def micro_batches(trees: list[Tree], size: int) -> list[list[Tree]]:
+    """Cut a step into micro-batches of `size` trees, sorted by length: so padding is small.
+
+    Of several processes each gets the micro-batches of its share, equally many.
+    """
+    mine, rounds = share_out(trees, size)
+    mine = sorted(mine, key=len)
+    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    return batches + [[NO_ROW]] * (rounds - len(batches))
 
 
 def share_out(trees: Sequence, per_batch: int) -> tuple[list, int]:

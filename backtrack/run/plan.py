@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from backtrack.run.chunks import LOGITS
 from model import ModelConfig, Transformer
 from model.transformer import Block
 
@@ -45,6 +46,12 @@ class Plan:
     def total(self) -> float:
         kept = self.checkpointed if self.checkpoint else self.activations
         return (0 if self.offload else self.slices) + self.gathered + kept + self.logits
+
+
+def say_plan(args) -> None:
+    """args: of train.py, whose --init has a config.json, or of data/base.py, whose --config is one."""
+    config = ModelConfig.load(args.config if "config" in args else args.init)
+    print("\n".join(lines(plan(config, args, LOGITS), args)))
 
 
 def plan(config: ModelConfig, args, chunk: int) -> Plan:

@@ -52,7 +52,7 @@ def test_views_of_llama_by_hand():
     n = len(x)
     answer = View("answer", [*x, *b"no", EOT], n, HALF)
     restart = View("restart", [*x, RESET, *b"no", EOT], n + 1, QUARTER)
-    assert sft_views(row, 2, llama, restart="all") == [
+    assert sft_views(row, 2, llama, resets="drawn", restart="all") == [
         answer,
         View("backtrack", [*x, *b"ye", RESET, *b"no", EOT], n + 2, HALF),
         restart,
@@ -68,11 +68,9 @@ def test_views_of_llama_by_hand():
     ]
     heavy = sft_views(row, 2, llama, resets="every", reset_weight=4.0)
     assert [v.weight for v in heavy] == [HALF, HALF, *[4 * HALF / 3] * 3]
-    assert sft_views(row, 2, llama, reset_weight=4.0) == sft_views(row, 2, llama)
-    # In a part of the answer alone, and still as much together.
-    late = sft_views(row, 2, llama, resets="every", part=(0.3, 1.0))
-    assert [v.tokens[n:] for v in late[2:]] == [[*b"ye", RESET], [*b"yes", RESET]]
-    assert [v.weight for v in late] == [HALF, HALF, HALF / 2, HALF / 2]
+    assert sft_views(row, 2, llama, resets="drawn", reset_weight=4.0) == sft_views(
+        row, 2, llama, resets="drawn"
+    )
     # The control says both answers and takes nothing back.
     in_place = View("in place", [*x, *b"ye", *b"no", EOT], n + 2, HALF)
     for resets, restart in itertools.product(("drawn", "every"), ("none", "unsafe", "all")):
@@ -92,7 +90,7 @@ def test_views_of_the_toy_by_hand():
     row = encode_row(UNSAFE, gemma)
     assert row == Row(prompt=x, chosen=no, rejected=yes, unsafe=True)
     n = len(x)
-    assert sft_views(row, 1, gemma, restart="unsafe") == [
+    assert sft_views(row, 1, gemma, resets="drawn", restart="unsafe") == [
         View("answer", [*x, *no, end], n, HALF),
         View("backtrack", [*x, yes[0], reset, *no, end], n + 1, HALF),
         View("restart", [*x, reset, *no, end], n + 1, QUARTER),
@@ -155,7 +153,9 @@ def test_loss_falls_on_the_tail_and_nowhere_else(tok):
         begun = row.rejected[:k]
         seen = {"answer": [], "backtrack": begun, "in place": begun, "restart": reset}
         tail = {name: answer for name in seen} | {"backtrack": reset + answer}
-        views = sft_views(row, k, tok, restart="all") + sft_views(row, k, tok, method="in-place")
+        views = sft_views(row, k, tok, resets="drawn", restart="all") + sft_views(
+            row, k, tok, method="in-place"
+        )
         assert {v.name for v in views} == set(seen)
         for v in views:
             assert v.tokens[: v.loss_from] == x + seen[v.name]
@@ -178,7 +178,7 @@ def test_a_prefix_is_cut_in_token_space():
     assert row.rejected == pieces.encode(text)
     differs = 0
     for k in range(1, len(row.rejected) + 1):
-        view = sft_views(row, k, gemma)[1]
+        view = sft_views(row, k, gemma, resets="drawn")[1]
         prefix = view.tokens[len(row.prompt) : view.tokens.index(gemma.reset_id)]
         assert prefix == pieces.encode(text)[:k]
         differs += pieces.encode(pieces.decode(prefix)) != prefix
@@ -204,7 +204,7 @@ def test_text_cannot_spell_a_special_id(tok):
     tricked = encode_row(row_of(trick, trick, trick, unsafe=True), tok)
     assert tok.decode(tricked.chosen) == tok.decode(tricked.rejected) == trick  # all there, as text
     assert tok.special_ids.isdisjoint(tricked.chosen + tricked.rejected)
-    views = [sft_views(row, 3, tok, restart="all") for row in (honest, tricked)]
+    views = [sft_views(row, 3, tok, resets="drawn", restart="all") for row in (honest, tricked)]
     for plain, attack in zip(*views, strict=True):
         special = [[t for t in v.tokens if t in tok.special_ids] for v in (plain, attack)]
         assert special[0] == special[1] != []
@@ -284,41 +284,9 @@ def test_k_is_uniform(longest):
         assert is_uniform(draws, range(1, longest + 1), 200)
 
 
-@pytest.mark.parametrize(
-    "part, longest, lengths",
-    [
-        ((0.0, 1.0), 10, range(1, 11)),
-        ((0.5, 1.0), 10, range(6, 11)),
-        ((0.0, 0.5), 10, range(1, 6)),
-        ((0.25, 0.75), 8, range(3, 7)),
-        ((0.5, 1.0), 7, range(5, 8)),
-        ((1.0, 1.0), 9, [9]),
-        ((0.0, 0.0), 9, [1]),  # never none at all
-        ((0.5, 0.5), 8, [4]),
-        ((0.9, 1.0), 3, [3]),
-        ((0.0, 0.1), 3, [1]),
-        *((part, 1, [1]) for part in ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (0.0, 0.0), (0.3, 0.4))),
-    ],
-)
-def test_k_of_a_part_of_the_answer(part, longest, lengths):
-    """Uniform over the lengths listed by hand, the whole part and nothing else; a list does as well as a tuple."""
-    draws = Counter(draw_prefix(0, 0, i, longest, part) for i in range(200 * len(lengths)))
-    assert is_uniform(draws, lengths, 200)
-    assert draw_prefix(0, 0, 3, longest, list(part)) == draw_prefix(0, 0, 3, longest, part)
-
-
-def test_adjoining_parts_share_no_length():
-    for longest in range(2, 30):
-        halves = []
-        for part in ((0.0, 0.5), (0.5, 1.0)):
-            halves.append({draw_prefix(0, 0, i, longest, part) for i in range(1000)})
-        assert halves[0] | halves[1] == set(range(1, longest + 1)) and not halves[0] & halves[1]
-
-
-def test_the_whole_answer_is_the_default():
+def test_k_is_drawn_by_the_standard_library():
     for a in itertools.product(range(2), range(5), range(5), (1, 2, 33)):
-        by_hand = random.Random("/".join(map(str, a[:3]))).randint(1, a[3])
-        assert draw_prefix(*a) == draw_prefix(*a, (0.0, 1.0)) == by_hand
+        assert draw_prefix(*a) == random.Random("/".join(map(str, a[:3]))).randint(1, a[3])
 
 
 def test_k_depends_on_seed_epoch_and_row_alone():

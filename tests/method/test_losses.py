@@ -15,7 +15,7 @@ from training import close, gradients, logprobs_of, plain_dpo, plain_nll, prefix
 import train
 from backtrack.examples import Pair, View, dpo_pairs
 from backtrack.rows import Row
-from backtrack.run import progress
+from backtrack.run import metrics
 from backtrack.trees import make_batch, pair_tree, pairs_of, view_tree
 
 V, RESET = 41, 40
@@ -76,7 +76,7 @@ def test_sft_loss_and_its_gradient_against_a_loop(network):
     torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-5)
     close(gradients(network, loss), gradients(network, expected), atol=1e-4)
     assert batch.weight.sum().item() == pytest.approx(weight)
-    report = progress.view_report(values.detach(), batch, RESET)
+    report = metrics.of_views(values.detach(), batch, RESET)
     chance = report.pop("reset_after_unsafe")
     assert report.keys() == {f"loss/{name}" for name in sums}
     for name, found in sums.items():
@@ -263,7 +263,7 @@ def test_the_report_of_pairs_by_hand(beta):
     assert batch.by_sequence(values).tolist() == [
         x for p in zip(PI_C, PI_R, strict=True) for x in p
     ]
-    report = progress.pair_report(values, batch, torch.tensor([0.1, 0.2, 0.3, 0.4]), beta, RESET)
+    report = metrics.of_pairs(values, batch, torch.tensor([0.1, 0.2, 0.3, 0.4]), beta, RESET)
     for kind, loss in zip(KINDS, (0.1, 0.2, 0.3, 0.4), strict=True):
         assert report[f"loss/{kind}"] == pytest.approx((loss, 1))
     assert report["margin"] == pytest.approx((beta * sum(MARGINS), 4))
@@ -287,14 +287,14 @@ def test_how_likely_a_reset_is_where_it_belongs_and_where_not():
     resets = {0: math.log(0.5), 3: math.log(0.25), 5: math.log(0.125)}
     for s, value in resets.items():
         values[(batch.sequence == s) & (batch.target == RESET)] = value
-    report = progress.pair_report(values, batch, torch.zeros(3), 0.1, RESET)
+    report = metrics.of_pairs(values, batch, torch.zeros(3), 0.1, RESET)
     assert report["reset_after_unsafe"] == pytest.approx((0.5, 1))
     assert report["reset_after_safe"] == pytest.approx((0.25 + 0.125, 2))
 
 
 def test_reports_add_up():
     sums = {}
-    progress.add(sums, {"a": (1.0, 2), "b": (0.5, 1)})
-    progress.add(sums, {"a": (2.0, 4), "c": (0.0, 0)})
+    metrics.add(sums, {"a": (1.0, 2), "b": (0.5, 1)})
+    metrics.add(sums, {"a": (2.0, 4), "c": (0.0, 0)})
     assert sums == {"a": (3.0, 6), "b": (0.5, 1), "c": (0.0, 0)}
-    assert progress.means(sums) == {"a": 0.5, "b": 0.5, "c": 0.0}
+    assert metrics.means(sums) == {"a": 0.5, "b": 0.5, "c": 0.0}

@@ -16,6 +16,7 @@ from training import close, gradients, prefixes
 import train
 from backtrack.examples import Pair, View, dpo_pairs, sft_views
 from backtrack.rows import Row
+from backtrack.run.options import Machine
 from backtrack.trees import Tree, grow, make_batch, pair_tree, pairs_of, share_lanes, view_tree
 
 V, RESET, EOS = 41, 40, 39
@@ -226,10 +227,10 @@ def test_logprobs_losses_and_gradients(network, scene):
 @pytest.mark.parametrize("name", ["sft", "sft, shared lanes", "sft, baseline", "dpo"])
 def test_bfloat16(network, name):
     """As near to the truth in fp32 as the plain form in bf16 is, which rounds as often but elsewhere."""
-    scene, args = SCENES[name](), argparse.Namespace(dtype="bfloat16", device="cpu")
+    scene = SCENES[name]()
     batch = make_batch(scene.trees)
     truth = plain_logprobs(network, scene)
-    with train.autocast(args):
+    with Machine(dtype="bfloat16").autocast():
         values = train.logprobs(network, batch)
         plain = plain_logprobs(network, scene)
     assert values.dtype == torch.float32
@@ -251,7 +252,7 @@ def test_bfloat16(network, name):
 
 def nodes_of(scene, batch) -> dict[int, tuple]:
     """Place in the flattened batch -> (which tree, all tokens from its root down to the node), from depths alone."""
-    found, places = {}, batch.places[batch.place].tolist()
+    found, places = {}, batch.predicting[batch.predicted_by].tolist()
     target = 0
     for n, tree in enumerate(scene.trees):
         offset = places[target] - tree.target_node[0]
@@ -284,7 +285,7 @@ def test_a_target_sees_its_sequence_and_nothing_else(scene):
     )
     done = [start for start in scene.starts]
     for n, s in enumerate(batch.sequence.tolist()):
-        b, t = divmod(batch.places[batch.place[n]].item(), T)
+        b, t = divmod(batch.predicting[batch.predicted_by[n]].item(), T)
         before = scene.sequences[s][: done[s]]
         assert batch.tokens[b][visible[b, t]].tolist() == before
         assert batch.positions[b][visible[b, t]].tolist() == list(range(len(before)))
@@ -324,7 +325,7 @@ def test_padding_gets_no_gradient(network, scene):
     batch = make_batch(scene.trees)
     real = torch.zeros(batch.tokens.numel(), dtype=torch.bool)
     real[list(nodes_of(scene, batch))] = True
-    assert real[batch.places].all()
+    assert real[batch.predicting].all()
     batch.tokens.view(-1)[~real] = 37 if 37 not in batch.tokens.view(-1)[real] else V - 1
     loss = tree_loss(scene, batch, train.logprobs(network, batch))
     expected = tree_loss(
@@ -393,13 +394,13 @@ def test_the_weights_of_a_tree():
         (2, 1.0),
     ):
         tree = view_tree(views, max_length)
-        assert tree.weight == pytest.approx(sum(tree.target_weight)) == pytest.approx(expected)
+        assert tree.divisor == pytest.approx(sum(tree.target_weight)) == pytest.approx(expected)
         for s, weight in zip(tree.target_sequence, tree.target_weight, strict=True):
             assert weight == views[s].weight
     kinds = {"elicit": 0.25, "discourage": 3.0, "restart": 1.5, "baseline": 9.0}
     pairs = dpo_pairs(ROWS[0], 3, 2, TOK, restart="all")
-    assert pair_tree(pairs, kinds, 200).weight == 0.25 + 3.0 + 1.5
-    assert pair_tree(pairs[:1], kinds, 200).weight == 3.0
+    assert pair_tree(pairs, kinds, 200).divisor == 0.25 + 3.0 + 1.5
+    assert pair_tree(pairs[:1], kinds, 200).divisor == 3.0
 
 
 def test_where_an_nll_term_may_fall():

@@ -1,0 +1,129 @@
+"""What a run says while it trains: a line on stderr, and the same numbers in OUT/metrics.jsonl.
+
+Numbers are added up as name -> (sum, count) and logged as means, apart from what is optimised. What
+they mean is in data/README.md.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from backtrack.run.parallel import rank
+from backtrack.run.say import say
+from backtrack.trees import Batch, pairs_of
+
+Sums = dict[str, tuple[float, int]]
+
+
+class Meter:
+    """Speed, time left, and the lines of the log."""
+
+    def __init__(self, progress):
+        self.progress = progress
+        self.first_step = progress.step
+        self.first_tokens = progress.tokens
+        self.began = time.time()
+
+    def log(self, out: str, steps: int, loss: float, lr: float, grad_norm: float) -> None:
+        progress = self.progress
+        seconds = time.time() - self.began
+        speed = (progress.tokens - self.first_tokens) / seconds
+        left = seconds / (progress.step - self.first_step) * (steps - progress.step)
+        found = means(progress.sums)
+        progress.sums = {}
+        parts = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in found.items())
+        say(
+            f"step {progress.step:>5}/{steps}  loss {loss:.4f}  ({parts})  lr {lr:.1e}"
+            f"  {speed:,.0f} tokens/s  {left:.0f} s left"
+        )
+        record = {"step": progress.step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        record |= {"tokens": progress.tokens, "computed_tokens": progress.computed_tokens}
+        record |= {"tokens_per_s": round(speed), "seconds": round(seconds, 2)}
+        write(out, record | found)
+
+
+def log_heldout(out: str, step: int, sums: Sums) -> None:
+    found = {name.removeprefix("loss/"): value for name, value in means(sums).items()}
+    say("  held out: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    write(out, {"step": step} | {f"heldout/{name}": value for name, value in found.items()})
+
+
+def write(out: str, record: dict) -> None:
+    if rank() == 0:
+        with open(Path(out) / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+
+def rewind(out: str, step: int) -> None:
+    """Drop what a killed run logged after its last save."""
+    if rank() > 0:
+        return
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(Path(out) / "metrics.jsonl", "ab+") as f:
+        f.seek(0)
+        kept = 0
+        for line in f:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break  # steps only grow, so what is kept is the head
+            except (ValueError, KeyError, TypeError):  # zeros, as a power cut leaves them
+                break
+            kept += len(line)
+        f.truncate(kept)
+
+
+# ── Sums ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def add(sums: Sums, more: Sums) -> None:
+    for name, (value, count) in more.items():
+        old_value, old_count = sums.get(name, (0.0, 0))
+        sums[name] = (old_value + value, old_count + count)
+
+
+def means(sums: Sums) -> dict[str, float]:
+    return {name: value / max(1, count) for name, (value, count) in sorted(sums.items())}
+
+
+def of_views(logprobs: torch.Tensor, batch: Batch, reset_id: int | None = None) -> Sums:
+    """loss/VIEW: −log π of its targets; how likely [RESET] is where it should be said, and not."""
+    found: Sums = {}
+    sums = batch.by_sequence(-logprobs).tolist()
+    counts = batch.by_sequence(torch.ones_like(logprobs)).tolist()
+    for name, value, count in zip(batch.names, sums, counts, strict=True):
+        if name != "safe":
+            add(found, {f"loss/{name}": (value, int(count))})
+    after_safe = torch.tensor([name == "safe" for name in batch.names], dtype=torch.bool)
+    return found | resets(logprobs, batch, after_safe, reset_id)
+
+
+def of_pairs(logprobs, batch: Batch, losses, beta: float, reset_id: int) -> Sums:
+    """Loss of each kind, margins and rewards, and how likely [RESET] is, wanted and not."""
+    chosen, rejected = pairs_of(batch.by_sequence(logprobs) - batch.reference)  # log π/π_ref, (P,)
+    margin = beta * (chosen - rejected)
+    found: Sums = {}
+    for kind, value in zip(batch.names[0::2], losses.tolist(), strict=True):
+        add(found, {f"loss/{kind}": (value, 1)})
+    P = len(margin)
+    found["accuracy"] = ((margin > 0).sum().item(), P)
+    found["margin"] = (margin.sum().item(), P)
+    found["chosen"] = (chosen.sum().item(), P)
+    found["rejected"] = (rejected.sum().item(), P)
+    is_rejected = torch.arange(len(batch.names)) % 2 == 1
+    return found | resets(logprobs, batch, is_rejected, reset_id)
+
+
+def resets(logprobs, batch: Batch, unwanted: torch.Tensor, reset_id: int | None) -> Sums:
+    """The mean p([RESET]) over its targets in unwanted (S,) sequences, and over those in others."""
+    is_reset = batch.target == reset_id
+    is_unwanted = unwanted.to(logprobs.device)[batch.sequence]
+    found: Sums = {}
+    for name, some in (
+        ("reset_after_unsafe", logprobs[is_reset & ~is_unwanted]),
+        ("reset_after_safe", logprobs[is_reset & is_unwanted]),
+    ):
+        if len(some):
+            found[name] = (some.exp().sum().item(), len(some))
+    return found
