@@ -28,11 +28,11 @@ from backtrack.bench.__main__ import LLAMA_125M, random_model, ratio, table
 from backtrack.evaluate.results import made_by
 from backtrack.examples import dpo_pairs, draw_prefix, sft_views
 from backtrack.rows import Row, load_rows
+from backtrack.run.parallel import micro_batches
 from backtrack.trees import Tree, make_batch, pair_tree, view_tree
 from model import InputError, Transformer, load_tokenizer
 from model.errors import positive, run
 from model.files import check_file, write_text
-from backtrack.run.parallel import micro_batches
 from train import logprobs
 
 MAX_LENGTH = 2048

@@ -1,16 +1,17 @@
-"""Processes that torchrun has started begin together, and end together.
+"""The processes that torchrun starts begin together and end together.
 
     with together():       # in main(), around everything
         …
 
-One that fails alone would leave the others waiting: for gloo half an hour. So the first to fail says
-why, in one line, and all end with its exit code. How the others notice: the connections to it close,
-an error of gloo or NCCL, or torchrun sends them SIGTERM. Neither is the cause, both are its echo.
-The cause is looked up in the store, a small server of torchrun's that outlives them:
+If one process failed alone, the others would wait for it: half an hour, with gloo. So the first to
+fail says why, in one line, and all end with its exit code. The others notice because their
+connections to it close (an error of gloo or NCCL) or because torchrun sends them SIGTERM. Such an
+error is an echo, not the cause. They look the cause up in the store, a small server of torchrun's
+that outlives the processes:
 
-    "code"              exit code of the rank that knows why; missing if it was killed
-    "told"              how many have wanted to say something: the first one does
-    "rank 0 has told"   others may: what is wrong for all is said by rank 0
+    "exit code"       of the process that knows the cause; missing if that was killed
+    "speakers"        how many processes wanted to print an error: only the first one does
+    "rank 0 spoke"    others may speak now: what is wrong for all, rank 0 says
 """
 
 import atexit
@@ -65,18 +66,18 @@ def end_together(store, number: int, error: BaseException) -> NoReturn:
     )
     if is_echo:
         code, line = 1, "a rank was killed or is out of reach; --resume goes on from the last save"
-        if within(2, lambda: store.check(["code"])):  # it has said why
-            code, line = int(store.get("code")), ""
+        if within(2, lambda: store.check(["exit code"])):  # the cause is known
+            code, line = int(store.get("exit code")), ""
     else:
         code, line = cause_of(error, number)
-        store.set("code", str(code))
+        store.set("exit code", str(code))
         if number > 0:  # what is wrong for all, rank 0 has found as well
-            within(1, lambda: store.check(["rank 0 has told"]))
+            within(1, lambda: store.check(["rank 0 spoke"]))
             line = f"rank {number}: {line}"
-    if code and store.add("told", 1) == 1 and line:
+    if code and store.add("speakers", 1) == 1 and line:
         print(f"error: {line}", file=sys.__stderr__)
     if number == 0:
-        store.set("rank 0 has told", "")
+        store.set("rank 0 spoke", "")
     exit_at_once(code)
     raise SystemExit(code)
 

@@ -1,8 +1,9 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685): train little beside frozen weights, for one small GPU.
+"""Low-rank adaptation (LoRA, arXiv 2106.09685): train few numbers beside frozen weights, for one small GPU.
 
-Each linear layer's matrix W, the head's too, becomes W + up·down, and the two factors alone are trained; of embedding
-and head also the rows of [RESET] and the chat template, in full: a base may never have seen them, and without them the
-method cannot work. An embedding tied to the head adds what the head adds. What is saved is merged: a plain model.
+The matrix W of each linear layer, the head's too, becomes W + up·down, and only these two factors are trained. Of
+embedding and head, the rows of [RESET] and of the chat template are trained in full as well: a base may never have seen
+them, and the method cannot work without them. An embedding tied to the head adds what the head adds. The factors are
+merged when the model is saved, so what others load is a plain model.
 """
 
 from functools import partial
@@ -28,14 +29,10 @@ def adapt(model: Transformer, rank: int, ids: list[int]) -> None:
     model.model.embed_tokens.register_forward_hook(partial(add_vectors, table))
 
 
-def add_outputs(
-    layer, inputs, y
-):  # torch calls it after the layer, and takes what it returns instead of y
+def add_outputs(layer, inputs, y):  # torch calls it after the layer, and takes what it returns instead of y
     y = y + F.linear(F.linear(inputs[0], layer.down), layer.up)
     if hasattr(layer, "rows"):  # the head
-        y = y.index_add(
-            -1, torch.tensor(layer.ids, device=y.device), F.linear(inputs[0], layer.rows).to(y)
-        )
+        y = y.index_add(-1, torch.tensor(layer.ids, device=y.device), F.linear(inputs[0], layer.rows).to(y))
     return y
 
 
@@ -46,9 +43,7 @@ def add_vectors(table, embedding, inputs, x):
 
 def adapters(model: Transformer) -> dict[str, nn.Parameter]:
     """What is added, by name; nothing without --lora."""
-    return {
-        name: p for name, p in model.named_parameters() if name.endswith((".down", ".up", ".rows"))
-    }
+    return {name: p for name, p in model.named_parameters() if name.endswith((".down", ".up", ".rows"))}
 
 
 @torch.no_grad()
@@ -76,17 +71,11 @@ class Merged:
         if hasattr(self.layer, "up"):
             weight = weight + whole(self.layer.up) @ whole(self.layer.down)
         if hasattr(self.layer, "rows"):
-            weight = weight.index_add(
-                0, torch.tensor(self.layer.ids).to(weight.device), whole(self.layer.rows)
-            )
+            weight = weight.index_add(0, torch.tensor(self.layer.ids).to(weight.device), whole(self.layer.rows))
         return weight
 
 
 def weights(model: Transformer) -> dict:
     """name -> weight of the model to be saved, merged where something is added."""
-    changed = {
-        m.weight: Merged(m) for m in model.modules() if hasattr(m, "up") or hasattr(m, "rows")
-    }
-    return {
-        name: changed.get(p, p) for name, p in model.named_parameters() if name.endswith(".weight")
-    }
+    changed = {m.weight: Merged(m) for m in model.modules() if hasattr(m, "up") or hasattr(m, "rows")}
+    return {name: changed.get(p, p) for name, p in model.named_parameters() if name.endswith(".weight")}

@@ -2,11 +2,10 @@
 
     python train.py sft --init Meta-Llama-3-8B --data hh.jsonl --out runs/x --dtype bfloat16 --max-length 2048 --plan 8
 
-No weight is read and no memory taken: shapes come from the network on the meta device, activations from a forward pass
-over tensors that have a shape and no numbers, of which autograd says what it would keep. It is the worst case: every
-micro-batch is full, --batch-size sequences of --max-length tokens, each a target, and comes when those before it have
-left their gradients. What PyTorch and CUDA take for themselves, and what an allocator cannot use, comes on top: leave a
-tenth.
+It reads no weight and takes no memory: shapes come from the network on the meta device, and activations from a forward
+pass over tensors without numbers, of which autograd says what it would keep. It plans for the worst case: every
+micro-batch is full (--batch-size sequences of --max-length tokens, each of them a target), and gradients are there
+already. PyTorch, CUDA and the allocator's leftovers come on top: leave a tenth.
 """
 
 from dataclasses import dataclass
@@ -31,9 +30,7 @@ class Plan:
     moments: float  # 8
     gathered: float  # a block and the tables at work, and their gradients, before they are shared out again
     activations: float  # all blocks, kept for the backward pass
-    checkpointed: (
-        float  # the same with --checkpoint-activations: inputs of all blocks, the rest of one
-    )
+    checkpointed: float  # the same with --checkpoint-activations: inputs of all blocks, the rest of one
     logits: float
     offload: bool
     checkpoint: bool
@@ -99,9 +96,7 @@ def kept_by_block(config: ModelConfig, args) -> float:
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         blocks = [Block(config, i) for i in range(two)]
         for p in (p for block in blocks for p in block.parameters()):
-            p.data = p.data.to(
-                dtype
-            )  # so autocast makes no copies of weights: those are counted elsewhere
+            p.data = p.data.to(dtype)  # so autocast makes no copies of weights: those are counted elsewhere
         weights = {p.untyped_storage()._cdata for block in blocks for p in block.parameters()}
         B, T = args.batch_size, args.max_length
         x = torch.empty(B, T, config.hidden_size, requires_grad=True)
@@ -139,7 +134,4 @@ def lines(p: Plan, args) -> list[str]:
     ]
     micro = f"micro-batches of {args.batch_size} × {args.max_length} tokens, {args.dtype}"
     head = f"{p.parameters:,} parameters on {args.plan} device{'s' * (args.plan > 1)}, {micro}; an estimate"
-    return [
-        head,
-        *(f"  {name:<34}{size / GB:9.3f} GB  {note}".rstrip() for name, size, note in rows),
-    ]
+    return [head, *(f"  {name:<34}{size / GB:9.3f} GB  {note}".rstrip() for name, size, note in rows)]

@@ -46,10 +46,9 @@ from model.transformer import own_rows
 PROGRESS = "training.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What determines the result of a run, of its arguments: a resumed run must repeat them.
-SETTINGS = (
-    "command lr batch_size grad_accum max_length seed dtype lora"
-    " method resets reset_weight restart beta nll elicit discourage restart_weight"
-).split()
+SETTINGS = ["command", "lr", "batch_size", "grad_accum", "max_length", "seed", "dtype", "lora"]
+SETTINGS += ["method", "resets", "reset_weight", "restart"]
+SETTINGS += ["beta", "nll", "elicit", "discourage", "restart_weight"]
 
 
 @dataclass

@@ -19,7 +19,8 @@ from backtrack.trees import Tree, make_batch
 from model import Transformer
 
 # What the numbers depend on, of the run's settings.
-NAMES = "init data heldout steps batch_size grad_accum max_length seed dtype method restart".split()
+NAMES = ["init", "data", "heldout", "steps", "batch_size", "grad_accum", "max_length", "seed"]
+NAMES += ["dtype", "method", "restart"]
 
 
 def reference_logprobs(
