@@ -124,7 +124,7 @@ def fit(
         model.model.compile(dynamic=True)
 
     meter = metrics.Meter(progress)
-    for step in range(progress.step, options.steps):
+    for step in run.steps():  # ends early, between two steps, on Ctrl-C
         lr = learning_rate(step, options.steps, options.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -138,13 +138,15 @@ def fit(
         progress.step = step + 1
         is_last = progress.step == options.steps
         if progress.step % options.log_every == 0 or is_last:
-            meter.log(options.out, options.steps, step_loss, lr, grad_norm)
+            meter.log(options.out, options.steps, lr, grad_norm)
             if heldout:
                 metrics.log_heldout(options.out, progress.step, measure(run, model, heldout, loss))
         if progress.step % options.save_every == 0 and not is_last:
             run.save(model, optimizer)
     run.save(model, optimizer)
     say(f"saved {options.out}")
+    if run.is_stopped:
+        raise KeyboardInterrupt
 
 
 def backward(run: Run, model: Transformer, trees: list[Tree], loss: Loss) -> float:
@@ -166,7 +168,7 @@ def backward(run: Run, model: Transformer, trees: list[Tree], loss: Loss) -> flo
         metrics.add(sums, found | {"of the step": (batch_loss.item(), batch.tokens.numel())})
     sums = parallel.add_up(sums)  # over processes, as the gradients are already
     step_loss, computed_tokens = sums.pop("of the step")
-    metrics.add(run.progress.sums, sums)
+    metrics.add(run.progress.sums, sums | {"loss": (step_loss, 1)})
     run.progress.tokens += sum(map(len, trees))
     run.progress.computed_tokens += computed_tokens
     return step_loss
@@ -215,7 +217,7 @@ def rows_in_order(options: Options, count: int, tree_of: Callable[[int, int], Tr
 
     def trees_of(step: int) -> list[Tree]:
         trees = []
-        for position in range(step * per_step, (step + 1) * per_step):
+        for position in range(step * per_step, min((step + 1) * per_step, options.rows)):
             epoch, index = divmod(position, count)
             trees.append(tree_of(epoch, order(epoch)[index]))
         return trees

@@ -38,16 +38,16 @@ endif
 
 # ── Other ways to train ────────────────────────────────────────────────────────────────────────────
 
-# The baseline sees shorter sequences; with this many epochs it sees as many tokens as backtracking.
-EPOCHS_LONG := 7
+# The baseline sees shorter sequences; in this many steps it sees as many tokens as backtracking.
+STEPS_LONG := 684
 
 $(RUNS)/toy-%/sft-baseline-long.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS_LONG) $(SFT_BASELINE)
+	$(SFT_COMMAND) $(STEPS_LONG) $(SFT_BASELINE)
 	@touch $@
 
 # The control: the same unsafe beginnings and safe answers, but no [RESET], so nothing is taken back.
 $(RUNS)/toy-%/sft-in-place.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) --method in-place
+	$(SFT_COMMAND) $(STEPS) --method in-place
 	@touch $@
 
 $(RUNS)/toy-%/dpo-from-baseline.done: $(RUNS)/toy-%/sft-baseline.done
@@ -59,28 +59,20 @@ $(RUNS)/toy-%/dpo-paper.done: $(RUNS)/toy-%/sft.done
 	@touch $@
 
 $(RUNS)/toy-%/sft-restart-unsafe.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) $(SFT_OURS) --restart unsafe
+	$(SFT_COMMAND) $(STEPS) $(SFT_OURS) --restart unsafe
 	@touch $@
 
 $(RUNS)/toy-%/sft-restart-all.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) $(SFT_OURS) --restart all
-	@touch $@
-
-$(RUNS)/toy-%/sft-prefix-early.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) $(SFT_OURS) --prefix 0 0.5
-	@touch $@
-
-$(RUNS)/toy-%/sft-prefix-late.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) $(SFT_OURS) --prefix 0.5 1
+	$(SFT_COMMAND) $(STEPS) $(SFT_OURS) --restart all
 	@touch $@
 
 # As in the paper: after one drawn prefix; and the same in expectation, after every prefix, as much as one token.
 $(RUNS)/toy-%/sft-drawn.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS) --resets drawn
+	$(SFT_COMMAND) $(STEPS) --resets drawn
 	@touch $@
 
 $(RUNS)/toy-%/sft-weight-1.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(EPOCHS)
+	$(SFT_COMMAND) $(STEPS)
 	@touch $@
 
 # ── What it buys and what it costs: the paper's experiments, and what it leaves open ───────────────────────────────
@@ -126,7 +118,7 @@ $(RUNS)/toy-%/retry.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
 
 # Other ways to train.
 $(RUNS)/toy-%/training.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft sft-weight-1 sft-drawn \
-		sft-restart-unsafe sft-restart-all sft-prefix-early sft-prefix-late dpo dpo-paper dpo-from-baseline sft-baseline))
+		sft-restart-unsafe sft-restart-all dpo dpo-paper dpo-from-baseline sft-baseline))
 	$(EVAL) --sets $(NEW_SETS) --on-reset truncate keep
 
 # [RESET] after the one prefix drawn, or after every prefix: on development seeds.

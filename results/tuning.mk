@@ -9,13 +9,12 @@ START_BASELINE := --beta 0.2 --lr 2e-4 --nll 1 --method baseline
 both-sft-start    :=
 both-sft-lr-5e-4  := --lr 5e-4
 both-sft-lr-2e-3  := --lr 2e-3
-both-sft-epochs-4 := --epochs 4
-both-sft-batch-16 := --batch-size 16 --lr 7e-4 --epochs 4
+both-sft-epochs-4 := --steps 391
+both-sft-batch-16 := --batch-size 16 --lr 7e-4 --steps 781
 both-sft-replay-0  = --data $(@D)/data/sft.jsonl
 ours-sft-reset-weight-2 := --reset-weight 2
 ours-sft-reset-weight-4 := --reset-weight 4
-ours-sft-late-weight-2  := --prefix 0.25 1 --reset-weight 2
-ours-sft-rows-twice      = --data $(@D)/data/sft.jsonl $(@D)/data/sft.jsonl $(@D)/data/replay.jsonl --epochs 4
+ours-sft-rows-twice      = --data $(@D)/data/sft.jsonl $(@D)/data/sft.jsonl $(@D)/data/replay.jsonl --steps 469
 
 both-dpo-start    :=
 both-dpo-lr-2e-5  := --lr 2e-5
@@ -26,7 +25,6 @@ both-dpo-beta-0.5 := --beta 0.5
 both-dpo-nll-0    := --nll 0
 both-dpo-nll-0.5  := --nll 0.5
 ours-dpo-of-reset-weight-2 := --beta 0.1
-ours-dpo-of-late-weight-2  := --beta 0.1
 ours-dpo-of-rows-twice     := --beta 0.1
 ours-dpo-restart-none     := --restart none
 ours-dpo-restart-weight-1 := --restart-weight 1
@@ -40,19 +38,20 @@ TRIED_OURS     := $(patsubst both-%,ours-%,$(TRIED))
 
 # In these rules % is a line's name and $(RUN) the seed's directory.
 $(RUN)/tried-ours-sft-%.done: $(RUN)/base.done
-	$(SFT_COMMAND) $(EPOCHS) $(both-sft-$*) $(ours-sft-$*)
+	$(SFT_COMMAND) $(STEPS) $(both-sft-$*) $(ours-sft-$*)
 	@touch $@
 
 $(RUN)/tried-baseline-sft-%.done: $(RUN)/base.done
-	$(SFT_COMMAND) $(EPOCHS) --method baseline $(both-sft-$*)
+	$(SFT_COMMAND) $(STEPS) --method baseline $(both-sft-$*)
+	@touch $@
+
+# The more special rule comes first: GNU make 3.81, which macOS ships, takes the first that matches.
+$(RUN)/tried-ours-dpo-of-%.done: $(RUN)/tried-ours-sft-%.done
+	$(DPO_COMMAND) --init $(@D)/tried-ours-sft-$* $(START_OURS) $(ours-dpo-of-$*)
 	@touch $@
 
 $(RUN)/tried-ours-dpo-%.done: $(RUN)/tried-ours-sft-start.done
 	$(DPO_COMMAND) --init $(@D)/tried-ours-sft-start $(START_OURS) $(both-dpo-$*) $(ours-dpo-$*)
-	@touch $@
-
-$(RUN)/tried-ours-dpo-of-%.done: $(RUN)/tried-ours-sft-%.done
-	$(DPO_COMMAND) --init $(@D)/tried-ours-sft-$* $(START_OURS) $(ours-dpo-of-$*)
 	@touch $@
 
 $(RUN)/tried-baseline-dpo-%.done: $(RUN)/tried-baseline-sft-start.done

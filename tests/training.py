@@ -15,6 +15,7 @@ import torch
 
 import train
 from backtrack import plain
+from backtrack.run import progress
 from data import base, toy
 from model.errors import run
 
@@ -143,6 +144,7 @@ def interrupted(words, at):
 
 def visited(args, count: int):
     """step -> the (epoch, row) pairs of its rows."""
+    _, args.rows = progress.length_of(args, count) if "steps" in args else (None, 10**9)
     return train.rows_in_order(args, count, lambda epoch, index: (epoch, index))
 
 

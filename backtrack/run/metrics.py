@@ -26,28 +26,40 @@ class Meter:
         self.first_tokens = progress.tokens
         self.began = time.time()
 
-    def log(self, out: str, steps: int, loss: float, lr: float, grad_norm: float) -> None:
+    def log(self, out: str, steps: int, lr: float, grad_norm: float) -> None:
+        """All losses are means over the steps since the last line."""
         progress = self.progress
         seconds = time.time() - self.began
         speed = (progress.tokens - self.first_tokens) / seconds
         left = seconds / (progress.step - self.first_step) * (steps - progress.step)
         found = means(progress.sums)
         progress.sums = {}
-        parts = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in found.items())
-        say(
-            f"step {progress.step:>5}/{steps}  loss {loss:.4f}  ({parts})  lr {lr:.1e}"
-            f"  {speed:,.0f} tokens/s  {left:.0f} s left"
-        )
-        record = {"step": progress.step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        done = f"step {progress.step:>5}/{steps}"
+        say(f"{done}  {line(found)}  {speed:,.0f} tokens/s  {left:.0f} s left")
+        record = {"step": progress.step, "loss": found.pop("loss")}
+        record |= {"lr": lr, "grad_norm": grad_norm}
         record |= {"tokens": progress.tokens, "computed_tokens": progress.computed_tokens}
         record |= {"tokens_per_s": round(speed), "seconds": round(seconds, 2)}
         write(out, record | found)
 
 
 def log_heldout(out: str, step: int, sums: Sums) -> None:
-    found = {name.removeprefix("loss/"): value for name, value in means(sums).items()}
-    say("  held out: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
-    write(out, {"step": step} | {f"heldout/{name}": value for name, value in found.items()})
+    found = means(sums)
+    say(f"          held out:  {line(found)}")
+    named = {f"heldout/{name.removeprefix('loss/')}": value for name, value in found.items()}
+    write(out, {"step": step} | named)
+
+
+def line(found: dict[str, float]) -> str:
+    """The losses, then p([RESET]); of DPO's other numbers the margin. metrics.jsonl has them all."""
+    parts = [f"loss {found['loss']:.3f}"] if "loss" in found else []
+    parts += [f"{k.removeprefix('loss/')} {v:.3f}" for k, v in found.items() if "loss/" in k]
+    if "margin" in found:
+        parts.append(f"margin {found['margin']:.2f}")
+    for name in ("unsafe", "safe"):
+        if f"reset_after_{name}" in found:
+            parts.append(f"p_reset/{name} {found[f'reset_after_{name}']:.3f}")
+    return "  ".join(parts)
 
 
 def write(out: str, record: dict) -> None:

@@ -17,6 +17,7 @@ class Options:
 
     out: str
     steps: int
+    rows: int  # visited in all, some of them again and again
     lr: float  # the peak
     batch_size: int  # rows per micro-batch
     grad_accum: int  # micro-batches per step

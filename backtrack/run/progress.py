@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -68,10 +69,34 @@ class Run:
     machine: Machine
     tok: object
     progress: Progress
+    is_stopped: bool = False  # somebody has asked for it
 
     @property
     def settings(self) -> dict:
         return self.progress.settings
+
+    def steps(self) -> Iterator[int]:
+        """The steps to come. Ctrl-C or SIGTERM ends them when the step at work is done.
+
+        A second one ends the program at once. Of several processes, all stop after the same step.
+        """
+
+        def note(*_) -> None:
+            if self.is_stopped:
+                raise KeyboardInterrupt
+            self.is_stopped = True
+            say("\nstopping after this step; again: at once")
+
+        before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in range(self.progress.step, self.options.steps):
+                yield step
+                self.is_stopped = any(parallel.exchange(self.is_stopped))
+                if self.is_stopped:
+                    return
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
 
     def save(self, model, optimizer) -> None:
         """Replace the checkpoint. Ranks that hold slices lend them to the first, which writes."""
@@ -150,15 +175,22 @@ def start(args, tok, count: int, data, **more) -> Run:
     anything else than a run with the same settings, if --resume is missing, or if ranks differ.
     Ends the program, with success, if that run is finished.
     """
-    steps = args.steps
-    if steps is None:
-        steps = math.ceil(args.epochs * count / (args.batch_size * args.grad_accum))
+    steps, visited = length_of(args, count)
     settings = {name: getattr(args, name) for name in SETTINGS if name in args}
-    settings |= {"steps": steps, "data": digest(data)} | more
+    settings |= {"steps": steps, "rows": visited, "data": digest(data)} | more
     parallel.agree(vars(args) | settings)
     found = parallel.from_first(lambda: dataclasses.asdict(stored(args, settings)))
-    options = picked(Options, args, steps=steps)
+    options = picked(Options, args, steps=steps, rows=visited)
     return Run(options, picked(Machine, args), tok, Progress(**found))
+
+
+def length_of(args, count: int) -> tuple[int, int]:
+    """(steps, rows visited in all) over `count` rows; with --epochs the last step may be smaller."""
+    per_step = args.batch_size * args.grad_accum
+    if args.steps is not None:
+        return args.steps, args.steps * per_step
+    visited = math.ceil(round(args.epochs * count, 6))
+    return math.ceil(visited / per_step), visited
 
 
 def digest(data) -> str:
@@ -188,10 +220,10 @@ def stored(args, settings: dict) -> Progress:
     for name, now in settings.items():
         before = progress.settings.get(name)
         if before != now:
-            raise InputError(
-                f"{out}: was started with {name} = {before}, now {now}; resume with the same"
-                " settings"
-            )
+            way_out = "resume with the same settings"
+            if name == "steps":  # the learning rate has come down on the way to the last step
+                way_out += f"; to train it further start a new run with --init {out}"
+            raise InputError(f"{out}: was started with {name} = {before}, now {now}; {way_out}")
     if progress.step == progress.settings["steps"] > 0:
         sweep(out)  # a kill after the last save may have left something
         say(f"{out}: already trained for all {progress.step} steps")
