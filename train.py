@@ -117,8 +117,7 @@ def fit(
     run.restore(model, optimizer)  # after --resume; else nothing
     parallel.agree({"heldout": digest(heldout)})
     size = sum(p.numel() for p in model.parameters())
-    rows = options.batch_size * options.grad_accum
-    say(f"{size:,} parameters; {options.steps} steps of {rows} rows")
+    say(f"{size:,} parameters; {options.steps} steps, {options.rows} rows")
     model.train()
     if run.machine.compile:
         model.model.compile(dynamic=True)
@@ -364,15 +363,13 @@ def sft_arguments(p) -> None:
 def dpo_arguments(p) -> None:
     number = not_negative(float)
     about = "baseline: y+ is preferred to y−, without backtracking"
-    methods = ("backtrack", "baseline")
-    p.add_argument("--method", choices=methods, default="backtrack", help=about)
+    p.add_argument("--method", choices=("backtrack", "baseline"), default="backtrack", help=about)
     about = "how strongly the model is held to the reference"
     p.add_argument("--beta", type=ABOVE_ZERO, default=0.1, help=about)
     p.set_defaults(lr=5e-7)
     group = p.add_argument_group("beyond the paper")
     group.add_argument("--nll", type=number, default=0.0, help="weight of −log π(chosen)")
-    about = "weight of pairs that want [RESET]"
-    group.add_argument("--elicit", type=number, default=1.0, help=about)
+    group.add_argument("--elicit", type=number, default=1.0, help="of pairs that want [RESET]")
     group.add_argument("--discourage", type=number, default=1.0, help="of those that want none")
     restart_argument(group)
     group.add_argument("--restart-weight", type=number, default=1.0, help="of restart pairs")
@@ -395,5 +392,9 @@ def main() -> None:
     train(parse_args, {"sft": sft, "dpo": dpo})
 
 
-if __name__ == "__main__":
+def program() -> None:
     run_main(main, ranks=True)
+
+
+if __name__ == "__main__":
+    program()

@@ -9,6 +9,7 @@ import torch
 from backtrack.rows import HELDOUT
 from backtrack.run import launch
 from backtrack.run.progress import alone
+from backtrack.run.say import warn_of_slow_bfloat16
 from model.errors import ABOVE_ZERO, SEED, device, not_negative, positive
 
 
@@ -22,6 +23,7 @@ def train(parse_args: Callable[[], argparse.Namespace], commands: dict[str, Call
             say_plan(args)
             return
         launch.check_device(args.device)
+        warn_of_slow_bfloat16(args.dtype, args.device)
         with alone(args.out):
             commands[args.command](args)
 
