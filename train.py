@@ -32,19 +32,12 @@ import torch.nn.functional as F
 from backtrack.examples import dpo_pairs, draw_prefix, resets_after_safe, sft_views
 from backtrack.reset_row import start_new_tokens
 from backtrack.rows import Row, describe, few_of, load_rows
-from backtrack.run import metrics, parallel
+from backtrack.run import command, metrics, parallel, progress, reference
 from backtrack.run.chunks import in_chunks
-from backtrack.run.command import checked, run_arguments, train
-from backtrack.run.load import check_fits, load
-from backtrack.run.options import Options
-from backtrack.run.progress import Run, digest, refuse_nan, start
-from backtrack.run.reference import reference_logprobs, with_reference
+from backtrack.run.load import load
 from backtrack.run.say import say
 from backtrack.trees import Batch, Tree, make_batch, pair_tree, pairs_of, view_tree
-from model import InputError, Transformer, load_tokenizer
-from model.checkpoint import weights_digest
-from model.errors import ABOVE_ZERO, Help, not_negative, positive
-from model.errors import run as run_main
+from model import InputError, Transformer, errors, load_tokenizer
 
 CLIP = 1.0  # the largest gradient norm
 
@@ -101,7 +94,7 @@ Loss = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, metrics.Sums]]
 
 
 def fit(
-    run: Run,
+    run: progress.Run,
     model: Transformer,
     trees_of: Callable[[int], list[Tree]],
     heldout: list[Tree],
@@ -112,17 +105,17 @@ def fit(
 
     trees_of(step) is a function of the step alone: so a run that was killed can go on.
     """
-    options, progress = run.options, run.progress
+    options, position = run.options, run.position
     optimizer = make_optimizer(model, options.lr, weight_decay)
     run.restore(model, optimizer)  # after --resume; else nothing
-    parallel.agree({"heldout": digest(heldout)})
+    parallel.agree({"heldout": progress.digest(heldout)})
     size = sum(p.numel() for p in model.parameters())
     say(f"{size:,} parameters; {options.steps} steps, {options.rows} rows")
     model.train()
     if run.machine.compile:
         model.model.compile(dynamic=True)
 
-    meter = metrics.Meter(progress)
+    meter = metrics.Meter(position)
     for step in run.steps():  # ends early, between two steps, on Ctrl-C
         lr = learning_rate(step, options.steps, options.lr)
         for group in optimizer.param_groups:
@@ -130,17 +123,17 @@ def fit(
         step_loss = backward(run, model, trees_of(step), loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         grad_norm = parallel.whole(grad_norm).item()
-        refuse_nan(run, step_loss, grad_norm)
+        progress.refuse_nan(run, step_loss, grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        progress.step = step + 1
-        is_last = progress.step == options.steps
-        if progress.step % options.log_every == 0 or is_last:
+        position.step = step + 1
+        is_last = position.step == options.steps
+        if position.step % options.log_every == 0 or is_last:
             meter.log(options.out, options.steps, lr, grad_norm)
             if heldout:
-                metrics.log_heldout(options.out, progress.step, measure(run, model, heldout, loss))
-        if progress.step % options.save_every == 0 and not is_last:
+                metrics.log_heldout(options.out, position.step, measure(run, model, heldout, loss))
+        if position.step % options.save_every == 0 and not is_last:
             run.save(model, optimizer)
     run.save(model, optimizer)
     say(f"saved {options.out}")
@@ -148,7 +141,7 @@ def fit(
         raise KeyboardInterrupt
 
 
-def backward(run: Run, model: Transformer, trees: list[Tree], loss: Loss) -> float:
+def backward(run: progress.Run, model: Transformer, trees: list[Tree], loss: Loss) -> float:
     """Add up the gradient of the mean loss over the trees of a step; returns that loss.
 
     Each micro-batch is divided by the divisor of the whole step, so together they give the gradient
@@ -167,13 +160,13 @@ def backward(run: Run, model: Transformer, trees: list[Tree], loss: Loss) -> flo
         metrics.add(sums, found | {"of the step": (batch_loss.item(), batch.tokens.numel())})
     sums = parallel.add_up(sums)  # over processes, as the gradients are already
     step_loss, computed_tokens = sums.pop("of the step")
-    metrics.add(run.progress.sums, sums | {"loss": (step_loss, 1)})
-    run.progress.tokens += sum(map(len, trees))
-    run.progress.computed_tokens += computed_tokens
+    metrics.add(run.position.sums, sums | {"loss": (step_loss, 1)})
+    run.position.tokens += sum(map(len, trees))
+    run.position.computed_tokens += computed_tokens
     return step_loss
 
 
-def measure(run: Run, model: Transformer, trees: list[Tree], loss: Loss) -> metrics.Sums:
+def measure(run: progress.Run, model: Transformer, trees: list[Tree], loss: Loss) -> metrics.Sums:
     """What `loss` logs of held-out rows."""
     sums: metrics.Sums = {}
     model.eval()
@@ -206,7 +199,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
-def rows_in_order(options: Options, count: int, tree_of: Callable[[int, int], Tree]) -> Callable:
+def rows_in_order(options, count: int, tree_of: Callable[[int, int], Tree]) -> Callable:
     """step -> tree_of(epoch, index) of its rows. Every epoch visits all rows, in a new order."""
     per_step = options.batch_size * options.grad_accum
 
@@ -256,10 +249,9 @@ def sft(args: argparse.Namespace) -> None:
 
     heldout_rows = few_of(load_rows(args.heldout, tok, args.max_length))
     heldout = [tree_of(row, 0, i, is_heldout=True) for i, row in enumerate(heldout_rows)]
-    run = start(args, tok, len(rows), rows)
-    goes_on = run.progress.step > 0 and not args.lora
-    model = load(args.out if goes_on else args.init, tok, run.machine, args.seed)
-    check_fits(model, tok, args.max_length if run.options.steps else None)
+    run = progress.start(args, tok, len(rows), rows)
+    goes_on = run.position.step > 0 and not args.lora
+    model = load(args.out if goes_on else args.init, run)
     trees_of = rows_in_order(run.options, len(rows), lambda e, i: tree_of(rows[i], e, i))
     if model.config.reset_token_id is None:  # [RESET] means nothing yet
         first = trees_of(0) if args.data and args.method == "backtrack" else []
@@ -300,23 +292,22 @@ def dpo(args: argparse.Namespace) -> None:
         return (weights.to(losses.device) * losses).sum(), logged
 
     heldout = [tree_of(row, 0, i) for i, row in enumerate(heldout_rows)]
-    hashes = {"init": weights_digest(args.init), "heldout": digest(heldout_rows)}
-    run = start(args, tok, len(rows), rows, **hashes)
+    settings = reference.settings(args.init, heldout_rows)
+    run = progress.start(args, tok, len(rows), rows, **settings)
     steps = run.options.steps
-    model = load(args.init, tok, run.machine, args.seed)
-    check_fits(model, tok, args.max_length if steps else None)
+    model = load(args.init, run)
     trees_of = rows_in_order(run.options, len(rows), lambda e, i: tree_of(rows[i], e, i))
 
     # The model is π_ref now. What it says of every sequence of the run is taken once.
     every_group = (trees_of(step) if step < steps else heldout for step in range(steps + 1))
-    reference = reference_logprobs(run, model, every_group, steps + 1, logprobs)
-    heldout = with_reference(heldout, reference[steps])
-    if run.progress.step and not args.lora:
-        model = load(args.out, tok, run.machine, args.seed)
+    log_p = reference.logprobs(run, model, every_group, steps + 1, logprobs)
+    reference.give(heldout, log_p[steps])
+    if run.position.step and not args.lora:
+        model = load(args.out, run)
     model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)
 
     def trees_with_reference(step: int) -> list[Tree]:
-        return with_reference(trees_of(step), reference[step])
+        return reference.give(trees_of(step), log_p[step])
 
     fit(run, model, trees_with_reference, heldout, loss)
 
@@ -334,17 +325,17 @@ def with_rejected(rows: list[Row], paths: list[str]) -> list[Row]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=errors.Help)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about, add_arguments in (
         ("sft", "supervised fine-tuning, with backtracking", sft_arguments),
         ("dpo", "preference optimisation, with backtracking", dpo_arguments),
     ):
-        command = commands.add_parser(name, help=about, description=about, formatter_class=Help)
-        add_arguments(command)
-        row_arguments(command)
-        run_arguments(command)
-    return checked(parser)
+        p = commands.add_parser(name, help=about, description=about, formatter_class=errors.Help)
+        add_arguments(p)
+        row_arguments(p)
+        command.run_arguments(p)
+    return command.checked(parser)
 
 
 def sft_arguments(p) -> None:
@@ -356,16 +347,16 @@ def sft_arguments(p) -> None:
     p.set_defaults(lr=1e-5)
     group = p.add_argument_group("beyond the paper")
     about = "with --resets every: how many tokens the resets of a row count for together"
-    group.add_argument("--reset-weight", type=not_negative(float), default=1.0, help=about)
+    group.add_argument("--reset-weight", type=errors.not_negative(float), default=1.0, help=about)
     restart_argument(group)
 
 
 def dpo_arguments(p) -> None:
-    number = not_negative(float)
+    number = errors.not_negative(float)
     about = "baseline: y+ is preferred to y−, without backtracking"
     p.add_argument("--method", choices=("backtrack", "baseline"), default="backtrack", help=about)
     about = "how strongly the model is held to the reference"
-    p.add_argument("--beta", type=ABOVE_ZERO, default=0.1, help=about)
+    p.add_argument("--beta", type=errors.ABOVE_ZERO, default=0.1, help=about)
     p.set_defaults(lr=5e-7)
     group = p.add_argument_group("beyond the paper")
     group.add_argument("--nll", type=number, default=0.0, help="weight of −log π(chosen)")
@@ -385,15 +376,15 @@ def row_arguments(p) -> None:
     alias = {"action": "store_const", "dest": "method", "const": "baseline"}
     p.add_argument("--no-backtrack", **alias, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     about = "train factors of this rank beside frozen weights, and rows of special tokens"
-    p.add_argument("--lora", type=positive, metavar="RANK", help=about)
+    p.add_argument("--lora", type=errors.positive, metavar="RANK", help=about)
 
 
 def main() -> None:
-    train(parse_args, {"sft": sft, "dpo": dpo})
+    command.train(parse_args, {"sft": sft, "dpo": dpo})
 
 
 def program() -> None:
-    run_main(main, ranks=True)
+    errors.run(main, ranks=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from backtrack.examples import WEIGHT, View
 from backtrack.rows import few_of, read_rows
 from backtrack.run import metrics
 from backtrack.run.command import checked, run_arguments, train
-from backtrack.run.load import check_fits, fresh, load
+from backtrack.run.load import fresh, load
 from backtrack.run.progress import start
 from backtrack.trees import Batch, Tree, view_tree
 from model import InputError, load_tokenizer
@@ -43,11 +43,7 @@ def base(args: argparse.Namespace) -> None:
         for index in few_of(range(count_windows(text, args.heldout, length))):
             heldout.append(window_tree(text, index * length, length))
     this = start(args, tok, count, stream)
-    if this.progress.step:
-        model = load(args.out, tok, this.machine, args.seed)
-    else:
-        model = fresh(args.config, tok, this.machine, args.seed)
-    check_fits(model, tok, length if trains else None)
+    model = load(args.out, this) if this.position.step else fresh(args.config, this)
     trees_of = rows_in_order(this.options, count, tree_of)
     fit(this, model, trees_of, heldout, loss, weight_decay=0.1)
 

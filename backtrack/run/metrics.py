@@ -20,25 +20,25 @@ Sums = dict[str, tuple[float, int]]
 class Meter:
     """Speed, time left, and the lines of the log."""
 
-    def __init__(self, progress):
-        self.progress = progress
-        self.first_step = progress.step
-        self.first_tokens = progress.tokens
+    def __init__(self, position):
+        self.position = position
+        self.first_step = position.step
+        self.first_tokens = position.tokens
         self.began = time.time()
 
     def log(self, out: str, steps: int, lr: float, grad_norm: float) -> None:
         """All losses are means over the steps since the last line."""
-        progress = self.progress
+        position = self.position
         seconds = time.time() - self.began
-        speed = (progress.tokens - self.first_tokens) / seconds
-        left = seconds / (progress.step - self.first_step) * (steps - progress.step)
-        found = means(progress.sums)
-        progress.sums = {}
-        done = f"step {progress.step:>5}/{steps}"
+        speed = (position.tokens - self.first_tokens) / seconds
+        left = seconds / (position.step - self.first_step) * (steps - position.step)
+        found = means(position.sums)
+        position.sums = {}
+        done = f"step {position.step:>5}/{steps}"
         say(f"{done}  {line(found)}  {speed:,.0f} tokens/s  {left:.0f} s left")
-        record = {"step": progress.step, "loss": found.pop("loss")}
+        record = {"step": position.step, "loss": found.pop("loss")}
         record |= {"lr": lr, "grad_norm": grad_norm}
-        record |= {"tokens": progress.tokens, "computed_tokens": progress.computed_tokens}
+        record |= {"tokens": position.tokens, "computed_tokens": position.computed_tokens}
         record |= {"tokens_per_s": round(speed), "seconds": round(seconds, 2)}
         write(out, record | found)
 

@@ -53,7 +53,7 @@ SETTINGS += ["beta", "nll", "elicit", "discourage", "restart_weight"]
 
 
 @dataclass
-class Progress:
+class Position:
     """What training.json holds."""
 
     settings: dict
@@ -68,12 +68,12 @@ class Run:
     options: Options
     machine: Machine
     tok: object
-    progress: Progress
+    position: Position
     is_stopped: bool = False  # somebody has asked for it
 
     @property
     def settings(self) -> dict:
-        return self.progress.settings
+        return self.position.settings
 
     def steps(self) -> Iterator[int]:
         """The steps to come. Ctrl-C or SIGTERM ends them when the step at work is done.
@@ -89,7 +89,7 @@ class Run:
 
         before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for step in range(self.progress.step, self.options.steps):
+            for step in range(self.position.step, self.options.steps):
                 yield step
                 self.is_stopped = any(parallel.exchange(self.is_stopped))
                 if self.is_stopped:
@@ -101,7 +101,7 @@ class Run:
     def save(self, model, optimizer) -> None:
         """Replace the checkpoint. Ranks that hold slices lend them to the first, which writes."""
         weights, state = lora.weights(model), {}
-        if self.progress.step < self.options.steps:  # a finished run needs no optimizer
+        if self.position.step < self.options.steps:  # a finished run needs no optimizer
             state |= {f"adapter/{name}": p for name, p in lora.adapters(model).items()}
             for name, p in trained(model).items():
                 for moment in MOMENTS:
@@ -113,7 +113,7 @@ class Run:
             write_model(model, directory, self.tok, weights=weights)
             if state:
                 write_tensors(state | {"rng": torch.get_rng_state()}, directory / STATE)
-            (directory / PROGRESS).write_text(json.dumps(dataclasses.asdict(self.progress)) + "\n")
+            (directory / PROGRESS).write_text(json.dumps(dataclasses.asdict(self.position)) + "\n")
 
     @torch.no_grad()
     def restore(self, model, optimizer) -> None:
@@ -121,11 +121,11 @@ class Run:
 
         A rank reads its own rows of each. Raises InputError if the file is not whole.
         """
-        metrics.rewind(self.options.out, self.progress.step)
-        if self.progress.step == 0:
+        metrics.rewind(self.options.out, self.position.step)
+        if self.position.step == 0:
             return
         file = Path(self.options.out) / STATE
-        step = float(self.progress.step)
+        step = float(self.position.step)
         try:
             with safe_open(file, framework="pt") as f:
                 torch.set_rng_state(f.get_tensor("rng"))
@@ -141,7 +141,7 @@ class Run:
             raise InputError(
                 f"{file}: missing or truncated ({error}); choose another --out"
             ) from None
-        say(f"{self.options.out}: resuming after step {self.progress.step}")
+        say(f"{self.options.out}: resuming after step {self.position.step}")
 
 
 def trained(model) -> dict[str, torch.nn.Parameter]:
@@ -181,7 +181,7 @@ def start(args, tok, count: int, data, **more) -> Run:
     parallel.agree(vars(args) | settings)
     found = parallel.from_first(lambda: dataclasses.asdict(stored(args, settings)))
     options = picked(Options, args, steps=steps, rows=visited)
-    return Run(options, picked(Machine, args), tok, Progress(**found))
+    return Run(options, picked(Machine, args), tok, Position(**found))
 
 
 def length_of(args, count: int) -> tuple[int, int]:
@@ -197,7 +197,7 @@ def digest(data) -> str:
     return hashlib.sha256(repr(data).encode()).hexdigest()[:16]
 
 
-def stored(args, settings: dict) -> Progress:
+def stored(args, settings: dict) -> Position:
     out = Path(args.out)
     finish_save(out)
     if not (out / "config.json").is_file():
@@ -206,7 +206,7 @@ def stored(args, settings: dict) -> Progress:
                 f"{out}: holds files but no checkpoint; choose an empty or new directory"
             )
         try_save(out)  # what cannot be saved is found out now, not after 500 steps
-        return Progress(settings)
+        return Position(settings)
     if not args.resume:
         raise InputError(
             f"{out}: holds a checkpoint already; continue it with --resume or choose another --out"
@@ -232,10 +232,10 @@ def stored(args, settings: dict) -> Progress:
     return progress
 
 
-def read_progress(out: str | Path) -> Progress:
+def read_progress(out: str | Path) -> Position:
     file = Path(out) / PROGRESS
     try:
-        return Progress(**json.loads(file.read_bytes()))
+        return Position(**json.loads(file.read_bytes()))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: truncated or not ours ({error}); choose another --out") from None
 
@@ -251,6 +251,6 @@ def refuse_nan(run: Run, loss: float, grad_norm: float) -> None:
     """Raises InputError if a step's loss or gradient is not finite."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise InputError(
-            f"step {run.progress.step + 1}: loss is {loss}, gradient norm {grad_norm};"
+            f"step {run.position.step + 1}: loss is {loss}, gradient norm {grad_norm};"
             f" {what_is_kept(run.options.out)}. Try a lower --lr"
         )

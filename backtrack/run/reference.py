@@ -17,18 +17,24 @@ from backtrack.run.progress import Run, digest
 from backtrack.run.say import say
 from backtrack.trees import Tree, make_batch
 from model import Transformer
+from model.checkpoint import weights_digest
 
 # What the numbers depend on, of the run's settings.
 NAMES = ["init", "data", "heldout", "steps", "batch_size", "grad_accum", "max_length", "seed"]
 NAMES += ["dtype", "method", "restart"]
 
 
-def reference_logprobs(
-    run: Run, model: Transformer, groups: Iterable[list[Tree]], count: int, logprobs: Callable
+def settings(init: str, heldout: list) -> dict:
+    """What a run of DPO must not change when it goes on, besides its arguments and its data."""
+    return {"init": weights_digest(init), "heldout": digest(heldout)}
+
+
+def logprobs(
+    run: Run, model: Transformer, groups: Iterable[list[Tree]], count: int, taken: Callable
 ) -> list[list[float]]:
     """For each of `count` groups of trees, log π_ref of every sequence in it, by the model as it is.
 
-    logprobs(model, batch) -> (N,): train.py's.
+    taken(model, batch) -> (N,): train.py's logprobs.
     """
     file = kept_in(run)
     found = parallel.from_first(lambda: recover(file))[:count]
@@ -40,7 +46,7 @@ def reference_logprobs(
     for number, trees in enumerate(groups):
         if number < len(found):
             continue
-        values = compute(run, model, trees, logprobs)
+        values = compute(run, model, trees, taken)
         found.append(values)
         if number or values:  # nothing at all: --steps 0
             append(file, {"step": number, "values": values})
@@ -49,11 +55,11 @@ def reference_logprobs(
     return found
 
 
-def compute(run: Run, model: Transformer, trees: list[Tree], logprobs: Callable) -> list[float]:
+def compute(run: Run, model: Transformer, trees: list[Tree], taken: Callable) -> list[float]:
     for few in parallel.micro_batches(trees, run.options.batch_size):
         batch = make_batch(few, run.machine.device)
         with torch.no_grad(), run.machine.autocast():
-            sums = batch.by_sequence(logprobs(model, batch))  # (S,)
+            sums = batch.by_sequence(taken(model, batch))  # (S,)
         parts = sums.split([len(tree.names) for tree in few])
         for tree, part in zip(few, parts, strict=True):
             tree.reference = part.tolist()
@@ -65,7 +71,7 @@ def compute(run: Run, model: Transformer, trees: list[Tree], logprobs: Callable)
     return values
 
 
-def with_reference(trees: list[Tree], values: list[float]) -> list[Tree]:
+def give(trees: list[Tree], values: list[float]) -> list[Tree]:
     """Hand each tree its sequences' share of `values`."""
     first = 0
     for tree in trees:
