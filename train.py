@@ -339,9 +339,6 @@ def parse_args() -> argparse.Namespace:
 
 
 def sft_arguments(p) -> None:
-    about = "baseline: without backtracking; in-place: the answer goes on, nothing is taken back"
-    methods = ("backtrack", "baseline", "in-place")
-    p.add_argument("--method", choices=methods, default="backtrack", help=about)
     about = "drawn (the paper): learn [RESET] after the prefix drawn; every: after every prefix"
     p.add_argument("--resets", choices=("every", "drawn"), default="every", help=about)
     p.set_defaults(lr=1e-5)
@@ -353,8 +350,6 @@ def sft_arguments(p) -> None:
 
 def dpo_arguments(p) -> None:
     number = errors.not_negative(float)
-    about = "baseline: y+ is preferred to y−, without backtracking"
-    p.add_argument("--method", choices=("backtrack", "baseline"), default="backtrack", help=about)
     about = "how strongly the model is held to the reference"
     p.add_argument("--beta", type=errors.ABOVE_ZERO, default=0.1, help=about)
     p.set_defaults(lr=5e-7)
@@ -373,6 +368,9 @@ def restart_argument(group) -> None:
 
 def row_arguments(p) -> None:
     p.add_argument("--init", required=True, help="Hugging Face model directory to start from")
+    about = "baseline: without backtracking; in-place: the answer goes on, nothing is taken back"
+    methods = ("backtrack", "baseline", "in-place")
+    p.add_argument("--method", choices=methods, default="backtrack", help=about)
     alias = {"action": "store_const", "dest": "method", "const": "baseline"}
     p.add_argument("--no-backtrack", **alias, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     about = "train factors of this rank beside frozen weights, and rows of special tokens"

@@ -24,6 +24,8 @@ Preference pairs for DPO, chosen ≻ rejected, both given x (section 3.2):
     baseline    y+ ⊕ eos  ≻  y− ⊕ eos                                         without backtracking
     restart     y+ ⊕ eos  ≻  y− ⊕ eos, both given x ⊕ [RESET]                 optional, ours
 
+The control in place has elicit and discourage without [RESET]: what has been said stays said.
+
 In SFT no loss ever falls on the prefix: the model must learn to leave it, not to say it. In DPO a
 prefix that both sides share cancels. The restart view is what the model sees after a reset that cuts
 the cache; it puts no loss on [RESET], which would teach to reset out of nothing.
@@ -132,10 +134,11 @@ def resets_after_safe(row: Row, tok) -> list[View]:
 def dpo_pairs(
     row: Row, k: int, j: int, tok, *, method: str = "backtrack", restart: str = "none"
 ) -> list[Pair]:
-    """The pairs of one row; k cuts y−, j cuts y+."""
+    """The pairs of one row; k cuts y−, j cuts y+. method: "backtrack", "baseline" or "in-place"."""
     if row.rejected is None:
         return []
-    x, reset, eos = row.prompt, [tok.reset_id], [tok.eos_id]
+    x, eos = row.prompt, [tok.eos_id]
+    reset = [tok.reset_id] if method == "backtrack" else []  # "in-place" turns round without it
     good, bad = row.chosen + eos, row.rejected + eos
     if method == "baseline":
         return [Pair("baseline", x, good, bad, nll_from=0)]
@@ -143,7 +146,7 @@ def dpo_pairs(
     if row.unsafe:
         prefix = row.rejected[:k]
         pairs.append(Pair("elicit", x, prefix + reset + good, bad, nll_from=len(prefix)))
-    if restart == "all" or (restart == "unsafe" and row.unsafe):
+    if method == "backtrack" and (restart == "all" or (restart == "unsafe" and row.unsafe)):
         pairs.append(Pair("restart", x + reset, good, bad, nll_from=0))
     return pairs
 

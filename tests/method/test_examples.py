@@ -266,6 +266,16 @@ def test_the_longest_and_the_shortest_prefix():
         assert all(90 not in p.chosen[p.nll_from + 1 :] for p in pairs.values())
 
 
+def test_pairs_of_the_control():
+    """In place: the same pairs without [RESET]."""
+    pairs = {p.kind: p for p in dpo_pairs(UNSAFE_IDS, 2, 1, TOK, method="in-place", restart="all")}
+    assert set(pairs) == {"elicit", "discourage"}
+    assert pairs["elicit"].chosen == [20, 21, 10, 11, 91] and pairs["elicit"].nll_from == 2
+    assert pairs["elicit"].rejected == [20, 21, 22, 91]
+    assert pairs["discourage"].chosen == [10, 11, 91]
+    assert pairs["discourage"].rejected == [10, 20, 21, 22, 91]
+
+
 # ── The length of the prefix ──────────────────────────────────────────────────────────────────────
 
 
