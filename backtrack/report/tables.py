@@ -1,15 +1,16 @@
-"""The tables of the paper's experiments, from the numbers that `make eval attack` and `make real` left in results/.
+"""Tables of the experiments, from the numbers that `make eval attack`, `make tuning` and `make real` leave in results/.
 
-    python -m backtrack.report.tables --results results        # writes results/tables.md, and real-tables.md
-    python -m backtrack.report.tables --results results --of real
+    python -m backtrack.report.tables --results results        # tables.md, tuning.md and real-tables.md
 
-Rates are pooled over worlds ("seeds") and have 95% intervals over prompts and worlds; differences between two models
-are means over worlds, with Student's interval. The README's tables are copied from here.
+A table is written for every file that is there. A rate is pooled over worlds ("seeds"); its 95% interval is over
+prompts and worlds. A difference between two models is a mean over worlds, with Student's interval. The READMEs copy
+their tables from here. SECTIONS, at the end, says which file becomes which table.
 """
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from backtrack.attacks.table import ATTACKERS
@@ -30,9 +31,6 @@ MODELS = {
     "filter": "filter that asks again",
     "sft": "backtracking",
     "dpo": "backtracking + DPO",
-}
-FOUR = ("sft-baseline", "dpo-baseline", "sft", "dpo")
-OTHER_MODELS = {
     "sft-restart-unsafe": "restart view on unsafe rows",
     "sft-restart-all": "restart view on all rows",
     "sft-prefix-early": "prefixes from the first half",
@@ -42,6 +40,7 @@ OTHER_MODELS = {
     "dpo-paper": "DPO, the paper's pairs alone",
     "dpo-from-baseline": "DPO with backtracking, from the baseline",
 }
+FOUR = ("sft-baseline", "dpo-baseline", "sft", "dpo")
 SETS = {
     "seen": "seen in training, new phrasing",
     "unseen": "unseen potions",
@@ -65,174 +64,129 @@ SETS = {
     "oasst": "OpenAssistant",
     "benign overall": "**these**",
 }
-RATES = {
-    "unsafe": "unsafe answers",
-    "helpful": "helpful answers to harmless questions",
-    "refused": "harmless questions refused",
-    "reset": "harmless answers taken back, or stopped by the filter",
-}
-LOST = {
-    "lost_to_reset": "taken back, or stopped by the filter",
-    "lost_to_refusal": "refused from the start",
-    "lost_to_mistake": "wrong",
-}
-# The refusal judge says complied or refused, and no more. (rate, of harmless questions, in words)
-COMPLIED = (
+# (rate, of harmless questions, in words)
+RATES = (
+    ("unsafe", False, "unsafe answers"),
+    ("helpful", True, "helpful answers to harmless questions"),
+    ("refused", True, "harmless questions refused"),
+    ("reset", True, "harmless answers taken back, or stopped by the filter"),
+)
+COMPLIED = (  # the refusal judge says complied or refused, and no more
     ("unsafe", False, "answers that comply with a question that should be refused"),
     ("reset", False, "… and answers to it that were taken back"),
     ("helpful", True, "answers that comply with a harmless question"),
     ("reset", True, "harmless answers taken back"),
 )
-COLUMNS = (
-    ("unsafe overall", "unsafe"),
-    ("prefill-unseen", "unsafe"),
-    ("benign overall", "helpful"),
-    ("benign overall", "reset"),
-)
-COLUMN_WORDS = ("asked: unsafe, %", "forced, unseen: unsafe, %", "helpful, %", "false resets, %")
+LOST = {
+    "lost_to_reset": "taken back, or stopped by the filter",
+    "lost_to_refusal": "refused from the start",
+    "lost_to_mistake": "wrong",
+}
+COLUMNS = {  # (set, rate) -> the head of its column
+    ("unsafe overall", "unsafe"): "asked: unsafe, %",
+    ("prefill-unseen", "unsafe"): "forced, unseen: unsafe, %",
+    ("benign overall", "helpful"): "helpful, %",
+    ("benign overall", "reset"): "false resets, %",
+}
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_bytes())
-
-
-def load(path: Path, models=()) -> dict:
-    """A result of evaluate, pooled if it is not, with all of these models. Raises InputError if it is none."""
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong with the content of this file ends in one line that names it."""
     try:
-        result = json.loads(path.read_bytes())
-        if not all("by_seed" in r for r in result["records"]):
-            result["records"] = pool(result["records"])
-        found = {r["checkpoint"] for r in result["records"] if r["by_seed"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        found = set()
-    if not found or not found >= set(models):
-        what = f"a result of {', '.join(models)}" if models else "a result"
-        raise InputError(f"{path}: not there, or not {what}; `make eval` and `make attack` write them")
-    if not all("attack" in r or "prompts" in r["by_seed"][0] for r in result["records"]):
-        raise InputError(f"{path}: of an earlier version, without each world's prompts; `make eval` writes it anew")
-    return result
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration, ZeroDivisionError) as error:
+        what = f"not a result of this version ({type(error).__name__}: {error})"
+        raise InputError(
+            f"{path}: {what}; write it anew: `make eval attack`, `make real` or backtrack.evaluate"
+        ) from None
 
 
-def load_filter(directory: Path, name: str) -> list[dict]:
-    """The records of a filter's result, as if it were a model; none, if it is not there."""
-    path = directory / f"toy-{name}.json"
-    records = load(path)["records"] if path.is_file() else []
-    return [r | {"checkpoint": "filter" if r["max_resets"] else "filter-refuses", "max_resets": 1} for r in records]
+def load(directory: Path, *names: str) -> dict:
+    """The first of these results, its records pooled, with the records of the others; {} if it is not there.
 
-
-def pick(records: list[dict], **wanted) -> dict:
-    """The one record that has these values."""
-    for r in records:
-        if all(r[key] == value for key, value in wanted.items()):
-            return r
-    raise InputError(f"no record of {wanted} in the results; `make eval` and `make attack` write them")
-
-
-def counts(record: dict, rate: str) -> list[tuple[float, float]]:
-    """(how many, of how many prompts) in each world. Of a judge that cannot say unsafe or helpful, complied."""
-    worlds = record["by_seed"]
-    if "attack" in record:  # there worlds are rates, of as many prompts each
-        return [(share * record["n"] / len(worlds), record["n"] / len(worlds)) for share in worlds]
-    rate = rate if record.get(rate) is not None else "complied"
-    return [(world[rate] * world["prompts"], world["prompts"]) for world in worlds]
+    A filter's records get the name of a model: it stands beside the models.
+    """
+    results = []
+    for path in (directory / f"{name}.json" for name in names):
+        if path.is_file():
+            with reading(path):
+                result = json.loads(path.read_bytes())
+                records = result.setdefault("records", [])
+                if any("set" in r and "by_seed" not in r for r in records):
+                    result["records"] = pool(records)
+                if "filter" in path.name:
+                    for r in result["records"]:
+                        r |= {"checkpoint": "filter" if r["max_resets"] else "filter-refuses", "max_resets": 1}
+            results.append(result)
+        elif not results:
+            return {}
+    return results[0] | {"records": [r for result in results for r in result["records"]]}
 
 
 def measured(records: list[dict], rate: str) -> tuple[float, float, float]:
-    """(percent, low, high) of some sets together."""
-    of_sets = zip(*(counts(r, rate) for r in records), strict=True)  # world by world
-    worlds = [tuple(map(sum, zip(*some, strict=True))) for some in of_sets]
-    low, high = wilson_of_worlds(worlds)
-    p = sum(count for count, _ in worlds) / sum(n for _, n in worlds)
-    return 100 * p, 100 * low, 100 * high
+    """(percent, low, high) of some sets together. A judge that cannot say unsafe or helpful says complied."""
+    counts = []  # of each set, of each world: (how many, of how many prompts)
+    for r in records:
+        worlds = r["by_seed"]
+        if "attack" in r:  # there a world is a rate, of as many prompts as every other
+            n = r["n"] / len(worlds)
+            counts.append([(share * n, n) for share in worlds])
+        else:
+            said = rate if r.get(rate) is not None else "complied"
+            counts.append([(world[said] * world["prompts"], world["prompts"]) for world in worlds])
+    together = [tuple(map(sum, zip(*some, strict=True))) for some in zip(*counts, strict=True)]
+    low, high = wilson_of_worlds(together)
+    return 100 * sum(count for count, _ in together) / sum(n for _, n in together), 100 * low, 100 * high
 
 
-def cell(p: float, low: float, high: float) -> str:
-    return f"{p:.1f} [{low:.1f}, {high:.1f}]"
+def grouped(records: list[dict], *names: str, by: str) -> dict[tuple, dict]:
+    """{the values of these fields: {the value of `by`: the record}}, in the order of the records."""
+    found: dict[tuple, dict] = {}
+    for r in records:
+        found.setdefault(tuple(r[name] for name in names), {})[r[by]] = r
+    return found
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
+def in_order(records: list[dict]) -> list[str]:
+    """The sets of these records, in the order of SETS."""
+    return [name for name in SETS if any(r["set"] == name for r in records)]
+
+
+def is_plain(record: dict) -> bool:
+    """As the sampler comes: one reset, cut back, no bias."""
+    return (record["on_reset"], record["max_resets"], record["reset_bias"]) == ("truncate", 1, 0)
+
+
+# ── Cells and lines ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cell(p: float, low: float, high: float, digits: int = 1) -> str:
+    return f"{p:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def percent(record: dict, rate: str) -> str:
+    return cell(*measured([record], rate))
+
+
+def share(count: int, n: int, interval: list[float]) -> str:
+    return cell(*(100 * value for value in (count / n, *interval)))
+
+
+def markdown(head: list, rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def word(model: str) -> str:
-    return (MODELS | OTHER_MODELS).get(model, model)
+    return MODELS.get(model, model)
 
 
-# ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def main_tables(records: list[dict]) -> str:
-    names = [m for m in MODELS if any(r["checkpoint"] == m for r in records)]
-    sets = [[s] for s in in_order({r["set"] for r in records})]
-    forced = [s for [s] in sets if s.endswith("-forced")]
-    if len(forced) > 1:
-        sets.append(forced)
-    text = ""
-    of_rates = [(rate, rate != "unsafe", what) for rate, what in RATES.items()]
-    for rate, harmless, what in COMPLIED if "complied" in records[0] else of_rates:
-        rows = []
-        for some in sets:
-            found = {m: [pick(records, set=name, checkpoint=m) for name in some] for m in names}
-            first = found[names[0]]
-            if first[0]["benign"] is harmless:
-                cells = [cell(*measured(rs, rate)) for rs in found.values()]
-                called = SETS.get(some[0], some[0]) if some is not forced else "**forced, all**"
-                rows.append([called, sum(r["n"] for r in first), *cells])
-        text += f"\n{what}, %\n\n" + markdown(["", "n", *map(word, names)], rows)
-    pairs = [(name, names[0]) for name in names[1:]] + [("dpo", "dpo-baseline"), ("dpo", "sft")]
-    return text + lost_table(records, names) + differences(records, [p for p in pairs if set(p) <= set(names)])
-
-
-def lost_table(records: list[dict], names: list[str]) -> str:
-    """Of harmless questions, those that were not answered helpfully, by what happened instead."""
-    rows = []
-    for name in in_order({r["set"] for r in records if "lost_to_reset" in r}):
-        found = [pick(records, set=name, checkpoint=model) for model in names]
-        for why, words in LOST.items():
-            shares = [f"{100 * r[why] / r['n']:.1f}" for r in found]
-            rows.append([SETS[name], words, *shares])
-    if not rows:
-        return ""
-    return "\nwhy harmless questions got no helpful answer, %\n\n" + markdown(["", "", *map(word, names)], rows)
-
-
-def differences(records: list[dict], pairs: list[tuple[str, str]]) -> str:
-    """The first model of each pair minus the second, in points, world by world; both as they come."""
-    plain = [r for r in records if is_plain(r)]
-    if len(plain[0]["by_seed"]) < 2:
-        return ""
-    rows = []
-    for name, rate in (("unsafe overall", "unsafe"), ("benign overall", "helpful")):
-        for model, other in pairs:
-            ours, theirs = (pick(plain, set=name, checkpoint=m)["by_seed"] for m in (model, other))
-            points = [100 * (one[rate] - two[rate]) for one, two in zip(ours, theirs, strict=True)]
-            mean, low, high = mean_interval(points)
-            within = "yes" if low >= -1 and high <= 1 else "no" if low > 1 or high < -1 else "cannot be told"
-            each = " ".join(f"{point:+.1f}" for point in points)
-            rows.append([RATES[rate], word(model), word(other), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", within, each])
-    head = ["%", "", "minus", "points", "within ±1", "each world"]
-    return "\nworld by world\n\n" + markdown(head, rows)
-
-
-def in_order(sets: set[str]) -> list[str]:
-    """Of the sets named in SETS those that are here."""
-    return [name for name in SETS if name in sets]
-
-
-def dial_table(records: list[dict]) -> str:
-    rows = []
-    for model, bias in dict.fromkeys((r["checkpoint"], r["reset_bias"]) for r in records):
-        asked, harmless = (
-            pick(records, checkpoint=model, reset_bias=bias, set=f"{kind} overall") for kind in ("unsafe", "benign")
-        )
-        row = [word(model), f"{bias:g}", cell(*measured([asked], "unsafe")), *speed(asked)]
-        row += [cell(*measured([harmless], "helpful")), cell(*measured([harmless], "reset")), *speed(harmless)]
-        rows.append(row)
-    times = ["first token: step", "ms", "tokens/s"]
-    return markdown(["", "bias", "unsafe, %", *times, "helpful, %", "false resets, %", *times], rows)
+SPEED = ["first token: step", "ms", "tokens/s"]
 
 
 def speed(r: dict) -> list[str]:
@@ -241,161 +195,116 @@ def speed(r: dict) -> list[str]:
     return [f"{step:.1f}", f"{ms:.1f}", f"{r['surviving'] / r['total_s']:.0f}"]
 
 
-def sampling_table(records: list[dict]) -> str:
-    found = [r for r in records if r["set"] == "unsafe overall"]
+# ── Tables: each of a result ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def main_tables(result: dict) -> str:
+    """Every set and model; why harmless questions got no helpful answer; differences between models."""
+    records = result["records"]
+    models = [m for m in MODELS if any(r["checkpoint"] == m for r in records)]
+    of = {(r["set"], r["checkpoint"]): r for r in records}
+    sets = [[name] for name in in_order(records)]
+    forced = [name for [name] in sets if name.endswith("-forced")]
+    text = ""
+    for rate, harmless, what in COMPLIED if "complied" in records[0] else RATES:
+        rows = []
+        for some in [*sets, forced] if len(forced) > 1 else sets:
+            first = [of[name, models[0]] for name in some]
+            if first[0]["benign"] is harmless:
+                called = "**forced, all**" if some is forced else SETS[some[0]]
+                cells = [cell(*measured([of[name, model] for name in some], rate)) for model in models]
+                rows.append([called, sum(r["n"] for r in first), *cells])
+        text += f"\n{what}, %\n\n" + markdown(["", "n", *map(word, models)], rows)
     rows = []
-    for curve in CURVES:
-        for r in found:
-            shares = [f"{100 * value / r['prompts']:.1f}" for value in r[curve].values()]
-            rows.append([word(r["checkpoint"]), curve.split("_")[0], *shares])
-    return markdown(["", "of k", *(f"k = {k}" for k in found[0]["worst_of_k"])], rows)
+    for [name], (why, words) in ((s, w) for s in sets for w in LOST.items()):
+        found = [of[name, model] for model in models]
+        if why in found[0]:
+            rows.append([SETS[name], words, *(f"{100 * r[why] / r['n']:.1f}" for r in found)])
+    if rows:
+        text += "\nwhy harmless questions got no helpful answer, %\n\n" + markdown(["", "", *map(word, models)], rows)
+    pairs = [(model, models[0]) for model in models[1:]] + [("dpo", "dpo-baseline"), ("dpo", "sft")]
+    return text + differences(records, [pair for pair in pairs if set(pair) <= set(models)])
 
 
-def condition_table(records: list[dict]) -> str:
-    """One row per checkpoint and condition."""
+def differences(records: list[dict], pairs: list[tuple[str, str]]) -> str:
+    """The first model of each pair minus the second, in points, world by world; both as the sampler comes."""
+    of = {(r["set"], r["checkpoint"]): r["by_seed"] for r in records if is_plain(r)}
+    if len(next(iter(of.values()))) < 2:
+        return ""
     rows = []
-    for checkpoint, on_reset, most in dict.fromkeys((r["checkpoint"], r["on_reset"], r["max_resets"]) for r in records):
-        where = {"checkpoint": checkpoint, "on_reset": on_reset, "max_resets": most}
-        cells = [cell(*measured([pick(records, set=name, **where)], rate)) for name, rate in COLUMNS]
-        rows.append([word(checkpoint), on_reset, most, *cells])
-    return markdown(["", "on_reset", "max_resets", *COLUMN_WORDS], rows)
+    for (rate, harmless, what), (model, other) in ((rate, pair) for rate in RATES[:2] for pair in pairs):
+        name = "benign overall" if harmless else "unsafe overall"
+        worlds = zip(of[name, model], of[name, other], strict=True)
+        points = [100 * (ours[rate] - theirs[rate]) for ours, theirs in worlds]
+        mean, low, high = mean_interval(points)
+        within = "yes" if low >= -1 and high <= 1 else "no" if low > 1 or high < -1 else "cannot be told"
+        each = " ".join(f"{point:+.1f}" for point in points)
+        rows.append([what, word(model), word(other), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", within, each])
+    head = ["%", "", "minus", "points", "within ±1", "each world"]
+    return "\nworld by world\n\n" + markdown(head, rows)
 
 
-def training_tables(records: list[dict]) -> str:
-    """All, and each but the baseline beside the SFT of the main experiment."""
-    others = [m for m in dict.fromkeys(r["checkpoint"] for r in records) if m not in ("sft", "sft-baseline")]
-    return condition_table(records) + differences(records, [(model, "sft") for model in others])
-
-
-def resets_tables(records: list[dict]) -> str:
-    """[RESET] after one drawn prefix and after every one, each weighed as one token."""
-    return condition_table(records) + differences(records, [("sft-weight-1", "sft-drawn")])
-
-
-def is_plain(record: dict) -> bool:
-    """As the sampler comes: one reset, cut back, no bias."""
-    return (record["on_reset"], record["max_resets"], record["reset_bias"]) == ("truncate", 1, 0)
-
-
-def attack_table(records: list[dict]) -> str:
-    """Attacks on models as they come; what who sets the sampler gains; what the defender can change; who is who."""
+def dial_table(result: dict) -> str:
     rows = []
-    plain = [r for r in records if is_plain(r) and r["attack"] != "decoding"]
-    for name, variant in dict.fromkeys((r["attack"], r["variant"]) for r in plain):
-        found = {r["checkpoint"]: r for r in plain if (r["attack"], r["variant"]) == (name, variant)}
-        cells = [attack_cell(found[m]) if m in found else "–" for m in FOUR]
-        rows.append([name, variant, *cells])
-    text = markdown(["attack", "variant", *map(word, FOUR)], rows)
-    decoding = [r for r in records if r["attack"] == "decoding"]
-    if decoding:
-        text += "\nWho sets the sampler, % unsafe\n\n" + sampler_table(decoding)
-    again = [r for r in records if (r["attack"], r["checkpoint"], r["variant"]) == ("adaptive-gcg", "dpo", "any")]
-    settings = [[r["on_reset"], r["max_resets"], f"{r['reset_bias']:g}", cell(*measured([r], "unsafe"))] for r in again]
-    if settings:
-        text += "\nadaptive GCG against backtracking + DPO, % successful\n\n"
-        text += markdown(["on_reset", "max_resets", "bias", "success"], settings)
-    text += "\n"
-    names = dict.fromkeys(r["attack"] for r in records)
-    return text + "".join(f"- **{name}** {ATTACKERS[name]}.\n" for name in names)
+    for (model, bias), of in grouped(result["records"], "checkpoint", "reset_bias", by="set").items():
+        asked, harmless = of["unsafe overall"], of["benign overall"]
+        row = [word(model), f"{bias:g}", percent(asked, "unsafe"), *speed(asked)]
+        rows.append([*row, percent(harmless, "helpful"), percent(harmless, "reset"), *speed(harmless)])
+    return markdown(["", "bias", "unsafe, %", *SPEED, "helpful, %", "false resets, %", *SPEED], rows)
 
 
-def attack_cell(record: dict) -> str:
-    """How often it succeeds, and how often with an answer to what was asked for."""
-    text = cell(*measured([record], "unsafe"))
-    if "on_topic" in record:
-        text += f"; {100 * record['on_topic'] / record['n']:.1f} on topic"
-    return text
-
-
-def sampler_table(records: list[dict]) -> str:
-    """A line for each way to sample: greedy or not, resets allowed or not, the bias on [RESET]."""
-    rows = []
-    for how in dict.fromkeys((r["variant"], r["max_resets"], r["reset_bias"]) for r in records):
-        found = {r["checkpoint"]: r for r in records if (r["variant"], r["max_resets"], r["reset_bias"]) == how}
-        cells = [cell(*measured([found[m]], "unsafe")) if m in found else "–" for m in FOUR]
-        rows.append([how[0], how[1], f"{how[2]:g}", *cells])
-    return markdown(["", "max_resets", "bias", *map(word, FOUR)], rows)
-
-
-def trigger_tables(result: dict) -> str:
-    rows = []
-    for r in result["reliability"]:
-        shares = []
-        for name in ("named", "leads_there"):
-            low, high = r[f"{name}_interval"]
-            shares.append(cell(100 * r[name] / r["places"], 100 * low, 100 * high))
-        rows.append([f"{r['low']:g} to {r['high']:g}", r["places"], *shares])
-    head = ["p([RESET])", "places", "a forbidden ingredient is named, %", "… or will be, %"]
-    text = markdown(head, rows) + "\nresets that saved an answer, of all resets, by what the answer had said last\n\n"
-    rows = []
-    for r in result["resets"]:
-        cells = [f"{r['saved'][name]} of {r['resets'][name]}" for name in SAID]
-        harmless = "harmless: " if r["benign"] else ""
-        rows.append([harmless + SETS[r["set"]], r["answers"], r["unsafe_masked"], r["unsafe"], *cells])
-    return text + markdown(["", "answers", "unsafe, [RESET] masked", "unsafe", *SAID], rows)
-
-
-def real_dial_table(records: list[dict]) -> str:
-    """A row for each model and bias; what is taken back in each set, and where it should be, what complies."""
-    sets = in_order({r["set"] for r in records})
+def real_dial_table(result: dict) -> str:
+    """What is taken back in each set; of what should be, what complies."""
     rows, head = [], []
-    for model, bias in dict.fromkeys((r["checkpoint"], r["reset_bias"]) for r in records):
-        cells, head = [], ["", "bias"]
-        for name in sets:
-            r = pick(records, checkpoint=model, reset_bias=bias, set=name)
-            cells.append(cell(*measured([r], "reset")))
-            head.append(f"{SETS[name]}, n {r['n']}: taken back, %")
-            if not r["benign"]:
-                cells.append(cell(*measured([r], "unsafe")))
+    for (model, bias), of in grouped(result["records"], "checkpoint", "reset_bias", by="set").items():
+        row, head = [word(model), f"{bias:g}"], ["", "bias"]
+        for name in in_order(result["records"]):
+            row.append(percent(of[name], "reset"))
+            head.append(f"{SETS[name]}, n {of[name]['n']}: taken back, %")
+            if not of[name]["benign"]:
+                row.append(percent(of[name], "unsafe"))
                 head.append("complied, %")
-        rows.append([word(model), f"{bias:g}", *cells])
+        rows.append(row)
     return markdown(head, rows)
 
 
-def real_speed_table(records: list[dict]) -> str:
-    """A row for each set, model and bias: what a user waits for."""
+def real_speed_table(result: dict) -> str:
     rows = []
-    for name in in_order({r["set"] for r in records}):
-        for r in records:
-            if r["set"] == name:
-                share = cell(*measured([r], "reset"))
-                rows.append([SETS[name], word(r["checkpoint"]), f"{r['reset_bias']:g}", r["n"], share, *speed(r)])
-    return markdown(["", "", "bias", "n", "taken back, %", "first token: step", "ms", "tokens/s"], rows)
+    for name in in_order(result["records"]):
+        for r in (r for r in result["records"] if r["set"] == name):
+            row = [SETS[name], word(r["checkpoint"]), f"{r['reset_bias']:g}", r["n"]]
+            rows.append([*row, percent(r, "reset"), *speed(r)])
+    return markdown(["", "", "bias", "n", "taken back, %", *SPEED], rows)
 
 
-def paired_table(result: dict) -> str:
-    """Each model against the baseline on the same prompts: how many only one of them complied with, McNemar's p."""
+def sampling_table(result: dict) -> str:
+    found = [r for r in result["records"] if r["set"] == "unsafe overall"]
     rows = []
-    for name in in_order({r["set"] for r in result["paired"]}):
-        for r in result["paired"]:
-            if (r["set"], r["rate"]) == (name, "complied"):
-                cells = [r["only_first"], r["only_this"], f"{r['p']:.2g}"]
-                rows.append([SETS[name], word(Path(r["checkpoint"]).name), *cells])
-    return markdown(["complied", "", "the baseline only", "this model only", "p"], rows)
+    for curve, r in ((curve, r) for curve in CURVES for r in found):
+        shares = [f"{100 * value / r['prompts']:.1f}" for value in r[curve].values()]
+        rows.append([word(r["checkpoint"]), curve.split("_")[0], *shares])
+    return markdown(["", "of k", *(f"k = {k}" for k in found[0]["worst_of_k"])], rows)
 
 
-def likelihood_table(records: list[dict]) -> str:
-    """What each model thinks of held-out rows: their chosen answer, and [RESET] along either answer."""
+def condition_table(result: dict) -> str:
+    """One row of the table for each checkpoint and condition."""
     rows = []
-    for r in records:
-        cells = [word(Path(r["checkpoint"]).name), r["rows"], r["n"], f"{r['logprob']:.3f}"]
-        for name in ("rejected", "chosen"):
-            known = f"p_{name}" in r
-            cells.append(f"{r[f'p_{name}']:.3f}" if known else "–")
-        for name in ("rejected", "chosen"):
-            low, high = r.get(f"reset_{name}_interval", (0, 0))
-            share = (100 * r[f"reset_{name}"] / r["n"], 100 * low, 100 * high) if f"p_{name}" in r else ()
-            cells.append(cell(*share) if share else "–")
-        auc = (r["auc"], *r["auc_interval"]) if "auc" in r else ()
-        rows.append([*cells, "{:.3f} [{:.3f}, {:.3f}]".format(*auc) if auc else "–"])
-    resets = [f"reset in {name}, %" for name in ("rejected", "chosen")]
-    p = [f"p([RESET]), {name}" for name in ("rejected", "chosen")]
-    return markdown(["", "rows", "n", "log-prob per token, chosen", *p, *resets, "AUC"], rows)
+    for head, of in grouped(result["records"], "checkpoint", "on_reset", "max_resets", by="set").items():
+        rows.append([word(head[0]), *head[1:], *(percent(of[name], rate) for name, rate in COLUMNS)])
+    return markdown(["", "on_reset", "max_resets", *COLUMNS.values()], rows)
 
 
-def tuning_tables(records: list[dict]) -> str:
+def training_tables(result: dict) -> str:
+    """All, and each but the baseline minus the first."""
+    first, *others = dict.fromkeys(r["checkpoint"] for r in result["records"])
+    pairs = [(model, first) for model in others if model != "sft-baseline"]
+    return condition_table(result) + differences(result["records"], pairs)
+
+
+def tuning_tables(result: dict) -> str:
     """SFT and DPO: the settings of the Makefile, and every other that results/tuning.mk names."""
-    checkpoints = sorted({r["checkpoint"] for r in records})
+    of = {(r["set"], r["checkpoint"]): r for r in result["records"]}
+    checkpoints = sorted({r["checkpoint"] for r in result["records"]})
     text = ""
     for step in ("sft", "dpo"):
         rows = []
@@ -403,83 +312,138 @@ def tuning_tables(records: list[dict]) -> str:
             tried = f"tried-{side}-{step}-"
             for name in [chosen, *(c for c in checkpoints if c.startswith(tried))]:
                 setting = "as in the Makefile" if name == chosen else f"`{name.removeprefix(tried)}`"
-                cells = [cell(*measured([pick(records, set=some, checkpoint=name)], rate)) for some, rate in COLUMNS]
-                rows.append([word(chosen), setting, *cells])
-        text += f"\n{step.upper()}\n\n" + markdown(["", "setting", *COLUMN_WORDS], rows)
+                rows.append([word(chosen), setting, *(percent(of[some, name], rate) for some, rate in COLUMNS)])
+        text += f"\n{step.upper()}\n\n" + markdown(["", "setting", *COLUMNS.values()], rows)
     return text
 
 
-def toy_tables(directory: Path) -> None:
-    """tables.md and tuning.md, of those files that are there."""
-    of_k = "Prompts, %, of whose k answers at temperature 1 one is unsafe (worst), or all are (best)"
-    text = "# Results on the toy world\n\nWritten by `make figures`; 95% intervals over prompts and worlds.\n"
-    for name, title, table in (
-        ("main", "The models", lambda result: main_tables(result["records"] + load_filter(directory, "filter"))),
-        ("bias", "The bias on [RESET]", of_records(dial_table)),
-        ("filter-bias", "The bias on the filter's score", lambda _: dial_table(load_filter(directory, "filter-bias"))),
-        ("sampling", of_k, of_records(sampling_table)),
-        ("retry", "What the retry sees, and how many it gets", of_records(condition_table)),
-        ("training", "Other ways to train", of_records(training_tables)),
-        ("resets", "One drawn prefix or every prefix, on development seeds", of_records(resets_tables)),
-        ("attacks", "Attacks, % successful", of_records(attack_table)),
-    ):
-        text += section(directory / f"toy-{name}.json", title, load, table)
-    text += section(directory / "toy-triggers.json", "What makes it say [RESET]", read, trigger_tables)
-    write_text(text, directory / "tables.md")
-    print(directory / "tables.md")
-    tuning = section(
-        directory / "toy-tuning.json", "What was tried on development seeds", load, of_records(tuning_tables)
-    )
-    if tuning:
-        about = "Written by `make tuning figures`; results/tuning.mk has the flags of each line.\n"
-        write_text(f"# Tuning on the toy world\n\n{about}{tuning}", directory / "tuning.md")
-        print(directory / "tuning.md")
+def attack_table(result: dict) -> str:
+    """Attacks on models as they come; who sets the sampler; what the defender can change; what each attacker knows."""
+    records = result["records"]
+
+    def rows_of(some: list[dict], *names: str) -> list[list]:
+        found = grouped(some, *names, by="checkpoint").items()
+        return [[*head, *(attack_cell(of[m]) if m in of else "–" for m in FOUR)] for head, of in found]
+
+    decoding = [r | {"bias": f"{r['reset_bias']:g}"} for r in records if r["attack"] == "decoding"]
+    plain = [r for r in records if is_plain(r) and r["attack"] != "decoding"]
+    text = markdown(["attack", "variant", *map(word, FOUR)], rows_of(plain, "attack", "variant"))
+    if decoding:
+        text += "\nWho sets the sampler, % unsafe\n\n"
+        text += markdown(
+            ["", "max_resets", "bias", *map(word, FOUR)], rows_of(decoding, "variant", "max_resets", "bias")
+        )
+    again = [r for r in records if (r["attack"], r["checkpoint"], r["variant"]) == ("adaptive-gcg", "dpo", "any")]
+    settings = [[r["on_reset"], r["max_resets"], f"{r['reset_bias']:g}", percent(r, "unsafe")] for r in again]
+    if settings:
+        text += "\nadaptive GCG against backtracking + DPO, % successful\n\n"
+        text += markdown(["on_reset", "max_resets", "bias", "success"], settings)
+    names = dict.fromkeys(r["attack"] for r in records)
+    return text + "\n" + "".join(f"- **{name}** {ATTACKERS[name]}.\n" for name in names)
 
 
-def real_tables(directory: Path) -> None:
-    """real-tables.md, of those files that are there."""
-    of_k = "Prompts, %, of whose k answers at temperature 1 one complies (worst), or all do (best)"
-    text = "# Results on a real model: SmolLM2-135M-Instruct\n\n"
-    text += "Written by `make real`; 95% intervals over prompts. A judge says complied or refused.\n"
-    for name, title, reader, table in (
-        ("main", "The models", load, of_records(main_tables)),
-        ("main", "The models, prompt by prompt", read, paired_table),
-        ("resets", "What is taken back, on more prompts", load, of_records(real_dial_table)),
-        ("sampling", of_k, load, of_records(sampling_table)),
-        ("bias", "The bias on [RESET]", load, of_records(real_dial_table)),
-        ("speed", "One prompt at a time", load, of_records(real_speed_table)),
-        ("attacks", "Attacks, % successful", load, of_records(attack_table)),
-        ("likelihoods", "Held-out rows", read, of_records(likelihood_table)),
-        ("hh", "Held-out rows of HH-RLHF, of a model trained on it", read, of_records(likelihood_table)),
-    ):
-        text += section(directory / f"real-{name}.json", title, reader, table)
-    write_text(text, directory / "real-tables.md")
-    print(directory / "real-tables.md")
+def attack_cell(record: dict) -> str:
+    """How often it succeeds, and how often with an answer to what was asked for."""
+    on_topic = f"; {100 * record['on_topic'] / record['n']:.1f} on topic" if "on_topic" in record else ""
+    return percent(record, "unsafe") + on_topic
 
 
-def section(path: Path, title: str, reader: Callable[[Path], dict], table: Callable[[dict], str]) -> str:
-    """A heading and a table of this file; nothing, if it is not there."""
-    if not path.is_file():
-        return ""
-    result = reader(path)
-    about = f"`{path.name}`: commit {result['commit']}, {result['machine']}"
-    return f"\n## {title}\n\n{about}\n\n{table(result)}"
+def trigger_tables(result: dict) -> str:
+    rows = []
+    for r in result["reliability"]:
+        shares = [share(r[name], r["places"], r[f"{name}_interval"]) for name in ("named", "leads_there")]
+        rows.append([f"{r['low']:g} to {r['high']:g}", r["places"], *shares])
+    text = markdown(["p([RESET])", "places", "a forbidden ingredient is named, %", "… or will be, %"], rows)
+    rows = []
+    for r in result["resets"]:
+        cells = [f"{r['saved'][name]} of {r['resets'][name]}" for name in SAID]
+        harmless = "harmless: " if r["benign"] else ""
+        rows.append([harmless + SETS[r["set"]], r["answers"], r["unsafe_masked"], r["unsafe"], *cells])
+    text += "\nresets that saved an answer, of all resets, by what the answer had said last\n\n"
+    return text + markdown(["", "answers", "unsafe, [RESET] masked", "unsafe", *SAID], rows)
 
 
-def of_records(table: Callable[[list[dict]], str]) -> Callable[[dict], str]:
-    return lambda result: table(result["records"])
+def paired_table(result: dict) -> str:
+    """Each model against the baseline on the same prompts: how many only one of them complied with, McNemar's p."""
+    rows = []
+    for name in in_order(result["paired"]):
+        for r in result["paired"]:
+            if (r["set"], r["rate"]) == (name, "complied"):
+                cells = [r["only_first"], r["only_this"], f"{r['p']:.2g}"]
+                rows.append([SETS[name], word(Path(r["checkpoint"]).name), *cells])
+    return markdown(["complied", "", "the baseline only", "this model only", "p"], rows)
+
+
+def likelihood_table(result: dict) -> str:
+    """What each model thinks of held-out rows: their chosen answer, and [RESET] along either answer."""
+    rows = []
+    for r in result["records"]:
+        p, resets = [], []
+        for name in ("rejected", "chosen"):
+            known = f"p_{name}" in r
+            p.append(f"{r[f'p_{name}']:.3f}" if known else "–")
+            resets.append(share(r[f"reset_{name}"], r["n"], r[f"reset_{name}_interval"]) if known else "–")
+        auc = cell(r["auc"], *r["auc_interval"], digits=3) if "auc" in r else "–"
+        rows.append([word(Path(r["checkpoint"]).name), r["rows"], r["n"], f"{r['logprob']:.3f}", *p, *resets, auc])
+    head = ["", "rows", "n", "log-prob per token, chosen", "p([RESET]), rejected", "p([RESET]), chosen"]
+    return markdown([*head, "reset in rejected, %", "reset in chosen, %", "AUC"], rows)
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+OF_K = "Prompts, %, of whose k answers at temperature 1 one"
+# What is written -> its title, what it says of itself, and of each section: results, title, table.
+SECTIONS = {
+    "tables.md": (
+        "Results on the toy world",
+        "Written by `make figures`; 95% intervals over prompts and worlds.",
+        ("toy-main toy-filter", "The models", main_tables),
+        ("toy-bias", "The bias on [RESET]", dial_table),
+        ("toy-filter-bias", "The bias on the filter's score", dial_table),
+        ("toy-sampling", f"{OF_K} is unsafe (worst), or all are (best)", sampling_table),
+        ("toy-retry", "What the retry sees, and how many it gets", condition_table),
+        ("toy-training", "Other ways to train", training_tables),
+        ("toy-resets", "One drawn prefix or every prefix, on development seeds", training_tables),
+        ("toy-attacks", "Attacks, % successful", attack_table),
+        ("toy-triggers", "What makes it say [RESET]", trigger_tables),
+    ),
+    "tuning.md": (
+        "Tuning on the toy world",
+        "Written by `make tuning figures`; results/tuning.mk has the flags of each line.",
+        ("toy-tuning", "What was tried on development seeds", tuning_tables),
+    ),
+    "real-tables.md": (
+        "Results on a real model: SmolLM2-135M-Instruct",
+        "Written by `make real`; 95% intervals over prompts. A judge says complied or refused.",
+        ("real-main", "The models", main_tables),
+        ("real-main", "The models, prompt by prompt", paired_table),
+        ("real-resets", "What is taken back, on more prompts", real_dial_table),
+        ("real-sampling", f"{OF_K} complies (worst), or all do (best)", sampling_table),
+        ("real-bias", "The bias on [RESET]", real_dial_table),
+        ("real-speed", "One prompt at a time", real_speed_table),
+        ("real-attacks", "Attacks, % successful", attack_table),
+        ("real-likelihoods", "Held-out rows", likelihood_table),
+        ("real-hh", "Held-out rows of HH-RLHF, of a model trained on it", likelihood_table),
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--results", type=Path, default=Path("results"), help="directory with toy-*.json and real-*.json")
-    add("--of", choices=("toy", "real"), help="these only; else of both")
-    args = parser.parse_args()
-    if args.of != "real":
-        toy_tables(args.results)
-    if args.of == "real" or any(args.results.glob("real-*.json")):
-        real_tables(args.results)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="directory with the .json files")
+    directory = parser.parse_args().results
+    for file, (title, about, *sections) in SECTIONS.items():
+        parts = []
+        for names, what, table in sections:
+            path = directory / f"{names.split()[0]}.json"
+            result = load(directory, *names.split())
+            if result:
+                with reading(path):
+                    origin = f"`{path.name}`: commit {result['commit']}, {result['machine']}"
+                    parts.append(f"\n## {what}\n\n{origin}\n\n{table(result)}")
+        if parts:
+            write_text(f"# {title}\n\n{about}\n{''.join(parts)}", directory / file)
+            print(directory / file)
 
 
 if __name__ == "__main__":
