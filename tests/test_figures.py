@@ -103,15 +103,12 @@ def found(results):
 def test_the_tables_in_results_are_up_to_date(results):
     for name in tables.SECTIONS:
         assert (results / name).read_text() == (RESULTS / name).read_text(), f"{name}: make figures"
-    commit = json.loads((RESULTS / "toy-main.json").read_text())["commit"]
-    assert f"`toy-main.json`: commit {commit}, " in (results / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(
     "name, title, rate, sets",
     [
         ("toy-main", "unsafe answers, %", "unsafe", 7),
-        ("toy-main", "harmless answers taken back, or stopped by the filter, %", "reset", 4),
         ("real-main", "answers that comply with a question that should be refused, %", "unsafe", 9),
         ("real-main", "answers that comply with a harmless question, %", "helpful", 3),
     ],
@@ -123,10 +120,7 @@ def test_tables_of_rates(found, name, title, rate, sets):
     if name == "toy-main":
         models[4:4] = ["filter-refuses", "filter"]
     elif rate == "unsafe":
-        *rows, forced = rows
-        some = [r for r in records_of(name) if r["checkpoint"] == "sft" and r["set"].endswith("-forced")]
-        together = 100 * sum(r["complied"] for r in some) / sum(r["n"] for r in some)
-        assert forced[1] == "160" and numbers(forced[2 + models.index("sft")])[0] == close(together)
+        assert rows.pop()[:2] == ["**forced, all**", "160"]
     assert head == ["", "n", *(tables.MODELS[m] for m in models)] and len(rows) == sets
     names = [
         s for s in tables.SETS if any(r["set"] == s and r["benign"] is (rate != "unsafe") for r in records_of(name))
@@ -154,38 +148,32 @@ def test_tables_of_differences(found, name):
 
 
 def test_other_tables(found):
-    """Of each kind a line."""
+    """Of each kind a line: what is before its cells, and which of them is which rate of which record."""
 
-    def line(name, *before, title=""):
-        [rest] = [cells[len(before) :] for cells in found[name, title] if tuple(cells[: len(before)]) == before]
+    def line(name, before, title=""):
+        [rest] = [cells[len(before) :] for cells in found[name, title] if cells[: len(before)] == before]
         return rest
 
-    asked, harmless = (one("toy-bias", "dpo", set=name, reset_bias=5) for name in (ASKED, HARMLESS))
-    unsafe, step, ms, _, helpful, *_ = line("toy-bias", "backtracking + DPO", "5")
-    assert [numbers(unsafe), numbers(helpful)] == [close(counted(asked, "unsafe")), close(counted(harmless, "helpful"))]
-    assert [float(step), float(ms)] == close(
-        [asked["first_step"] / asked["n"], 1000 * asked["first_token_s"] / asked["n"]]
-    )
+    again = {"set": "prefill-unseen", "on_reset": "keep", "max_resets": 0}
+    real = {"set": "advbench-forced", "reset_bias": -2}
+    for name, before, title, place, model, wanted, rate in (
+        ("toy-bias", "backtracking + DPO|5", "", 0, "dpo", {"set": ASKED, "reset_bias": 5}, "unsafe"),
+        ("toy-bias", "backtracking + DPO|5", "", 4, "dpo", {"set": HARMLESS, "reset_bias": 5}, "helpful"),
+        ("toy-retry", "backtracking|keep|0", "", 1, "sft", again, "unsafe"),
+        ("toy-tuning", "backtracking|`lr-2e-3`", "SFT", 3, "tried-ours-sft-lr-2e-3", {"set": HARMLESS}, "reset"),
+        ("real-resets", "backtracking|-2", "", 0, "sft", real, "reset"),
+        ("real-resets", "backtracking|-2", "", 1, "sft", real, "unsafe"),
+    ):
+        assert numbers(line(name, before.split("|"), title)[place]) == close(counted(one(name, model, **wanted), rate))
     r = one("toy-sampling", "sft", set=ASKED)
     shares = [100 * value / r["prompts"] for value in r["best_of_k"].values()]
-    assert list(map(float, line("toy-sampling", "backtracking", "best"))) == close(shares)
+    assert list(map(float, line("toy-sampling", ["backtracking", "best"]))) == close(shares)
     r = one("toy-attacks", "sft", attack="adaptive-gcg", variant="budget 16,384")
     shares = [100 * value for value in (r["unsafe"] / r["n"], *r["interval"], r["on_topic"] / r["n"])]
-    assert numbers(line("toy-attacks", "adaptive-gcg", "budget 16,384")[2]) == close(shares)
-    r = one("toy-attacks", "dpo", attack="decoding", variant="greedy", max_resets=1, reset_bias=-5)
-    rest = line("toy-attacks", "greedy", "1", "-5", title="Who sets the sampler, % unsafe")
-    assert numbers(rest[3])[0] == close(100 * r["unsafe"] / r["n"])
-    r = one("toy-tuning", "tried-ours-sft-replay-0", set=HARMLESS)
-    assert numbers(line("toy-tuning", "backtracking", "`replay-0`", title="SFT")[3]) == close(counted(r, "reset"))
-    rest = line("toy-main", "**these**", "wrong", title="why harmless questions got no helpful answer, %")
-    r = one("toy-main", "sft-baseline", set=HARMLESS)
-    assert float(rest[0]) == close(100 * r["lost_to_mistake"] / r["n"])
-    r = one("real-resets", "sft", set="advbench-forced", reset_bias=-2)
-    back, complied, *_ = line("real-resets", "backtracking", "-2")
-    assert [numbers(back), numbers(complied)] == [close(counted(r, "reset")), close(counted(r, "unsafe"))]
+    assert numbers(line("toy-attacks", ["adaptive-gcg", "budget 16,384"])[2]) == close(shares)
     r = one("real-likelihoods", "dpo", rows="unsafe")
-    rest = line("real-likelihoods", "backtracking + DPO", "unsafe", "40")
-    assert rest[:3] == [f"{r[key]:.3f}" for key in ("logprob", "p_rejected", "p_chosen")]
+    cells = line("real-likelihoods", ["backtracking + DPO", "unsafe"])
+    assert cells[1:4] == [f"{r[key]:.3f}" for key in ("logprob", "p_rejected", "p_chosen")]
 
 
 # ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -234,9 +222,14 @@ def test_the_dots_are_the_rates(drawn):
         for model, (x, _, _) in zip(models, dots(forced), strict=True):
             some = [named(name, model, s) for s in names]
             assert x == close(sum(counted(r, "unsafe")[0] * r["n"] for r in some) / sum(r["n"] for r in some))
-    stated = [("toy-main", m) for m in ("sft-baseline", "sft", "sft-in-place")]
-    stated += [("real-main", m) for m in ("sft-baseline", "sft")]
-    rates = [counted(one(*which, set=ASKED), "unsafe")[0] for which in stated]
+    stated = [
+        ("toy", "sft-baseline"),
+        ("toy", "sft"),
+        ("toy", "sft-in-place"),
+        ("real", "sft-baseline"),
+        ("real", "sft"),
+    ]
+    rates = [counted(one(f"{name}-main", model, set=ASKED), "unsafe")[0] for name, model in stated]
     assert "ties" in title and numbers(title.replace("SmolLM2", "")) == close(rates)
     toy = tables.load(RESULTS, "toy-main")["records"]
     assert "ties" not in figures.main_title(toy, toy)
@@ -245,10 +238,8 @@ def test_the_dots_are_the_rates(drawn):
 def test_the_dial(drawn):
     fig, title = drawn["bias"]
     for model, curve in zip(("sft", "dpo"), heights(fig.axes[0])[1:], strict=True):
-        records = sorted(
-            (r["reset_bias"], counted(r, "unsafe")[0]) for r in records_of("toy-bias", checkpoint=model, set=ASKED)
-        )
-        assert curve == close([unsafe for _, unsafe in records])
+        some = sorted(records_of("toy-bias", checkpoint=model, set=ASKED), key=lambda r: r["reset_bias"])
+        assert curve == close([counted(r, "unsafe")[0] for r in some])
     of = {bias: [one("toy-bias", "sft", set=s, reset_bias=bias) for s in (ASKED, HARMLESS)] for bias in (0, 5)}
     rates = {bias: [counted(asked, "unsafe")[0], counted(good, "reset")[0]] for bias, (asked, good) in of.items()}
     assert "unseen potions and in new wrappers" in title
@@ -273,23 +264,16 @@ def test_attacks_strips_and_hold_back(drawn):
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["prefill", "GCG", "AutoDAN", "adaptive GCG"]
     for ax, attack in zip(fig.axes, ("prefill", "gcg", "autodan", "adaptive-gcg"), strict=True):
         for model, y, (_, end, interval) in zip(FOUR, heights(ax), dots(ax), strict=True):
-            if attack == "prefill":
-                found = [
-                    one("toy-attacks", model, attack=attack, variant=v, **plain)
-                    for v in ("1", "2", "4", "8", "16", "all")
-                ]
-                counts = [r["unsafe"] for r in found]
-            else:
-                found = [one("toy-attacks", model, attack=attack, variant="any", **plain)]
-                counts = found[0]["success_within"].values()
+            found = records_of("toy-attacks", attack=attack, checkpoint=model, **plain)
+            found = [r for r in found if re.fullmatch(r"\d+|all" if attack == "prefill" else "any", r["variant"])]
+            counts = found[0].get("success_within", {}).values() or [r["unsafe"] for r in found]
             n, worlds = found[-1]["n"], found[-1]["by_seed"]
             assert y == close([100 * count / n for count in counts]) and y[-1] == end
-            ends = [
-                100 * value
-                for value in wilson_of_worlds([(share * n / len(worlds), n / len(worlds)) for share in worlds])
-            ]
-            assert interval == close([min(ends[0], end), max(ends[1], end)])
-    assert "backtracking + DPO, adaptive GCG" in title and numbers(title) == [47, 100]
+            low, high = wilson_of_worlds([(share * n / len(worlds), n / len(worlds)) for share in worlds])
+            assert interval == close([min(100 * low, end), max(100 * high, end)])
+    assert numbers(title) == close(
+        [max(end for ax in fig.axes for _, end, _ in dots(ax)[2:]), dots(fig.axes[-1])[0][1]], 0.51
+    )
     fig, title = drawn["strips"]
     strips = json.loads((RESULTS / "toy-triggers.json").read_text())["strips"]
     for ax, strip in zip(fig.axes, strips, strict=True):
@@ -297,13 +281,19 @@ def test_attacks_strips_and_hold_back(drawn):
         words = [text for text in ax.texts if not re.match(r"\d\.\d\d$", text.get_text())]
         assert [text.get_text() for text in words] == strip["words"]
         assert [text.get_weight() == "bold" for text in words] == strip["forbidden"]
-    assert numbers(title) == [0.01, 1.0, 0.01] and max(strips[1]["p"]) < 0.01
+    assert numbers(title) == [0.01, 1.0, 0.01]
     fig, title = drawn["hold-back"]
     for ax, name in zip(fig.axes, ("toy", "real"), strict=True):
         for y, group in zip(heights(ax), ("asked", "forced"), strict=True):
             found = records_of(f"{name}-hold-back", group=group)
             assert y == close([100 * r["seen"] / r["unsafe"] for r in found])
-    assert numbers(title)[:5] == [4, 46, 42, 4, 16]
+    shown = [
+        100 * r["seen"] / r["unsafe"]
+        for g in ("asked", "forced")
+        for n in ("toy", "real")
+        for r in records_of(f"{n}-hold-back", group=g, hold_back=4)
+    ]
+    assert numbers(title)[:5] == close([4, *shown], 0.51)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"records": []}', '{"records": [{}]}', "earlier"])
@@ -353,12 +343,9 @@ def test_curves(tmp_path):
     assert (second, "-", [[2, -0.25]]) in found["DPO: margin"]
     assert [text.get_text() for text in fig.legends[0].get_texts()] == [str(tmp_path / name) for name in ("sft", "dpo")]
     (tmp_path / "dpo" / "metrics.jsonl").write_text("\0\n")
-    for words, message in (
-        ([tmp_path / "dpo"], "holds no line"),
-        ([tmp_path], "no such file"),
-        ([tmp_path / "sft", "--out", tmp_path / "x.jpg"], ".png"),
-    ):
-        assert message in command(report.main, "curves", *words, code=2)[1]
+    assert "holds no line" in command(report.main, "curves", tmp_path / "dpo", code=2)[1]
+    assert "no such file" in command(report.main, "curves", tmp_path, code=2)[1]
+    assert "end so" in command(report.main, "curves", tmp_path / "sft", "--out", tmp_path / "x.jpg", code=2)[1]
 
 
 def test_compare(tmp_path):
@@ -370,8 +357,8 @@ def test_compare(tmp_path):
     found = {tuple(line[:2]): line[3:] for line in lines}
     unsafe, back, helpful, _ = fig.axes
     for name, called, bad in (
-        ("toy-main", "sft, toy-main, bias +0", ASKED),
-        ("real-bias", "runs/real/sft, real-bias, bias +5", "advbench-forced"),
+        ("toy-main", "sft, toy-main, bias 0", ASKED),
+        ("real-bias", "runs/real/sft, real-bias, bias 5", "advbench-forced"),
     ):
         of = {s: one(name, "sft", set=s, reset_bias=5 * (name != "toy-main")) for s in (bad, HARMLESS)}
         for set_name, rate, place, ax in (

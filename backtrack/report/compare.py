@@ -14,7 +14,7 @@ from pathlib import Path
 from backtrack.report.picture import COLORS, dot, legend, paper, save
 from backtrack.report.tables import cell, reading
 
-DIFFERENCES = {"file": "{}", "on_reset": "{}", "reset_bias": "bias {:+g}", "max_resets": "max_resets {}"}
+DIFFERENCES = {"file": "{}", "on_reset": "{}", "reset_bias": "bias {:g}", "max_resets": "max_resets {}"}
 
 
 def read(paths: list[Path]) -> list[dict]:
