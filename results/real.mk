@@ -191,4 +191,4 @@ real: $(VENV)/.installed  ## the experiment on SmolLM2-135M: DATA=DIR with the f
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL_MODELS:%=$(REAL)/%.done) $(REAL)/test-rows.done $(REAL)/hh.done
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL)/mt-bench.done \
 		$(patsubst %,$(RESULTS)/real-%.json,main resets sampling bias speed likelihoods hh attacks)
-	$(PY) -m backtrack.report.tables --results $(RESULTS) --of real
+	$(PY) -m backtrack.report.tables --results $(RESULTS)

@@ -345,7 +345,7 @@ def test_curves(tmp_path):
     (tmp_path / "dpo" / "metrics.jsonl").write_text("\0\n")
     assert "holds no line" in command(report.main, "curves", tmp_path / "dpo", code=2)[1]
     assert "no such file" in command(report.main, "curves", tmp_path, code=2)[1]
-    assert "end so" in command(report.main, "curves", tmp_path / "sft", "--out", tmp_path / "x.jpg", code=2)[1]
+    assert ".png files" in command(report.main, "curves", tmp_path / "sft", "--out", tmp_path / "x.jpg", code=2)[1]
 
 
 def test_compare(tmp_path):
