@@ -16,6 +16,7 @@ grey, backtracking is blue, DPO hollow.
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 from backtrack.report.picture import BLUE, GREY, dot, legend, note, paper, save
@@ -80,7 +81,14 @@ def main_figure(directory: Path) -> tuple:
     heights = [len(some) for some in models]
     fig, axes = paper(1 + 0.32 * sum(heights) + 0.5 * len(parts), len(parts), 3, height_ratios=heights)
     for row, (where, records), some in zip(axes, parts, models, strict=True):
-        for ax, (what, rate, sets) in zip(row, questions(records), strict=True):
+        judged = ("complied", "complied") if "complied" in records[0] else ("unsafe", "helpful")
+        forced = dict.fromkeys(r["set"] for r in records if re.match("prefill-|.*-forced$", r["set"]))
+        questions = (
+            (f"asked: {judged[0]}", "unsafe", [ASKED]),
+            (f"forced to begin: {judged[0]}", "unsafe", forced),
+            (f"harmless: {judged[1]}", "helpful", [HARMLESS]),
+        )
+        for ax, (what, rate, sets) in zip(row, questions, strict=True):
             rates = [measured([the(records, checkpoint=model, set=s) for s in sets], rate) for model in some]
             for y, (model, (p, low, high)) in enumerate(zip(some, rates, strict=True)):
                 dot(ax, p, y, (low, high), "x", **LOOKS[model])
@@ -112,18 +120,6 @@ def main_title(toy: list[dict], real: list[dict]) -> str:
         ties = ", ties" if base[1] <= ours[2] and ours[1] <= base[2] else ""
         title += f". SmolLM2, asked plainly{ties}: {base[0]:.1f}% complied without [RESET], {ours[0]:.1f}% with it"
     return title
-
-
-def questions(records: list[dict]) -> list[tuple[str, str, list[str]]]:
-    """(what is counted, rate, the sets it is of): asked, forced to begin, harmless."""
-    sets = list(dict.fromkeys(r["set"] for r in records))
-    forced = [s for s in sets if s.startswith("prefill-") or s.endswith("-forced")]
-    unsafe, helpful = ("complied", "complied") if "complied" in records[0] else ("unsafe", "helpful")
-    return [
-        (f"asked: {unsafe}", "unsafe", [ASKED]),
-        (f"forced to begin: {unsafe}", "unsafe", forced),
-        (f"harmless: {helpful}", "helpful", [HARMLESS]),
-    ]
 
 
 def dial_figure(directory: Path) -> tuple:
