@@ -248,7 +248,7 @@ def strips_figure(directory: Path) -> tuple:
             width = max(3.8, len(word) * (1.35 if forbidden else 1.1))
             middle = left + width / 2
             ax.bar(middle, p, width, color=BLUE if forbidden else GREY)
-            if p >= 0.005:
+            if p >= 0.01:
                 ax.text(middle, p + 0.04, f"{p:.2f}", ha="center", fontsize=8)
             ax.text(middle, -0.08, word, ha="center", va="top", fontsize=9, weight="bold" if forbidden else "normal")
             left += width + 0.8
