@@ -45,10 +45,9 @@ LLAMA_8B = ModelConfig(
 LENGTH = 2048
 # Dense bf16 FLOPs per second, from NVIDIA's data sheets of the SXM cards.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+HOW = {True: "compiled", False: "eager"}
 TRAINING = ((1, False), (4, False), (4, True))  # (sequences in a micro-batch, compiled)
 DECODING = ((1, False), (16, False), (1, True), (16, True))  # (rows, compiled); compiled a model stays
-
-# ── SFT ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def sft_flops(config: ModelConfig, batch: int, length: int) -> float:
@@ -109,7 +108,7 @@ def step_seconds(
 
 
 def train_8b(batch: int, compiled: bool, accumulated: int, steps: int) -> dict:
-    """One record: shape, tokens per second, and the share of the peak where the card's is known."""
+    """One record: tokens per second, memory, and the share of the peak (None for an unknown card)."""
     name = torch.cuda.get_device_name()
     config = cut(LLAMA_8B, torch.cuda.get_device_properties(0).total_memory, batch)
     torch.cuda.reset_peak_memory_stats()
@@ -118,7 +117,7 @@ def train_8b(batch: int, compiled: bool, accumulated: int, steps: int) -> dict:
     rate = accumulated * sft_flops(config, batch, LENGTH) / step
     peak = next((value for card, value in PEAK.items() if card in name), None)
     return {
-        "name": f"SFT, {config.num_hidden_layers} layers, {batch} × {LENGTH} tokens, {how(compiled)}",
+        "name": f"SFT, {config.num_hidden_layers} layers, {batch} × {LENGTH} tokens, {HOW[compiled]}",
         "tokens_per_s": accumulated * batch * LENGTH / step,
         "flops_per_s": rate,
         "mfu": None if peak is None else rate / peak,
@@ -126,13 +125,6 @@ def train_8b(batch: int, compiled: bool, accumulated: int, steps: int) -> dict:
         "peak_memory": torch.cuda.max_memory_allocated(),
         "planned_memory": plan(config, settings(batch, "cuda"), train.CHUNK).total,
     }
-
-
-def how(compiled: bool) -> str:
-    return "compiled" if compiled else "eager"
-
-
-# ── Decoding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def copy_bandwidth(mebibytes: int = 4096) -> float:
@@ -161,14 +153,11 @@ def decode_8b(model, batch: int, compiled: bool, repeats: int, bandwidth: float)
     step = statistics.median(seconds[1:])  # the first run warms up and compiles
     least = step_bytes(model, batch, len(prompts[0]) + new_tokens / 2) / bandwidth
     return {
-        "name": f"decoding, {model.config.num_hidden_layers} layers, {batch} rows, {how(compiled)}",
+        "name": f"decoding, {model.config.num_hidden_layers} layers, {batch} rows, {HOW[compiled]}",
         "tokens_per_s": batch / step,
         "bandwidth_share": least / step,
         "range": [least / max(seconds[1:]), least / min(seconds[1:])],
     }
-
-
-# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def line(record: dict) -> str:
