@@ -81,28 +81,20 @@ def test_hh_row(tmp_path):
 
 
 Q = H + "Hi"
+NO, YES = Q + A + "no", Q + A + "yes"
 SKIPPED = {  # reason -> pairs of chosen and rejected
     "speakers do not alternate from Human to Assistant": [
-        ("Note." + Q + A + "no", "Note." + Q + A + "yes"),
-        (A + "Hi" + Q + A + "no", A + "Hi" + Q + A + "yes"),
+        ("Note." + NO, "Note." + YES),
         ("", ""),
-        (Q + A + "no", Q + A + "yes" + A + "sure"),
+        (NO, YES + A + "sure"),
         (Q + H + "Hello?" + A + "no", Q + H + "Hello?" + A + "yes"),
-        (Q + A + "no", Q + A + "yes" + H + "more"),
+        (NO, YES + H + "more"),
     ],
-    "chosen and rejected have different prompts": [
-        (Q + A + "no", H + "Hi!" + A + "yes"),
-        (Q + A + "no", Q + A + "yes" + H + "more" + A + "ok"),
-        (Q + A + "a" + H + "b" + A + "no", Q + A + "x" + H + "b" + A + "yes"),
-    ],
-    "empty turn": [(H + A + "no", H + A + "yes"), (Q + A, Q + A + "yes"), (Q + A + "no", Q + A + " \n ")],
-    "chosen and rejected are the same": [(Q + A + "no", Q + A + "no ")],
-    "speaker label inside an answer": [
-        (Q + A + "Human: no", Q + A + "yes"),
-        (Q + A + "no", Q + A + "yes.  Human: more"),
-        (Q + A + "no\nAssistant: no", Q + A + "yes"),
-    ],
-    "broken Unicode (half a surrogate pair)": [(Q + A + "no", Q + A + "yes \ud800")],
+    "chosen and rejected have different prompts": [(NO, H + "Hi!" + A + "yes"), (NO, YES + H + "more" + A + "ok")],
+    "empty turn": [(H + A + "no", H + A + "yes"), (Q + A, YES), (NO, Q + A + " \n ")],
+    "chosen and rejected are the same": [(NO, NO + " ")],
+    "speaker label inside an answer": [(Q + A + "Human: no", YES), (NO, YES + ".  Human: more")],
+    "broken Unicode (half a surrogate pair)": [(NO, YES + " \ud800")],
 }
 
 
@@ -212,34 +204,14 @@ def test_guard_goes_on_where_it_was_stopped(tmp_path, guard, monkeypatch):
 
 
 def test_guard_options(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(judged, "load_judge", lambda *args: asked.append(args) or (lambda *_: Verdict("Go" in _[1])))
-    flags = ["--guard", tmp_path, "--device", "cpu", "--dtype", "bfloat16", "--judge-url", "http://localhost:1"]
-    convert(tmp_path, "hh", GOOD, flags=flags)
+    asked, words = [], ("hh", "--in", write_lines(tmp_path / "in", GOOD), "--out", tmp_path / "out", "--guard")
+    with monkeypatch.context() as patch:
+        patch.setattr(judged, "load_judge", lambda *args: asked.append(args) or (lambda *_: Verdict("Go" in _[1])))
+        prepare(*words, tmp_path, "--device", "cpu", "--dtype", "bfloat16", "--judge-url", "http://localhost:1")
     assert asked == [(str(tmp_path), "cpu", torch.bfloat16, "http://localhost:1", 0.5, False)]  # no categories
-    monkeypatch.undo()
-    words = ("hh", "--in", tmp_path / "in", "--out", tmp_path / "out", "--guard")
     assert "not allowed with" in prepare(*words, tmp_path, "--helpful", code=2)
     assert f"--guard {tmp_path / 'in'}: no such directory" in prepare(*words, tmp_path / "in", code=2)
     assert f"error: {tmp_path}: no tokenizer" in prepare(*words, tmp_path, code=2)
-    assert "'abacus'" in prepare(*words, tmp_path, "--device", "abacus", code=2)
-
-
-@pytest.mark.slow
-def test_guard_from_a_checkpoint(tmp_path):
-    """From a directory in Hugging Face's layout to rows."""
-    from test_judge import SKULL, write_trained_guard
-
-    write_trained_guard(tmp_path / "guard")
-    pairs = [
-        pair("the sheep", f"the sheep {SKULL} the dogs", "the dogs"),
-        pair("the sheep", "the dogs", "the rain"),
-        pair(f"the dogs {SKULL} the rain", f"the sheep {SKULL} the dogs", "the rain"),
-    ]
-    [row], report = convert(tmp_path, "hh", *pairs, flags=["--guard", tmp_path / "guard", "--device", "cpu"])
-    assert row["prompt"] == [user("the dogs")] and row["rejected"] == [assistant(f"the sheep {SKULL} the dogs")]
-    assert " 1  skipped: chosen is unsafe, says the judge" in report
-    assert " 1  skipped: rejected is safe, says the judge" in report
 
 
 # ── oasst ─────────────────────────────────────────────────────────────────────────────────────────
@@ -297,8 +269,8 @@ BAD = [
 
 @pytest.mark.parametrize("extra, reason", BAD)
 def test_oasst_leaves_out_messages_and_what_hangs_below(tmp_path, extra, reason):
-    bad = a("bad", p("below", a("x")), rank=0) | extra
-    rows, report = convert(tmp_path, "oasst", tree(p("Q", bad, a("good", rank=1), a("poor", rank=2))))
+    reply = a("bad", p("below", a("x")), rank=0) | extra
+    rows, report = convert(tmp_path, "oasst", tree(p("Q", reply, a("good", rank=1), a("poor", rank=2))))
     assert rows == [{"prompt": [user("Q")], "chosen": [assistant("good")], "rejected": [assistant("poor")]}]
     assert "2 prompter messages read, 1 rows written, 1 skipped" in report and " 1  skipped: not on a path" in report
     below = p("bad", a("x", p("below", a("y")))) | extra
@@ -332,107 +304,77 @@ def test_oasst_trees_that_are_not_ready_roles_out_of_turn_ranks_and_languages(tm
 # ── prompts ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def forbidden(text, name, **more):
+def bad(text, name, **more):
     return {"prompt": [user(text)], "set": name, "benign": False, **more}
 
 
-def harmless(text, name, **more):
-    return {"prompt": [user(text)], "set": name, "benign": True, **more}
+def fine(text, name, **more):
+    return bad(text, name, **more) | {"benign": True}
 
 
-HARMBENCH = """Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID
-Do x,standard,illegal,,,do_x
-"Do x, with y",contextual,cybercrime_intrusion,context,"It is y.
-So it is.",do_x_y
-Sing the song,copyright,copyright,"lyrics, hash_check",,sing
-"""
-JAILBREAKBENCH = "Index,Goal,Target,Behavior,Category,Source\n0,Do x,Sure: x ,X,Privacy,Original\n"
-JAILBROKEN = {"id": "0", "category": "Privacy", "target": "Sure: x"}
-QUESTION = {"question_id": 81, "category": "writing", "turns": ["One. ", "Two."]}
-MT_BENCH = json.dumps(QUESTION | {"reference": []}) + "\n\n" + json.dumps(QUESTION | {"question_id": 82})
 TEA = [  # in the format of safety_only_data_Instructions.json
     {"instruction": " Spill the tea. ", "input": "", "output": "Better not.\n"},
     {"instruction": "Drop this:", "input": " a cup ", "output": ""},
     {"instruction": " ", "output": "?"},
 ]
-ALPACA_EVAL = [
-    {"dataset": "koala", "instruction": "Brew tea.", "output": " Boil water. ", "generator": "x"},
-    {"dataset": "vicuna", "instruction": "Brew more.", "output": "", "generator": "x"},
-]
-# Name of a file -> its text, and the rows made of it.
-SETS = {
-    "harmful_behaviors.csv": (
-        'goal,target\n"Do ""x"", now","Sure, here is\n"\n ,Sure\n',
-        [forbidden('Do "x", now', "advbench", target="Sure, here is")],
-    ),
+ALPACA_EVAL = [{"dataset": "koala", "instruction": "Brew.", "output": out, "generator": "x"} for out in (" Boil. ", "")]
+QUESTION = {"question_id": 81, "category": "writing", "turns": ["One. ", "Two."]}
+JAILBREAKBENCH = "Index,Goal,Target,Behavior,Category,Source\n0,Do x,Sure: x ,X,Privacy,Original\n"
+JAILBROKEN = {"id": "0", "category": "Privacy", "target": "Sure: x"}
+HARMBENCH = "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+HARMBENCH += (
+    'Do x,standard,bad,,,x\n"Do x, y",contextual,bad,context,"It is y.\nSo it is.",xy\nSing,copyright,c,"a, b",,s\n'
+)
+SETS = {  # name of a file -> its text, and the rows made of it
+    "advbench.csv": ('goal,target\n"Do ""x"", now",Yes\n" \n ",Yes\n', bad('Do "x", now', "advbench", target="Yes")),
     "I-Malicious.json": (  # some texts are there twice, in the original, too
-        '{"instructions": ["Do x", "Do x"],\n "tags": ["crime", "hate"], "inputs": []}',
-        [forbidden("Do x", "malicious_instructions", category=category) for category in ("crime", "hate")],
+        '{"instructions": ["Do x", "Do x"],\n "tags": ["a", "b"], "inputs": []}',
+        *(bad("Do x", "malicious_instructions", category=category) for category in "ab"),
     ),
     "SimpleSafetyTests - test cases.csv": (
         "id,harm_area,counter,category,prompts_final\r\nsst_1,Scams,1,Advice,How do I x? \r\n",
-        [forbidden("How do I x?", "simple_safety_tests", id="sst_1", category="Scams")],
+        bad("How do I x?", "simple_safety_tests", id="sst_1", category="Scams"),
     ),
     "strongreject.csv": (
         "\ufeffcategory,source,forbidden_prompt\nViolence,DAN,Do x\n",
-        [forbidden("Do x", "strongreject", category="Violence")],
+        bad("Do x", "strongreject", category="Violence"),
     ),
     "xstest.csv": (
         "id,prompt,type,label,note\n1,Kill a job?,homonyms,safe,\n26,Kill me?,contrast,unsafe,\n",
-        [
-            harmless("Kill a job?", "xstest", id="1", category="homonyms"),
-            forbidden("Kill me?", "xstest", id="26", category="contrast"),
-        ],
+        fine("Kill a job?", "xstest", id="1", category="homonyms"),
+        bad("Kill me?", "xstest", id="26", category="contrast"),
     ),
     "harmbench.csv": (
         HARMBENCH,
-        [
-            forbidden("Do x", "harmbench", id="do_x", category="illegal"),
-            forbidden(
-                "It is y.\nSo it is.\n\n---\n\nDo x, with y",
-                "harmbench-contextual",
-                id="do_x_y",
-                category="cybercrime_intrusion",
-            ),
-            forbidden("Sing the song", "harmbench-copyright", id="sing", category="copyright"),
-        ],
+        bad("Do x", "harmbench", id="x", category="bad"),
+        bad("It is y.\nSo it is.\n\n---\n\nDo x, y", "harmbench-contextual", id="xy", category="bad"),
+        bad("Sing", "harmbench-copyright", id="s", category="c"),
     ),
-    "harmful-behaviors.csv": (JAILBREAKBENCH, [forbidden("Do x", "jailbreakbench", **JAILBROKEN)]),
-    "benign-behaviors.csv": (JAILBREAKBENCH, [harmless("Do x", "jailbreakbench-benign", **JAILBROKEN)]),
+    "harmful-behaviors.csv": (JAILBREAKBENCH, bad("Do x", "jailbreakbench", **JAILBROKEN)),
+    "benign-behaviors.csv": (JAILBREAKBENCH, fine("Do x", "jailbreakbench-benign", **JAILBROKEN)),
     "question.jsonl": (
-        MT_BENCH,
-        [harmless("One.", "mt_bench", question_id=i, category="writing", turns=["One.", "Two."]) for i in (81, 82)],
+        json.dumps(QUESTION | {"reference": []}) + "\n\n" + json.dumps(QUESTION),
+        *[fine("One.", "mt_bench", **QUESTION) | {"turns": ["One.", "Two."]}] * 2,
     ),
     "safety_only_data_Instructions.json": (
         json.dumps(TEA),
-        [
-            forbidden("Spill the tea.", "safety_tuned", safe_answer="Better not."),
-            forbidden("Drop this:\n\na cup", "safety_tuned"),
-        ],
+        bad("Spill the tea.", "safety_tuned", safe_answer="Better not."),
+        bad("Drop this:\n\na cup", "safety_tuned"),
     ),
-    "I-Alpaca.json": ('{"instructions": ["Brew tea.\\n"], "inputs": []}', [harmless("Brew tea.", "i_alpaca")]),
-    "Q-Harm.json": ('{"instructions": ["Is tea bad?", " "]}', [forbidden("Is tea bad?", "q_harm")]),
+    "I-Alpaca.json": ('{"instructions": ["Brew tea.\\n"], "inputs": []}', fine("Brew tea.", "i_alpaca")),
+    "Q-Harm.json": ('{"instructions": ["Is tea bad?", " "]}', bad("Is tea bad?", "q_harm")),
     "text_davinci_003.json": (
         json.dumps(ALPACA_EVAL, indent=2),
-        [
-            harmless("Brew tea.", "alpaca_eval", category="koala", reference="Boil water."),
-            harmless("Brew more.", "alpaca_eval", category="vicuna"),
-        ],
+        fine("Brew.", "alpaca_eval", category="koala", reference="Boil."),
+        fine("Brew.", "alpaca_eval", category="koala"),
     ),
     # A set of one's own: it is called as its file is, and keeps its other columns.
     "many.v2.csv": (
         "Unnamed: 0,lang,goal,target,category,set\n0,de,mache x,Klar,c1,test\n",
-        [forbidden("mache x", "many", target="Klar", lang="de", category="c1")],
+        bad("mache x", "many", target="Klar", lang="de", category="c1"),
     ),
-    "numbered.csv": (",goal,target\n7,make x,Sure\n", [forbidden("make x", "advbench", target="Sure")]),
-    "mine.csv": (
-        "id,prompt,type,label,focus,note,model\n1,Hi,homonyms,safe,f,,m\n",
-        [harmless("Hi", "mine", id="1", category="homonyms", model="m")],
-    ),
-    "q.jsonl": (
-        json.dumps(QUESTION | {"lang": "de"}),
-        [harmless("One.", "q", question_id=81, category="writing", turns=["One.", "Two."])],
-    ),
+    "numbered.csv": (",goal,target\n7,make x,Sure\n", bad("make x", "advbench", target="Sure")),
+    "q.jsonl": (json.dumps(QUESTION | {"lang": "de"}), fine("One.", "q", **QUESTION) | {"turns": ["One.", "Two."]}),
 }
 
 
@@ -440,10 +382,10 @@ SETS = {
 def test_prompt_sets(tmp_path, packed):
     """Each set in a file of its own, all in one command."""
     files = [tmp_path / (f"{name}.gz" if packed else name) for name in SETS]
-    for file, (text, _) in zip(files, SETS.values(), strict=True):
+    for file, (text, *_) in zip(files, SETS.values(), strict=True):
         file.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
     report = prepare("prompts", "--in", *files, "--out", tmp_path / "out")
-    assert read_lines(tmp_path / "out") == [row for _, rows in SETS.values() for row in rows]
+    assert read_lines(tmp_path / "out") == [row for _, *rows in SETS.values() for row in rows]
     assert "3  skipped: empty prompt" in report  # AdvBench's second, and one in each of two lists
 
 
@@ -452,18 +394,17 @@ def test_what_does_not_say_whether_it_is_harmless(tmp_path):
     texts = json.dumps(TEA[:1]), '{"instructions": ["Brew."]}', '{"instructions": ["Say."]}', JAILBREAKBENCH
     for file, text in zip(files, texts, strict=True):
         file.write_text(text)
-    words = ("prompts", "--in", *files, "--out", tmp_path / "out")
-    report = prepare(*words, code=2)
-    assert report.startswith(f"error: {files[0]}: does not say whether its instructions are harmless; add --benign or")
-    assert "jbb.csv: does not say" in prepare("prompts", "--in", files[3], "--out", tmp_path / "out", code=2)
-    known = forbidden("Say.", "i_cona")
-    prepare(*words, "--benign")
-    mine = [harmless("Spill the tea.", "my", reference="Better not."), harmless("Brew.", "texts")]
-    assert read_lines(tmp_path / "out") == [*mine, known, harmless("Do x", "jailbreakbench-benign", **JAILBROKEN)]
-    prepare(*words, "--unsafe")
-    mine = [forbidden("Spill the tea.", "my", safe_answer="Better not."), forbidden("Brew.", "texts")]
-    assert read_lines(tmp_path / "out") == [*mine, known, forbidden("Do x", "jailbreakbench", **JAILBROKEN)]
-    assert "not allowed with" in prepare(*words, "--unsafe", "--benign", code=2)
+    words = ("prompts", "--out", tmp_path / "out", "--in")
+    for file in (*files[:2], files[3]):
+        assert f"error: {file}: does not say whether its " in prepare(*words, file, code=2)
+    for flag, as_told, suffix, key in (
+        ("--benign", fine, "-benign", "reference"),
+        ("--unsafe", bad, "", "safe_answer"),
+    ):
+        prepare(*words, *files, flag)
+        mine = [as_told("Spill the tea.", "my", **{key: "Better not."}), as_told("Brew.", "texts")]
+        jailbreak = as_told("Do x", f"jailbreakbench{suffix}", **JAILBROKEN)
+        assert read_lines(tmp_path / "out") == [*mine, bad("Say.", "i_cona"), jailbreak]
 
 
 def test_first_messages_of_trees(tmp_path):
@@ -475,11 +416,11 @@ def test_first_messages_of_trees(tmp_path):
         tree(p("deleted", a("x"), deleted=True)),
     ]
     rows, report = convert(tmp_path, "prompts", *trees)
-    assert rows == [harmless("Q", "oasst", reference="best"), harmless("nobody answers", "oasst")]
+    assert rows == [fine("Q", "oasst", reference="best"), fine("nobody answers", "oasst")]
     for reason in ("language is not en", "tree is not ready for export", "deleted"):
         assert f" 1  skipped: {reason}\n" in report
     rows, _ = convert(tmp_path, "prompts", *trees[2:3], flags=["--lang", "all"])  # one line only
-    assert rows == [harmless("Frage", "oasst", reference="ja")]
+    assert rows == [fine("Frage", "oasst", reference="ja")]
 
 
 def test_oasst2s_held_out_questions_are_prompts(tmp_path):
@@ -507,12 +448,10 @@ def test_forced_prompts(tmp_path):
     files = [tmp_path / "advbench.csv", tmp_path / "xstest.csv"]
     files[0].write_text("goal,target\nDo x,Sure: x\n")
     files[1].write_text("id,prompt,type,label\n1,Kill a process,homonyms,safe\n2,Kill him,c,unsafe\n")
-    prepare("prompts", "--in", *files, "--out", tmp_path / "plain")
-    prepare("prompts", "--in", *files, "--out", tmp_path / "forced", "--forced")
-    x, safe, unsafe = read_lines(tmp_path / "plain")
-    forced_x = x | {"set": "advbench-forced", "prefill": "Sure: x"}
-    forced_unsafe = unsafe | {"set": "xstest-forced", "prefill": "Sure, here is what you asked for:"}
-    assert read_lines(tmp_path / "forced") == [x, forced_x, safe, unsafe, forced_unsafe]
+    prepare("prompts", "--in", *files, "--out", tmp_path / "out", "--forced")
+    x, forced_x, _, unsafe, forced = read_lines(tmp_path / "out")
+    assert forced_x == x | {"set": "advbench-forced", "prefill": "Sure: x"}
+    assert forced == unsafe | {"set": "xstest-forced", "prefill": "Sure, here is what you asked for:"}
 
 
 # ── Rows that are also elsewhere, rows that are held out ──────────────────────────────────────────
@@ -552,16 +491,15 @@ def test_exclude_keeps_training_rows_apart(tmp_path):
 
 def test_held_out_prompts(tmp_path):
     """However a question is written, it is on one side; a smaller part of it is held out of the held-out ones."""
-    texts = [text for i in range(100) for text in (f"Brew tea {i}", f"brew: tea {i}!")]
     source = tmp_path / "I-Alpaca.json"
-    source.write_text(json.dumps({"instructions": texts}))
+    source.write_text(json.dumps({"instructions": [text for i in range(100) for text in (f"Brew {i}", f"brew: {i}!")]}))
 
     def split(source, percent, name):
         paths = tmp_path / f"{name}-rest", tmp_path / f"{name}-part"
         prepare("prompts", "--in", source, "--out", paths[0], "--valid", paths[1], "--valid-percent", percent)
-        sides = [[re.sub(r"\D", "", row["prompt"][0]["content"]) for row in read_lines(path)] for path in paths]
-        assert all(count == 2 for side in sides for count in Counter(side).values())
-        return paths[1], set(sides[0]), set(sides[1])
+        sides = [Counter(re.sub(r"\D", "", row["prompt"][0]["content"]) for row in read_lines(path)) for path in paths]
+        assert all(count == 2 for side in sides for count in side.values())
+        return paths[1], {*sides[0]}, {*sides[1]}
 
     held_out, rest, part = split(source, 30, "a")
     assert not rest & part and len(rest | part) == 100 and 20 <= len(part) <= 40
@@ -576,12 +514,11 @@ def many(tmp_path):
 
 
 def test_held_out_rows(tmp_path):
-    words = ("hh", "--in", many(tmp_path), "--out")
-    prepare(*words, tmp_path / "all")
-    report = prepare(*words, tmp_path / "train", "--valid", tmp_path / "valid", "--valid-percent", 30)
+    flags = ("--valid", tmp_path / "valid", "--valid-percent", 30)
+    report = prepare("hh", "--in", many(tmp_path), "--out", tmp_path / "train", *flags)
     train, valid = read_lines(tmp_path / "train"), read_lines(tmp_path / "valid")
     assert f" {len(train)}  written to" in report and f" {len(valid)}  written to" in report
-    assert sorted(map(json.dumps, train + valid)) == sorted(map(json.dumps, read_lines(tmp_path / "all")))
+    assert {row["prompt"][2]["content"] for row in train + valid} == {f"b{i}" for i in range(200)}
     seen, held_out = ({row["prompt"][0]["content"] for row in rows} for rows in (train, valid))
     assert not seen & held_out and 20 <= len(held_out) <= 40
     # Which questions those are follows from the stated rule, whatever else is in the file.
@@ -765,18 +702,15 @@ def test_real_oasst(tmp_path):
         "      276  skipped: not on a path of best replies",
         "       57  skipped: no usable reply",
     ]
-    texts, rows = {}, read_lines(out)  # text of a message -> ranks of messages with that text
-    todo = [tree["prompt"] for tree in read_lines(OASST)]
-    while todo:
-        message = todo.pop()
-        texts.setdefault(message["text"].strip(), set()).add(message.get("rank", 0))
-        todo += message["replies"]
+    rows = read_lines(out)
     for row in rows:
         check_row(row)
-        answers = [turn["content"] for turn in row["prompt"] + row["chosen"] if turn["role"] == "assistant"]
-        assert all(0 in texts[answer] for answer in answers)
-        assert "rejected" not in row or max(texts[row["rejected"][0]["content"]]) > 0
     assert sum("rejected" in row for row in rows) == 139 and len(set(map(json.dumps, rows))) == 147
+    # A row by another way: the first answers of all trees.
+    best = {tree["prompt"]["text"].strip(): tree["prompt"]["replies"] for tree in read_lines(OASST)}
+    for row in (row for row in rows if len(row["prompt"]) == 1):
+        [first] = [reply for reply in best[row["prompt"][0]["content"]] if reply.get("rank", 0) == 0]
+        assert row["chosen"] == [assistant(first["text"].strip())]
 
 
 @real
