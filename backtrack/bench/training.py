@@ -58,7 +58,7 @@ def both_ways(kind: str, row: Row, index: int, tok) -> tuple[Tree, list[View]]:
         tree.target_weight = [(1.0, -1.0)[s % 2] for s in tree.target_sequence]
         return tree, plain
     # The plain side draws one k in either kind: nobody would train |y−| sequences for one [RESET] each.
-    plain = sft_views(row, k_rejected, tok)
+    plain = sft_views(row, k_rejected, tok, resets="drawn")
     return view_tree(sft_views(row, k_rejected, tok, **options), MAX_LENGTH), plain
 
 
