@@ -217,17 +217,13 @@ def test_guard_options(tmp_path, monkeypatch):
 # ── oasst ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def node(role, text, *replies, **extra):
+def p(text, *replies, role="prompter", **extra):
     base = {"text": text, "role": role, "lang": "en", "review_result": True, "deleted": False}
     return base | {"replies": list(replies)} | extra
 
 
-def p(text, *replies, **extra):
-    return node("prompter", text, *replies, **extra)
-
-
 def a(text, *replies, **extra):
-    return node("assistant", text, *replies, **extra)
+    return p(text, *replies, role="assistant", **extra)
 
 
 def tree(root, **extra):
@@ -415,6 +411,9 @@ def test_first_messages_of_trees(tmp_path):
         tree(p("gone", a("x")), tree_state="aborted_low_grade"),
         tree(p("deleted", a("x"), deleted=True)),
     ]
+    chat = [{"role": "system", "content": "S"}, user("a "), assistant("b"), user("c")]
+    written = [{"prompt": chat, "set": "x", "mine": 1}]  # by this program: read as it is
+    assert convert(tmp_path, "prompts", *written)[0] == written
     rows, report = convert(tmp_path, "prompts", *trees)
     assert rows == [fine("Q", "oasst", reference="best"), fine("nobody answers", "oasst")]
     for reason in ("language is not en", "tree is not ready for export", "deleted"):
@@ -437,12 +436,6 @@ def test_oasst2s_held_out_questions_are_prompts(tmp_path):
     assert [p["prompt"] for p in found] == [row["prompt"] for row in read_lines(valid)]
 
 
-def test_what_it_has_written_is_read_as_it_is(tmp_path):
-    chat = [{"role": "system", "content": "S"}, user("a "), assistant("b"), user("c")]
-    rows = [{"prompt": chat, "set": "x", "mine": 1}, {"prompt": [user("d")], "set": "y"}]
-    assert convert(tmp_path, "prompts", *rows)[0] == rows
-
-
 def test_forced_prompts(tmp_path):
     """Twice, the second time with the beginning of the answer: the target, or words that say yes."""
     files = [tmp_path / "advbench.csv", tmp_path / "xstest.csv"]
@@ -459,30 +452,23 @@ def test_forced_prompts(tmp_path):
 
 def test_exclude(tmp_path):
     """Questions of any file that `prompts` reads, whatever their case and punctuation."""
-    others = [write_lines(tmp_path / "ours", {"prompt": [user("brew TEA")], "set": "x"}), tmp_path / "advbench.csv"]
-    others[1].write_text("goal,target\nBrew: “more”?,Sure\nBrew tea,Sure\n")
-    others.append(tmp_path / "unknown.json")  # harmless or not makes no difference here
-    others[2].write_text('{"instructions": ["Brew\\nless"]}')
-    source = tmp_path / "I-Alpaca.json"
+    ours = write_lines(tmp_path / "ours", {"prompt": [user("brew TEA")], "set": "x"})
+    advbench, unknown, source = (tmp_path / name for name in ("advbench.csv", "unknown.json", "I-Alpaca.json"))
+    advbench.write_text("goal,target\nBrew: “more”?,Sure\nBrew tea,Sure\n")
+    unknown.write_text('{"instructions": ["Brew\\nless"]}')  # harmless or not makes no difference here
     source.write_text(
         json.dumps({"instructions": ["Brew tea!", "Brew tea please.", "Brew more", "brew less.", "Brew"]})
     )
     words = ("prompts", "--in", source, "--out", tmp_path / "out", "--exclude")
-    report = prepare(*words, *others)
+    report = prepare(*words, ours, advbench, unknown)
     assert [row["prompt"][0]["content"] for row in read_lines(tmp_path / "out")] == ["Brew tea please.", "Brew"]
     assert report.splitlines()[0] == "prompts: 5 prompts read, 2 rows written, 3 skipped"
-    assert [line.split("  ")[-1] for line in report.splitlines()[2:]] == [
-        f"skipped: also in {path}" for path in sorted(map(str, [others[1], others[0], others[2]]))
-    ]
-    # Nor may it be written to, or be absent.
-    assert "read or written twice" in prepare(*words[:3], "--out", others[0], "--exclude", others[0], code=2)
+    assert all(f" 1  skipped: also in {path}\n" in report for path in (ours, advbench, unknown))
+    assert "read or written twice" in prepare(*words[:3], "--out", ours, "--exclude", ours, code=2)
     assert "nowhere: no such file" in prepare(*words, "nowhere", code=2)
-
-
-def test_exclude_keeps_training_rows_apart(tmp_path):
-    """Of a conversation the first question counts."""
-    trees = [tree(p("Q", a("A", p("more", a("B"))))), tree(p("R", a("A")))]
+    # Of a conversation the first question counts.
     elsewhere = write_lines(tmp_path / "r", {"prompt": [user("r?")]}, {"prompt": [user("WIE GEHT’S")]})
+    trees = [tree(p("Q", a("A", p("more", a("B"))))), tree(p("R", a("A")))]
     rows, report = convert(tmp_path, "oasst", *trees, flags=["--exclude", elsewhere])
     assert [row["prompt"][0] for row in rows] == [user("Q")] * 2 and " 1  skipped: also in" in report
     rows, _ = convert(tmp_path, "hh", GOOD, pair("no", "yes"), flags=["--exclude", elsewhere])
@@ -535,9 +521,10 @@ def test_same_input_same_bytes(tmp_path):
     packed.write_bytes(gzip.compress(source.read_bytes()))
     prepare("hh", "--in", source, "--out", tmp_path / "deep" / "once")
     prepare("hh", "--in", source, packed, "--out", tmp_path / "twice")
-    assert (tmp_path / "twice").read_bytes() == (tmp_path / "deep" / "once").read_bytes() * 2
-    report = prepare("hh", "--in", source, "--out", tmp_path / "three", "--limit", 3)
-    assert len(read_lines(tmp_path / "three")) == 3 and "hh: 3 pairs read, 3 rows written, 0 skipped" in report
+    once = (tmp_path / "deep" / "once").read_bytes()
+    assert (tmp_path / "twice").read_bytes() == once * 2
+    prepare("hh", "--in", source, "--out", tmp_path / "three", "--limit", 3)
+    assert (tmp_path / "three").read_bytes() == b"".join(once.splitlines(keepends=True)[:3])
 
 
 def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -559,15 +546,12 @@ ERRORS = [  # command, text of the input, what is said after its name
     ("hh", "", ": no usable row"),
     ("hh", "[1]\n", ":1: not a JSON object"),
     ("hh", '\n{"chosen": "x", "rejected": null}\n', ":2: no HH-RLHF pair"),
-    ("oasst", json.dumps(GOOD), TREE),
     ("oasst", json.dumps(tree(p("Q", a("x"), {"role": "assistant"}))), TREE),
     ("oasst", json.dumps(tree(p("Q", a("x", rank="best")))), TREE),
-    ("oasst", json.dumps(tree(node("system", "Q"))), TREE),
+    ("oasst", json.dumps(tree(p("Q", role="system"))), TREE),
     ("oasst", json.dumps(tree(p("Q") | {"replies": 5})), TREE),
-    ("prompts", json.dumps(tree(p("Q") | {"replies": "five"})), TREE),
     ("prompts", "question,answer\nx,y\n", ": columns question, answer of no known set"),
     ("prompts", "goal,target\nx,y\nx\n", ":3: 2 columns expected"),
-    ("prompts", "goal,target\nx,y,z\n", ":2: 2 columns expected"),
     ("prompts", 'goal,target\n"x,y\n', ":2: not CSV"),
     ("prompts", "id,prompt,type,label\n1,x,homonyms,maybe\n", ":2: 'maybe' is no label"),
     ("prompts", '{"instructions": ["x"], "tags": []}', ': "instructions" and "tags"'),
@@ -575,21 +559,19 @@ ERRORS = [  # command, text of the input, what is said after its name
     ("prompts", '{"instructions": ["x"', ":1: not a line of JSON"),
     ("prompts", '[{"instruction": "x"', ": not JSON"),
     ("prompts", '[{"dataset": "", "generator": "", "instruction": "x"}, {}]', ': item 2 has no text "instruction"'),
-    ("prompts", '[{"instruction": "x", "output": 3}]', ": item 1 has no text"),
     ("prompts", "[3]", ": item 1 has no text"),
     ("prompts", '{"turns": ["x"]}\n', PROMPT),
     ("prompts", '{"question_id": 1, "turns": ["x", 2]}', PROMPT),
     ("prompts", '{"prompt": [{"role": "user"}]}', PROMPT),
-    ("prompts", '{"prompt": []}', PROMPT),
 ]
 
 
-@pytest.mark.parametrize("name, text, said", ERRORS)
-def test_bad_input(tmp_path, name, text, said):
+def test_bad_input(tmp_path):
     source = tmp_path / "in"
-    source.write_text(text)
-    report = prepare(name, "--in", source, "--out", tmp_path / "out", code=2)
-    assert f"error: {source}{said}" in report.splitlines()[-1]
+    for name, text, said in ERRORS:
+        source.write_text(text)
+        report = prepare(name, "--in", source, "--out", tmp_path / "out", code=2)
+        assert f"error: {source}{said}" in report.splitlines()[-1], text
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -706,11 +688,11 @@ def test_real_oasst(tmp_path):
     for row in rows:
         check_row(row)
     assert sum("rejected" in row for row in rows) == 139 and len(set(map(json.dumps, rows))) == 147
-    # A row by another way: the first answers of all trees.
-    best = {tree["prompt"]["text"].strip(): tree["prompt"]["replies"] for tree in read_lines(OASST)}
+    # The first answers by another way.
+    replies = {tree["prompt"]["text"].strip(): tree["prompt"]["replies"] for tree in read_lines(OASST)}
     for row in (row for row in rows if len(row["prompt"]) == 1):
-        [first] = [reply for reply in best[row["prompt"][0]["content"]] if reply.get("rank", 0) == 0]
-        assert row["chosen"] == [assistant(first["text"].strip())]
+        best = [r["text"].strip() for r in replies[row["prompt"][0]["content"]] if r.get("rank", 0) == 0]
+        assert row["chosen"][0]["content"] in best
 
 
 @real

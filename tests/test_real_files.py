@@ -1,7 +1,6 @@
 """Files as people have them: odd heads, Llama 2's tokenizer, foreign chats, TRL's other shapes, clones without git-lfs.
 
-The oracles are the stored tensors themselves, transformers where it does the same, the sentencepiece library, and
-Meta's published code for Llama 2's chats.
+The oracles are the stored tensors themselves, the sentencepiece library, and Meta's published code for Llama 2's chats.
 """
 
 import importlib
@@ -93,14 +92,13 @@ OTHER_FORMATS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "way_out"), OTHER_FORMATS)
-def test_other_formats_are_named_and_how_to_convert_them(tmp_path, name, content, way_out):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        list(read_rows(path))
-    assert way_out.format(path) in str(error.value) and str(path) in str(error.value)
-    assert "\n" not in str(error.value)
+def test_other_formats_are_named_and_how_to_convert_them(tmp_path):
+    for name, content, way_out in OTHER_FORMATS:
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(way_out.format(path))) as error:
+            list(read_rows(path))
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 # ── TRL's shapes of a row ────────────────────────────────────────────────────────────────────────────────────────────
@@ -135,19 +133,19 @@ GUESSES = [
     ({"conversations": [{"from": "human", "value": "Hi"}]}, ["'conversations'", "'role' and 'content'"]),
     ({"question": "Hi", "answer": "no"}, ["question, answer", "'prompt' is missing"]),
     (HH, ["data.prepare hh"]),
-    ({"chosen": "The sky is blue", "rejected": "The sky is red"}, ["'prompt' is missing", "plain text"]),
+    ({"chosen": "The sky is blue", "rejected": "The sky is red"}, ["'prompt' is missing", "does not show its end"]),
     ({"chosen": said("no"), "rejected": said("yes")}, ["'prompt' is missing"]),
-    ({"chosen": user("a") + said("no"), "rejected": user("b") + said("yes")}, ["differ before"]),
+    ({"chosen": user("a") + said("no"), "rejected": user("b") + said("yes")}, ["may differ in their last message alone"]),
     (WHOLE | {"prompt": "other"}, ["'chosen'"]),
 ]
 
 
-@pytest.mark.parametrize(("row", "words"), GUESSES)
-def test_what_could_only_be_guessed_is_named(tmp_path, row, words):
-    path = write(tmp_path / "rows.jsonl", row_of(), row)
-    with pytest.raises(InputError, match=re.escape(f"{path}:2: ")) as error:
-        list(read_rows(path))
-    assert all(word in str(error.value) for word in words), error.value
+def test_what_could_only_be_guessed_is_named(tmp_path):
+    for row, words in GUESSES:
+        path = write(tmp_path / "rows.jsonl", row_of(), row)
+        with pytest.raises(InputError, match=re.escape(f"{path}:2: ")) as error:
+            list(read_rows(path))
+        assert all(word in str(error.value) for word in words), error.value
 
 
 # ── Whose chats a checkpoint has ─────────────────────────────────────────────────────────────────────────────────────
@@ -190,9 +188,8 @@ KNOWN = [
 def test_foreign_chats_are_an_error_that_says_so(tmp_path, files):
     tok = checkpoint_with(tmp_path, files)
     assert tok.decode(tok.encode("Hi")) == "Hi"  # plain text is as it was
-    with pytest.raises(InputError, match=r"not written as\s+known here") as error:
+    with pytest.raises(InputError, match=r"not written as\s+known here"):
         tok.render(user("Hi"))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("files", "more"), KNOWN)
@@ -224,10 +221,16 @@ def llama2(tmp_path):
     return tmp_path
 
 
-def metas(dialog: list[dict]) -> list[int]:
-    """What github.com/meta-llama/llama, llama/generation.py, chat_completion makes of a chat that ends with a user."""
+def library():
+    """The tokenizer as the sentencepiece library reads it."""
     sp = sentencepiece.SentencePieceProcessor()
     sp.LoadFromSerializedProto(llama2_model())
+    return sp
+
+
+def metas(dialog: list[dict]) -> list[int]:
+    """What github.com/meta-llama/llama, llama/generation.py, chat_completion makes of a chat that ends with a user."""
+    sp = library()
     if dialog[0]["role"] == "system":
         text = "<<SYS>>\n" + dialog[0]["content"] + "\n<</SYS>>\n\n" + dialog[1]["content"]
         dialog = [{"role": "user", "content": text}, *dialog[2:]]
@@ -238,28 +241,31 @@ def metas(dialog: list[dict]) -> list[int]:
     return ids + [sp.bos_id(), *sp.encode(f"[INST] {dialog[-1]['content'].strip()} [/INST]")]
 
 
-@pytest.mark.parametrize(
-    "chat",
-    [
+def test_llama2s_chats_are_metas(llama2):
+    tok = load_tokenizer(llama2)
+    system = {"role": "system", "content": "wrote it down."}
+    chats = [
         user("the farmer"),
         user("  white \n space\n "),
         [*user("word1"), *said("  other7 "), *user("漢 the rain")],
-        [{"role": "system", "content": "wrote it down."}, *user("word1"), *said("thing4"), *user("\x00")],
-    ],
-)
-def test_llama2s_chats_are_metas(llama2, chat):
-    tok = load_tokenizer(llama2)
-    assert tok.render(chat) == metas(chat)
-    if len(chat) > 1:  # history, as the chat of sample.py keeps it
-        *before, answer, last = chat
-        ids = tok.render(before) + tok.encode(answer["content"].strip()) + tok.turn_end
-        assert ids + tok.render([last], continues=True) == metas(chat)
+    ]
+    for chat in (*chats, [system, *user("word1"), *said("thing4"), *user("\x00")]):
+        assert tok.render(chat) == metas(chat)
+        if len(chat) > 1:  # history, as the chat of sample.py keeps it
+            *before, answer, last = chat
+            ids = tok.render(before) + tok.encode(answer["content"].strip()) + tok.turn_end
+            assert ids + tok.render([last], continues=True) == metas(chat)
+    for mark in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):  # typed by a user
+        for chat in (user(f"a {mark} b"), [*user("a"), *said(f"b {mark}"), *user("c")]):
+            with pytest.raises(InputError, match=re.escape(mark)):
+                tok.render(chat)
+    (llama2 / "chat_template.jinja").write_text("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}")
+    with pytest.raises(InputError, match=r"no \[INST\]"):
+        load_tokenizer(llama2).render(user("Hi"))
 
 
 def test_llama2s_text_and_ids(llama2):
-    tok = load_tokenizer(llama2)
-    sp = sentencepiece.SentencePieceProcessor()
-    sp.LoadFromSerializedProto(llama2_model())
+    tok, sp = load_tokenizer(llama2), library()
     for text in ("", "the rain", " two  spaces ", "</s><s><unk>", "漢字 \U0001f411", "a\nb\n"):
         assert tok.encode(text) == sp.encode(text) and tok.decode(tok.encode(text)) == text
         assert tok.special_ids.isdisjoint(tok.encode(text))
@@ -270,7 +276,14 @@ def test_llama2s_text_and_ids(llama2):
 def test_llama2_has_no_spare_token_so_reset_is_the_one_that_text_never_makes(llama2):
     tok = load_tokenizer(llama2)
     assert tok.reset_id == 0 and tok.template_ids == [0]
-    size = tok.vocab_size
+    model, size = network_of(LLAMA, vocab_size=tok.vocab_size), tok.vocab_size
+    save_model(model, llama2 / "saved", tokenizer=tok)
+    again, loaded = load_tokenizer(llama2 / "saved"), load_model(llama2 / "saved")
+    assert (again.reset_id, again.stop_ids) == (0, (2,)) and type(again) is type(tok)
+    ends = {"reset_id": again.reset_id, "stop_ids": again.stop_ids, "max_new_tokens": 4}
+    [answer] = generate(loaded, [again.render(user("the farmer"))], **ends, reset_bias=1000)
+    assert answer.resets == 1
+
     config = llama2 / "config.json"
     config.write_text(json.dumps({"reset_token_id": size + 3, "vocab_size": size + 8}))  # a row that was added
     tok = load_tokenizer(llama2)
@@ -282,44 +295,18 @@ def test_llama2_has_no_spare_token_so_reset_is_the_one_that_text_never_makes(lla
             load_tokenizer(llama2)
 
 
-@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
-def test_a_user_who_types_llama2s_marks_is_refused(llama2, tag):
-    tok = load_tokenizer(llama2)
-    for chat in (user(f"a {tag} b"), [*user("a"), *said(f"b {tag}"), *user("c")]):
-        with pytest.raises(InputError, match=re.escape(tag)):
-            tok.render(chat)
+OTHERS = [
+    ({"add_dummy_prefix": False}, "Gemma.*Llama 2"),
+    ({"byte_fallback": False, "vocab_size": 200}, "byte pieces"),
+    ({"bos_piece": "<bos>"}, "Gemma.*Llama 2"),
+]
 
 
-def test_llama2_from_a_directory_to_an_answer_and_back(llama2, tmp_path):
-    tok = load_tokenizer(llama2)
-    model = network_of(LLAMA, vocab_size=tok.vocab_size)
-    save_model(model, tmp_path / "saved", tokenizer=tok)
-    again, loaded = load_tokenizer(tmp_path / "saved"), load_model(tmp_path / "saved")
-    assert (again.reset_id, again.stop_ids) == (0, (2,)) and type(again) is type(tok)
-    ends = {"reset_id": again.reset_id, "stop_ids": again.stop_ids, "max_new_tokens": 4}
-    [answer] = generate(loaded, [again.render(user("the farmer"))], **ends, reset_bias=1000)
-    assert answer.resets == 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"add_dummy_prefix": False}, ["Gemma", "Llama 2"]),
-        ({"byte_fallback": False, "vocab_size": 200}, ["byte pieces"]),
-        ({"bos_piece": "<bos>"}, ["Gemma", "Llama 2"]),
-    ],
-)
+@pytest.mark.parametrize(("settings", "words"), OTHERS)
 def test_other_sentencepiece_models_are_told_what_is_supported(tmp_path, settings, words):
     (tmp_path / "tokenizer.model").write_bytes(llama2_model(**settings))
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path))}.*{words}"):
         load_tokenizer(tmp_path)
-    assert all(word in str(error.value) for word in (str(tmp_path), *words))
-
-
-def test_llama2s_layout_with_other_chats(llama2):
-    (llama2 / "chat_template.jinja").write_text("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}")
-    with pytest.raises(InputError, match=r"no \[INST\]"):
-        load_tokenizer(llama2).render(user("Hi"))
 
 
 # ── pip install ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -344,7 +331,7 @@ def test_every_package_and_module_is_installed():
 
 PROGRAMS = ["sample", "data.toy", "data.smollm2", "backtrack.evaluate.__main__", "backtrack.collect"]
 PROGRAMS += ["backtrack.bench.training"]
-PROGRAMS += [f"train {name}" for name in ("base", "sft", "dpo")]
+PROGRAMS += ["train sft", "train dpo", "data.base"]
 PROGRAMS += [f"data.prepare.__main__ {name}" for name in ("hh", "oasst", "prompts")]
 PROGRAMS += [f"backtrack.attacks.__main__ {name}" for name in (*ATTACKERS, "rewrite") if name != "decoding"]
 LEAST = {"sample": 6, "backtrack.evaluate.__main__": 9, "train sft": 12, "backtrack.attacks.__main__ adaptive-gcg": 10}

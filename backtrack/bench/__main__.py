@@ -70,34 +70,31 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def alternate(first, second, repeats: int, same=None) -> tuple[list, list, list[float], list[float]]:
-    """Call the two in turn: their results and their seconds. `same(x, y)` must hold for every pair of results."""
-    results, seconds = ([], []), ([], [])
+def alternate(first, second, repeats: int, same) -> tuple[list, list[float], list[float]]:
+    """Call the two in turn: the results of the first, and the seconds of both. `same` must hold for every pair."""
+    results, seconds = [], ([], [])
     for i in range(repeats + 1):
-        for side, call in enumerate((first, second)):
-            start = time.perf_counter()
-            result = call()
-            elapsed = time.perf_counter() - start
-            if i > 0:  # the first round is the warm-up
-                results[side].append(result)
-                seconds[side].append(elapsed)
-            if side == 0:
-                earlier = result
-        if same is not None and not same(earlier, result):
+        (mine, mine_s), (other, other_s) = timed(first), timed(second)
+        if not same(mine, other):
             raise AssertionError("the two sides disagree about the output; their times cannot be compared")
-    return *results, *seconds
+        if i > 0:  # the first round is the warm-up
+            results.append(mine)
+            seconds[0].append(mine_s)
+            seconds[1].append(other_s)
+    return results, *seconds
+
+
+def timed(call) -> tuple:
+    """(result, seconds)"""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
 
 
 def read_bandwidth(mebibytes: int = 512) -> float:
     """Bytes per second that all threads together read from memory: the fastest of several sums over a big tensor."""
     x = torch.ones(mebibytes << 18)  # fp32
-    return x.nbytes / min(seconds_of(x.sum) for _ in range(6))
-
-
-def seconds_of(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return x.nbytes / min(timed(x.sum)[1] for _ in range(6))
 
 
 @torch.no_grad()
@@ -123,20 +120,6 @@ def random_model(config: ModelConfig, device="cpu", dtype=torch.float32) -> Tran
 def random_prompts(config: ModelConfig, batch: int, length: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(config.vocab_size, (batch, length), generator=generator).tolist()
-
-
-# ── What is measured ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def load_transformers():
-    try:
-        import transformers
-    except ImportError:
-        raise InputError(
-            "transformers, the other side of this benchmark, is not installed: pip install -r requirements-dev.txt"
-        ) from None
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 def load_both(config: ModelConfig, transformers):
@@ -167,7 +150,7 @@ def compare(name: str, model, theirs, batch: int, new_tokens: int, repeats: int,
     def same(generations, output):
         return [g.tokens for g in generations] == output[:, input_ids.shape[1] :].tolist()
 
-    generations, _, ours_s, theirs_s = alternate(our_answers, their_answers, repeats, same)
+    generations, ours_s, theirs_s = alternate(our_answers, their_answers, repeats, same)
     speedup, low, high = ratio(theirs_s, ours_s)
     row = {
         "name": f"{name}, batch {batch}",
@@ -208,7 +191,7 @@ def retry(name: str, model, prompt_length: int, repeats: int, reset_id: int = 3)
     def fresh():
         return generate(model, [prompt + [reset_id]], max_resets=0, **options)[0].tokens[0]
 
-    _, _, _, fresh_s = alternate(cached, fresh, repeats, same=int.__eq__)
+    _, _, fresh_s = alternate(cached, fresh, repeats, same=int.__eq__)
     cached_s = times[1:]  # without the warm-up
     value, low, high = ratio(cached_s, fresh_s)
     return {
@@ -236,7 +219,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out:
         check_file(args.out)
-    transformers = load_transformers()
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("transformers is the other side: pip install -r requirements-dev.txt") from None
+    transformers.utils.logging.disable_progress_bar()
     report = {**made_by(), "transformers": transformers.__version__, "threads": torch.get_num_threads()}
     report["read_bytes_per_s"] = bandwidth = read_bandwidth()
     report |= {"speed": [], "retries": []}

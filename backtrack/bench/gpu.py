@@ -20,7 +20,7 @@ import time
 
 import torch
 
-from backtrack.bench.__main__ import random_model, random_prompts, seconds_of, step_bytes
+from backtrack.bench.__main__ import random_model, random_prompts, step_bytes, timed
 from backtrack.bench.__main__ import step_seconds as decode_seconds
 from backtrack.evaluate.results import made_by
 from backtrack.generate import generate
@@ -137,7 +137,7 @@ def copy_bandwidth(mebibytes: int = 4096) -> float:
         torch.cuda.synchronize()
 
     copy()
-    return 2 * x.nbytes / min(seconds_of(copy) for _ in range(10))
+    return 2 * x.nbytes / min(timed(copy)[1] for _ in range(10))
 
 
 def decode_8b(model, batch: int, compiled: bool, repeats: int, bandwidth: float) -> dict:
@@ -160,14 +160,13 @@ def decode_8b(model, batch: int, compiled: bool, repeats: int, bandwidth: float)
     }
 
 
-def line(record: dict) -> str:
-    if "bandwidth_share" in record:
-        low, high = record["range"]
-        share = f"{record['bandwidth_share']:.0%} of the copy bandwidth ({low:.0%}–{high:.0%})"
+def line(r: dict) -> str:
+    if "bandwidth_share" in r:
+        share = "{bandwidth_share:.0%} of the copy bandwidth ({range[0]:.0%}–{range[1]:.0%})".format(**r)
     else:
-        share = "peak unknown" if record["mfu"] is None else f"{record['mfu']:.0%} MFU"
-        share += f", {record['peak_memory'] / 1e9:.1f} GB ({record['planned_memory'] / 1e9:.1f} planned)"
-    return f"{record['name']}: {record['tokens_per_s']:,.0f} tokens/s, {share}"
+        share = "peak unknown" if r["mfu"] is None else f"{r['mfu']:.0%} MFU"
+        share += f", {r['peak_memory'] / 1e9:.1f} GB ({r['planned_memory'] / 1e9:.1f} planned)"
+    return f"{r['name']}: {r['tokens_per_s']:,.0f} tokens/s, {share}"
 
 
 def main() -> None:

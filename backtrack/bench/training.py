@@ -83,9 +83,6 @@ def plain_loss(model: Transformer, sequences: list[View]) -> torch.Tensor:
     return -(weights[is_target] * nll).sum()
 
 
-# ── Cost ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def computed_tokens(kind: str, rows: list[Row], tok, accumulate: int) -> dict:
     """Tokens through the network per row, in steps of `accumulate` micro-batches."""
     size, _ = KINDS[kind]
@@ -169,9 +166,6 @@ def memory(name: str) -> int:
     file = Path("/proc/self/status")
     lines = file.read_text().splitlines() if file.exists() else []
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def main(argv: list[str] | None = None) -> None:

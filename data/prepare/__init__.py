@@ -1,6 +1,7 @@
 """A file for each source of training rows and prompts (see __main__.py), and here what they share: reading."""
 
 import gzip
+import unicodedata
 import zlib
 from collections.abc import Iterator
 
@@ -30,3 +31,22 @@ def read_text(path: str) -> str:
             return file.read().decode("utf-8-sig")
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged, or not UTF-8 text ({error}); get the file again") from None
+
+
+def question(row: dict) -> str:
+    """The first user message; of plain text, all of it."""
+    return next((turn["content"] for turn in row.get("prompt", []) if turn["role"] == "user"), row.get("text", ""))
+
+
+def words_of(text: str) -> str:
+    """What two texts are compared by: without case, punctuation and white space.
+
+    Letters, digits and marks are kept, since most vowels of Hindi and Thai are marks, and symbols beyond ASCII, among
+    them all emoji. What only joins characters (Unicode's Cf) is dropped.
+    """
+    kept = []
+    for c in unicodedata.normalize("NFKC", text.casefold()):
+        kind = unicodedata.category(c)
+        is_symbol = kind in ("So", "Sm", "Sc") and c > "\x7f"
+        kept.append(c if kind[0] in "LMN" else f" {c} " if is_symbol else "" if kind == "Cf" else " ")
+    return " ".join("".join(kept).split()) or text.strip()

@@ -6,6 +6,7 @@
     python -m data.prepare prompts --in harmful_behaviors.csv xstest_prompts.csv --out prompts.jsonl
     python -m data.prepare prompts --in safety_only_data_Instructions.json --exclude prompts.jsonl \\
         --out train.jsonl --valid dev.jsonl --valid-percent 20
+    python -m data.prepare rows --in mine.jsonl --judge Meta-Llama-Guard-2-8B --out labelled.jsonl
     python -m data.prepare prompts --help       # what the source looks like and where to get it
 
 What does not fit is skipped whole, never repaired, and counted by reason on stderr. The same input
@@ -27,13 +28,13 @@ import torch
 
 from backtrack.attacks.prefill import OPENING
 from backtrack.judge.refusals import plain_text
+from backtrack.rows import read_rows
 from backtrack.run.say import say
-from data.prepare import Outcome, hh, oasst, prompts
-from data.prepare.judged import judged
+from data.prepare import Outcome, hh, judged, oasst, prompts, question, words_of
 from model.errors import Help, InputError, between, device, positive, run
 from model.files import check_file, write_text
 
-UNITS = {"hh": "pairs", "oasst": "prompter messages", "oasst2": "prompter messages", "prompts": "prompts"}
+UNITS = {"hh": "pairs", "rows": "rows", "prompts": "prompts", **dict.fromkeys(("oasst", "oasst2"), "prompter messages")}
 
 
 def main() -> None:
@@ -41,7 +42,8 @@ def main() -> None:
     check_paths(args)
     outcomes, notes = read(args), args.out.with_name(f"{args.out.name}.guard.jsonl")
     if args.judge:
-        outcomes = hh.safe_against_unsafe(judged(outcomes, args, notes))
+        pairs = judged.judged(outcomes, args, notes)
+        outcomes = hh.safe_against_unsafe(pairs) if args.command == "hh" else judged.with_flag(pairs)
     files, skipped = sort_out(outcomes, args)
     written, lost = sum(map(len, files.values())), skipped.total()
     if written:
@@ -63,6 +65,8 @@ def read(args) -> Iterator[Outcome]:
     for path in args.inputs:
         if args.command == "hh":
             yield from hh.hh_rows(path, unsafe=not args.helpful)
+        elif args.command == "rows":
+            yield from (row for _, row in read_rows(path))
         elif args.command in ("oasst", "oasst2"):
             yield from oasst.oasst_rows(path, args.lang)
         else:
@@ -75,10 +79,10 @@ def read(args) -> Iterator[Outcome]:
 def sort_out(outcomes: Iterable[Outcome], args) -> tuple[dict[Path, list[str]], Counter]:
     """(the lines of each file to write, how many were skipped for each reason)"""
     files: dict[Path, list[str]] = {path: [] for path in (args.out, args.valid) if path}
-    skipped, elsewhere = Counter(), questions_of(args.exclude)
+    skipped, elsewhere = Counter(), prompts.questions_of(args.exclude)
     for outcome in outcomes:
         line = json.dumps(outcome, ensure_ascii=False) + "\n"
-        if isinstance(outcome, dict) and (path := elsewhere.get(plain_text(question(outcome)))):
+        if isinstance(outcome, dict) and (path := elsewhere.get(words_of(question(outcome)))):
             outcome = f"also in {path}"
         elif isinstance(outcome, dict) and re.search(r"[\ud800-\udfff]", line):
             outcome = "broken Unicode (half a surrogate pair)"
@@ -92,22 +96,10 @@ def sort_out(outcomes: Iterable[Outcome], args) -> tuple[dict[Path, list[str]], 
     return files, skipped
 
 
-def question(row: dict) -> str:
-    """The first user message."""
-    return next((turn["content"] for turn in row["prompt"] if turn["role"] == "user"), "")
-
-
-def questions_of(paths: list[str]) -> dict[str, str]:
-    """Question -> the file that it is in."""
-    # Harmless or not makes no difference here.
-    rows = [(row, path) for path in paths for row in prompts.prompt_rows(path, benign=False) if isinstance(row, dict)]
-    return {plain_text(question(row)): path for row, path in reversed(rows)}
-
-
 def is_held_out(row: dict, percent: float) -> bool:
     """By hash of the first user message: all rows of one question go to the same side."""
     # Sets of prompts hold a question twice, with another full stop. Preference rows are split by the text itself.
-    text = plain_text(question(row)) if "set" in row else row["prompt"][0]["content"]
+    text = plain_text(question(row)) if "set" in row else question(row)
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32 * 100 < percent
 
 
@@ -135,10 +127,13 @@ def parse_args() -> argparse.Namespace:
     either = pairs.add_mutually_exclusive_group()
     either.add_argument("--helpful", action="store_true", help="helpful-* files: no unsafe flag")
     either.add_argument("--guard", dest="judge", metavar="DIR", help="Llama Guard: keep safe against unsafe")
+    mine = command("rows", judged, "preference rows of your own, labelled by a judge")
+    mine.add_argument("--judge", required=True, metavar="J", help="Llama Guard, or any that backtrack.judge knows")
     on, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
-    pairs.add_argument("--judge-url", metavar="URL", help="a vLLM server that has the guard")
-    pairs.add_argument("--device", type=device, default=on, help="where the guard runs")
-    pairs.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of its weights")
+    for sub in (pairs, mine):
+        sub.add_argument("--judge-url", metavar="URL", help="a vLLM server that has the guard")
+        sub.add_argument("--device", type=device, default=on, help="where the guard runs")
+        sub.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of its weights")
     trees = command("oasst2", oasst, "OpenAssistant trees", aliases=["oasst"])
     sets = command("prompts", prompts, "prompts of safety sets and of harmless ones")
     for sub in (trees, sets):
@@ -158,7 +153,7 @@ def check_paths(args) -> None:
     for name in inputs:
         if not Path(name).is_file():
             raise InputError(f"{name}: no such file; `{args.command} --help` says where to download the data")
-    if args.judge and not Path(args.judge).is_dir():
+    if args.command == "hh" and args.judge and not Path(args.judge).is_dir():
         raise InputError(f"--guard {args.judge}: no such directory")
     for path in outputs:
         check_file(path)

@@ -1,5 +1,10 @@
-"""A judge reads both answers of preference rows. Its verdicts lie beside OUT (OUT.guard.jsonl) until the rows are
-written: a run that was stopped goes on there."""
+"""Rows of your own in any of TRL's forms, in which a judge says whether the rejected answer is unsafe.
+
+    -> the same rows with "unsafe": true or false
+
+Rows whose chosen answer is unsafe are left out, and those of which the judge gives no verdict. Verdicts
+lie beside OUT (OUT.guard.jsonl) until the rows are written: a run that was stopped goes on there.
+"""
 
 import hashlib
 import json
@@ -10,6 +15,7 @@ from pathlib import Path
 import torch
 
 from backtrack.judge import Judge, Verdict, judge_all, load_judge
+from backtrack.judge.refusals import files_of
 from backtrack.rows import json_line, json_lines
 from backtrack.run.say import Ticker, say
 from data.prepare import Outcome
@@ -25,7 +31,7 @@ def judged(outcomes: Iterable[Outcome], args, notes: Path) -> Iterator[tuple[Out
     """Every row with its label, None where it has no rejected answer."""
     with locked(notes):
         judge = load_judge(args.judge, args.device, getattr(torch, args.dtype), args.judge_url, 0.5, False)
-        labels = read_notes(notes, weights_digest(args.judge))
+        labels = read_notes(notes, judge_digest(args.judge))
         # All rows are read before the first is judged: a bad line should show now, not after hours.
         rows = [(key_of(outcome), outcome) for outcome in outcomes]
         left = len({key for key, _ in rows if key} - labels.keys())
@@ -43,6 +49,14 @@ def judged(outcomes: Iterable[Outcome], args, notes: Path) -> Iterator[tuple[Out
                 ticker.show(f"judge: {done} of {left} pairs judged, {minutes:.0f} minutes left")
                 yield from ((row, labels.get(key)) for key, row in batch)
         ticker.done()
+
+
+def judge_digest(spec: str) -> str:
+    """Stands for the judge in the notes: a guard's directory, a file, a refusal judge or module:function."""
+    if Path(spec).is_dir():
+        return weights_digest(spec)
+    files = [path for path in (Path(spec), *files_of(spec)) if path.is_file()]
+    return hashlib.sha256(b"".join([spec.encode(), *(path.read_bytes() for path in files)])).hexdigest()[:16]
 
 
 def key_of(outcome: Outcome) -> str | None:
@@ -69,12 +83,28 @@ def read_notes(notes: Path, judge_id: str) -> dict[str, Label]:
 def labels_of(rows: list[dict], judge: Judge) -> list[Label]:
     """Of rows with two answers. Where chosen is unsafe, the judge is not asked about rejected."""
     verdicts = judge_all(judge, [(row["prompt"], row["chosen"][0]["content"]) for row in rows])
-    labels = [reason_of(verdict) or (verdict.failed and "chosen is unsafe, says the judge") for verdict in verdicts]
-    left = [i for i, label in enumerate(labels) if not label]
+    labels = [chosen_label(verdict) for verdict in verdicts]
+    left = [i for i, label in enumerate(labels) if label is None]
     verdicts = judge_all(judge, [(rows[i]["prompt"], rows[i]["rejected"][0]["content"]) for i in left])
     for i, verdict in zip(left, verdicts, strict=True):
         labels[i] = reason_of(verdict) or verdict.failed
     return labels
+
+
+def chosen_label(verdict: Verdict | InputError) -> Label | None:
+    """Of a row whose chosen answer has this verdict. None: it depends on the rejected one."""
+    if reason := reason_of(verdict):
+        return reason
+    if verdict.unsafe:
+        return "chosen is unsafe, says the judge"
+    # A judge that only tells who complies has found that chosen does: the question may be answered.
+    return False if verdict.failed else None
+
+
+def with_flag(pairs: Iterable[tuple[Outcome, Label | None]]) -> Iterator[Outcome]:
+    """Rows of one's own, whose "unsafe" is what the judge says. Rows without a rejected answer stay as they are."""
+    for row, label in pairs:
+        yield label if isinstance(label, str) else row if label is None else row | {"unsafe": label}
 
 
 def reason_of(verdict: Verdict | InputError) -> str | None:

@@ -31,7 +31,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.prepare import Outcome, json_objects, message, read_text
+from data.prepare import Outcome, json_objects, message, question, read_text, words_of
 from data.prepare.oasst import NOT_READY, count_prompters, is_ready, oasst_reason, usable_replies
 from model import InputError
 
@@ -73,6 +73,13 @@ def prompt_rows(path: str, lang: str = "all", benign: bool | None = None) -> Ite
             yield line_prompt(where, item, lang)
     else:
         yield from csv_prompts(path, text, benign)
+
+
+def questions_of(paths: list[str]) -> dict[str, str]:
+    """Question -> the file that it is in."""
+    # Harmless or not makes no difference here.
+    rows = [(row, path) for path in paths for row in prompt_rows(path, benign=False) if isinstance(row, dict)]
+    return {words_of(question(row)): path for row, path in reversed(rows)}
 
 
 def row_of(prompt: str, name: str, benign: bool, **more) -> Outcome:
