@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
-from backtrack import rows as files
+from backtrack import rows as reader
 from data.prepare import question, read_text, words_of
 from data.prepare.prompts import questions_of
 from model import InputError, load_tokenizer
@@ -32,6 +32,8 @@ def main() -> None:
     tok = load_tokenizer(args.init) if args.init else None
     refused: dict[str, list[str]] = defaultdict(list)  # what is wrong -> where
     rows = [(where, row) for path in args.rows for where, row in usable_rows(path, tok, refused)]
+    if not rows and not refused:
+        raise InputError(f"{', '.join(args.rows)}: no rows")
     odd = oddities(rows, tok)
     for what, places in duplicates(rows, args.prompts).items():
         odd[what] += places
@@ -40,23 +42,23 @@ def main() -> None:
         print(*lengths(rows, tok), sep="\n")
     for head, found in (("refused by train.py", refused), ("odd", odd)):
         for what, places in sorted(found.items(), key=lambda item: -len(item[1])):
-            print(f"{head}: {len(places)} × {what}: {files.several(places)}")
+            print(f"{head}: {len(places)} × {what}: {reader.several(places)}")
     if refused:
         sys.exit(1)
 
 
 def usable_rows(path: str, tok, refused: dict) -> Iterator[tuple[str, dict]]:
     """("file:line", row) of every line that can be trained on. Of the others it notes why and where."""
-    files.refuse_other_formats(path)
+    reader.refuse_other_formats(path)
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
         try:
-            row = files.as_conversation(json.loads(line), where)
-            files.check_row(row, where)
+            row = reader.as_conversation(json.loads(line), where)
+            reader.check_row(row, where)
             if tok:
-                files.encode_row(row, tok)
+                reader.encode_row(row, tok)
         except (ValueError, RecursionError) as error:  # no JSON, or an InputError
             what = str(error).removeprefix(f"{where}: ") if isinstance(error, InputError) else "not a line of JSON"
             refused[what].append(where)
@@ -67,7 +69,7 @@ def usable_rows(path: str, tok, refused: dict) -> Iterator[tuple[str, dict]]:
 def oddities(rows: list[tuple[str, dict]], tok) -> dict[str, list[str]]:
     """What train.py takes, and yet is seldom meant -> where."""
     odd = defaultdict(list)
-    markers = files.special_text(tok) if tok else re.compile("|".join(files.MARKERS))
+    markers = reader.special_text(tok) if tok else re.compile("|".join(reader.MARKERS))
     for where, row in rows:
         if found := markers.search(json.dumps(row, ensure_ascii=False)):
             odd["text spells special tokens: is a chat template applied already?"].append(f"{where} ({found[0]})")
@@ -106,7 +108,7 @@ def summary(rows: list[dict]) -> str:
 
 def lengths(rows: list[tuple[str, dict]], tok) -> Iterator[str]:
     """Terminal lines: tokens of the parts of a row. A whole row, with [RESET] and an end, is what --max-length cuts."""
-    encoded = [(where, files.encode_row(row, tok)) for where, row in rows]
+    encoded = [(where, reader.encode_row(row, tok)) for where, row in rows]
     yield f"{'tokens':<10}{'median':>8}{'95%':>8}{'longest':>8}"
     for name in ("prompt", "chosen", "rejected", "whole row"):
         found = sorted((length(row, name), where) for where, row in encoded)
@@ -115,7 +117,7 @@ def lengths(rows: list[tuple[str, dict]], tok) -> Iterator[str]:
             yield f"{name:<10}{median:>8}{high:>8}{found[-1][0]:>8}  {found[-1][1]}"
 
 
-def length(row: files.Row, part: str) -> int:
+def length(row: reader.Row, part: str) -> int:
     if part == "whole row":
         return len(row.prompt) + len(row.chosen) + len(row.rejected or []) + 2
     return len(getattr(row, part) or [])

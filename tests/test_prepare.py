@@ -18,7 +18,7 @@ from command import command
 
 from backtrack.judge import Verdict
 from data.prepare import __main__ as program
-from data.prepare import judged
+from data.prepare import judged, words_of
 from model.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,6 +212,37 @@ def test_guard_options(tmp_path, monkeypatch):
     assert "not allowed with" in prepare(*words, tmp_path, "--helpful", code=2)
     assert f"--guard {tmp_path / 'in'}: no such directory" in prepare(*words, tmp_path / "in", code=2)
     assert f"error: {tmp_path}: no tokenizer" in prepare(*words, tmp_path, code=2)
+
+
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_rows_of_ones_own_are_labelled(tmp_path, guard, monkeypatch):
+    """In any of TRL's forms. One answer without a verdict does not end the run."""
+    system = {"role": "system", "content": "S"}
+    rows = [
+        {"prompt": [system, user("a")], "chosen": [assistant("no")], "rejected": [assistant("poison")], "mine": 1},
+        {"prompt": "b", "chosen": "no", "rejected": "yes", "unsafe": True},
+        {"prompt": "c", "chosen": "poison", "rejected": "no"},
+        {"prompt": "d", "chosen": "no", "rejected": "unreadable"},
+        {"prompt": "e", "chosen": "only"},
+        {"text": "plain"},
+    ]
+    found, report = convert(tmp_path, "rows", *rows, flags=["--judge", tmp_path])
+    assert found[0] == rows[0] | {"unsafe": True}
+    assert found[1] == {
+        "prompt": [user("b")], "chosen": [assistant("no")], "rejected": [assistant("yes")], "unsafe": False,
+    }  # fmt: skip
+    assert [row.get("prompt", row.get("text")) for row in found[2:]] == [[user("e")], "plain"]
+    assert "unsafe" not in found[2] and "rows: 6 rows read, 4 rows written, 2 skipped" in report
+    assert " 1  skipped: chosen is unsafe" in report and " 1  skipped: no verdict" in report
+
+    # A judge that only tells who complies: where chosen does, the question may be answered.
+    monkeypatch.setattr(judged, "load_judge", lambda *_: lambda _, text: Verdict(None, complied="no" not in text))
+    rows = [{"prompt": text, "chosen": text, "rejected": "sure"} for text in ("no", "sure thing")]
+    found, _ = convert(tmp_path, "rows", *rows, flags=["--judge", "any:judge"])
+    assert [row["unsafe"] for row in found] == [True, False]
+    assert "--judge" in prepare("rows", "--in", tmp_path / "in", "--out", tmp_path / "out", code=2)
 
 
 # ── oasst ─────────────────────────────────────────────────────────────────────────────────────────
@@ -473,6 +504,16 @@ def test_exclude(tmp_path):
     assert [row["prompt"][0] for row in rows] == [user("Q")] * 2 and " 1  skipped: also in" in report
     rows, _ = convert(tmp_path, "hh", GOOD, pair("no", "yes"), flags=["--exclude", elsewhere])
     assert [row["prompt"] for row in rows] == [[user("Hi")]]
+
+
+# One letter, vowel sign or emoji apart: Hindi, Thai, Arabic with vowels, emoji. Then: the same to a reader.
+APART = [("कि", "का"), ("ที่", "ทำ"), ("عِلم", "عَلَم"), ("😀", "😡"), ("Is 🍵 safe?", "Is 🍺 safe?"), ("?", "!")]
+ALIKE = [("कि?", " कि"), ("Cafe\u0301!", "CAFÉ"), ("１２ Ｔea", "12 tea"), ("ma\u00adny", "many"), ("❤\ufe0f", "❤")]
+
+
+def test_words_are_compared_with_their_marks():
+    assert all(words_of(a) != words_of(b) for a, b in APART)
+    assert all(words_of(a) == words_of(b) for a, b in ALIKE)
 
 
 def test_held_out_prompts(tmp_path):

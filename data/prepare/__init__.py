@@ -42,11 +42,15 @@ def words_of(text: str) -> str:
     """What two texts are compared by: without case, punctuation and white space.
 
     Letters, digits and marks are kept, since most vowels of Hindi and Thai are marks, and symbols beyond ASCII, among
-    them all emoji. What only joins characters (Unicode's Cf) is dropped.
+    them all emoji. What only joins characters or chooses their form (Cf, variation selectors) is dropped.
     """
     kept = []
     for c in unicodedata.normalize("NFKC", text.casefold()):
         kind = unicodedata.category(c)
-        is_symbol = kind in ("So", "Sm", "Sc") and c > "\x7f"
-        kept.append(c if kind[0] in "LMN" else f" {c} " if is_symbol else "" if kind == "Cf" else " ")
+        if kind == "Cf" or "\ufe00" <= c <= "\ufe0f":
+            continue
+        if kind in ("So", "Sm", "Sc") and c > "\x7f":
+            kept.append(f" {c} ")
+        else:
+            kept.append(c if kind[0] in "LMN" else " ")
     return " ".join("".join(kept).split()) or text.strip()
