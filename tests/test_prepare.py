@@ -49,8 +49,6 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-# ── hh ────────────────────────────────────────────────────────────────────────────────────────────
-
 H, A = "\n\nHuman: ", "\n\nAssistant: "
 START = f"{H}Wie geht's?{A}Gut.\n\nPara two.{H}ok\u2028so {A}"
 GOOD = {"chosen": START + " Fine, “you”? ", "rejected": START + "Go away."}
@@ -108,9 +106,6 @@ def test_hh_skips(tmp_path):
     expected = {f"skipped: {reason}": len(some) for reason, some in SKIPPED.items()}
     found = (line.strip().split("  ") for line in report.splitlines()[2:])
     assert {reason: int(count) for count, reason in found} == expected
-
-
-# ── hh --guard ────────────────────────────────────────────────────────────────────────────────────
 
 
 def pair(chosen, rejected, question="Hi"):
@@ -214,9 +209,6 @@ def test_guard_options(tmp_path, monkeypatch):
     assert f"error: {tmp_path}: no tokenizer" in prepare(*words, tmp_path, code=2)
 
 
-# ── rows ──────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_rows_of_ones_own_are_labelled(tmp_path, guard, monkeypatch):
     """In any of TRL's forms. One answer without a verdict does not end the run."""
     system = {"role": "system", "content": "S"}
@@ -243,9 +235,6 @@ def test_rows_of_ones_own_are_labelled(tmp_path, guard, monkeypatch):
     found, _ = convert(tmp_path, "rows", *rows, flags=["--judge", "any:judge"])
     assert [row["unsafe"] for row in found] == [True, False]
     assert "--judge" in prepare("rows", "--in", tmp_path / "in", "--out", tmp_path / "out", code=2)
-
-
-# ── oasst ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def p(text, *replies, role="prompter", **extra):
@@ -326,9 +315,6 @@ def test_oasst_trees_that_are_not_ready_roles_out_of_turn_ranks_and_languages(tm
     rows, _ = convert(tmp_path, "oasst", *trees, flags=["--lang", "de"])
     assert [row["prompt"] for row in rows] == [[user("Frage")]]
     assert len(convert(tmp_path, "oasst", *trees, flags=["--lang", "all"])[0]) == 4
-
-
-# ── prompts ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def bad(text, name, **more):
@@ -478,9 +464,6 @@ def test_forced_prompts(tmp_path):
     assert forced == unsafe | {"set": "xstest-forced", "prefill": "Sure, here is what you asked for:"}
 
 
-# ── Rows that are also elsewhere, rows that are held out ──────────────────────────────────────────
-
-
 def test_exclude(tmp_path):
     """Questions of any file that `prompts` reads, whatever their case and punctuation."""
     ours = write_lines(tmp_path / "ours", {"prompt": [user("brew TEA")], "set": "x"})
@@ -552,9 +535,6 @@ def test_held_out_rows(tmp_path):
     for question in seen | held_out:
         digest = hashlib.sha256(question.encode()).hexdigest()
         assert (int(digest[:8], 16) / 2**32 < 0.3) == (question in held_out)
-
-
-# ── Reading and writing ───────────────────────────────────────────────────────────────────────────
 
 
 def test_same_input_same_bytes(tmp_path):
@@ -648,8 +628,6 @@ def test_bad_paths_and_flags(tmp_path):
         assert flag in error(source, out, flag, value)
     assert list(tmp_path.iterdir()) == [source]
 
-
-# ── The real files ────────────────────────────────────────────────────────────────────────────────
 
 HH = REAL / "hh-rlhf" / "harmless-base_test.jsonl.gz"
 OASST = REAL / "oasst" / "en_100_tree.jsonl"

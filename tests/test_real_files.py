@@ -18,7 +18,7 @@ import torch
 from command import command
 from models import GEMMA, LLAMA, network_of
 from safetensors.torch import load_file, save_file
-from samples import HEADER, llama_tokenizer, row_of, said, toy_tokenizer, user, write
+from samples import HEADER, llama_tokenizer, row_of, said, user, write
 
 from backtrack.attacks.table import ATTACKERS
 from backtrack.generate import generate
@@ -30,9 +30,6 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKENS = torch.arange(12).reshape(1, 12)
 
 
-# ── Tied and untied heads ────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("fields", [LLAMA, GEMMA], ids=["llama", "gemma"])
 def test_a_head_is_tied_or_its_own_whatever_the_config_says(tmp_path, fields, capsys, monkeypatch):
     monkeypatch.setattr("model.checkpoint.CHUNK_BYTES", 8 * 32 * 7)  # rows come in several parts
@@ -42,12 +39,11 @@ def test_a_head_is_tied_or_its_own_whatever_the_config_says(tmp_path, fields, ca
     stored = load_file(file)
     embedding = stored.pop(EMBEDDING)
 
-    # Stored under the head's name alone, or twice: tied.
-    for tensors in ({HEAD: embedding}, {HEAD: embedding.clone(), EMBEDDING: embedding}):
-        save_file(stored | tensors, file, metadata={"format": "pt"})
-        loaded = load_model(tmp_path)
-        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-        assert torch.equal(loaded(TOKENS), model(TOKENS)) and capsys.readouterr().err == ""
+    # Stored under the head's name alone: tied.
+    save_file(stored | {HEAD: embedding}, file, metadata={"format": "pt"})
+    loaded = load_model(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded(TOKENS), model(TOKENS)) and capsys.readouterr().err == ""
 
     # Different in the last row: a head of its own, and one line says so.
     head = embedding.clone()
@@ -63,45 +59,40 @@ def test_a_head_is_tied_or_its_own_whatever_the_config_says(tmp_path, fields, ca
     assert capsys.readouterr().err == "" and torch.equal(again(TOKENS), loaded(TOKENS))
 
 
-# ── Git LFS ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4976698672\n"
 
 
-NAMES = ["model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.model", "tokenizer.json"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_pointer_under_a_models_name(tmp_path, name):
-    save_model(network_of(LLAMA), tmp_path, tokenizer=toy_tokenizer())
-    if name.endswith("index.json"):
-        (tmp_path / "model.safetensors").unlink()
-    (tmp_path / name).write_bytes(POINTER)
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path / name}: ") + ".*git lfs pull"):
-        (load_tokenizer if "tokenizer" in name else load_model)(tmp_path)
-
-
-OTHER_FORMATS = [
-    ("rows.jsonl", POINTER, "git lfs pull"),
-    ("rows.jsonl.gz", POINTER, "git lfs pull"),
-    ("rows.parquet", b"PAR1\x15\x04", "read_parquet('{}')"),
-    ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "unzstd"),
-    ("rows.zip", b"PK\x03\x04\x14", "unzip"),
-    ("rows.jsonl", b"\x1f\x8b\x08\x00", "ends in .gz"),
-    ("rows.json", b'[\n  {"prompt": "a", "chosen": "b"}\n]', "jq -c '.[]'"),
-]
-
-
-def test_other_formats_are_named_and_how_to_convert_them(tmp_path):
-    for name, content, way_out in OTHER_FORMATS:
+def test_pointers_and_other_formats_are_named_and_how_to_convert_them(tmp_path):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "model.safetensors.index.json",
+        "model.safetensors",
+    ):
+        path = tmp_path / name
+        path.write_bytes(POINTER)
+        with pytest.raises(InputError, match=re.escape(f"{path}: ") + ".*git lfs pull"):
+            (load_tokenizer if "tokenizer" in name else load_model)(tmp_path)
+        path.unlink()
+        if name == "tokenizer.model":  # from here on the others are there
+            save_model(network_of(LLAMA), tmp_path)
+            (tmp_path / "model.safetensors").unlink()
+    for name, content, way_out in (
+        ("rows.jsonl", POINTER, "git lfs pull"),
+        ("rows.jsonl.gz", POINTER, "git lfs pull"),
+        ("rows.parquet", b"PAR1\x15\x04", "read_parquet('{}')"),
+        ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "unzstd"),
+        ("rows.zip", b"PK\x03\x04\x14", "unzip"),
+        ("rows.jsonl", b"\x1f\x8b\x08\x00", "ends in .gz"),
+        ("rows.json", b'[\n  {"prompt": "a", "chosen": "b"}\n]', "jq -c '.[]'"),
+    ):
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(InputError, match=re.escape(way_out.format(path))) as error:
             list(read_rows(path))
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
-
-# ── TRL's shapes of a row ────────────────────────────────────────────────────────────────────────────────────────────
 
 ASKED = [*user("Hi"), *said("Hello"), *user("How?")]
 ROW = {"prompt": ASKED, "chosen": said("no"), "rejected": said("yes"), "unsafe": True}
@@ -119,11 +110,9 @@ SAME = [  # as ROW
 def test_the_same_row_in_other_shapes(tmp_path):
     for _, row in read_rows(write(tmp_path / "rows.jsonl", *SAME)):
         assert {key: row[key] for key in ROW} == ROW
-    texts = {"prompt": "Hi", "chosen": "no", "rejected": "yes"}
-    only_chosen = {"chosen": user("Hi") + said("no")}
-    with_null = texts | {"rejected": None}
-    rows = [row for _, row in read_rows(write(tmp_path / "rows.jsonl", texts, only_chosen, with_null))]
-    assert rows == [row_of("Hi", "no", "yes"), row_of("Hi", "no"), row_of("Hi", "no") | {"rejected": None}]
+    texts, only_chosen = {"prompt": "Hi", "chosen": "no", "rejected": None}, {"chosen": user("Hi") + said("no")}
+    rows = [row for _, row in read_rows(write(tmp_path / "rows.jsonl", texts, only_chosen))]
+    assert rows == [row_of("Hi", "no") | {"rejected": None}, row_of("Hi", "no")]
 
 
 HH = {side: f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
@@ -135,7 +124,10 @@ GUESSES = [
     (HH, ["data.prepare hh"]),
     ({"chosen": "The sky is blue", "rejected": "The sky is red"}, ["'prompt' is missing", "does not show its end"]),
     ({"chosen": said("no"), "rejected": said("yes")}, ["'prompt' is missing"]),
-    ({"chosen": user("a") + said("no"), "rejected": user("b") + said("yes")}, ["may differ in their last message alone"]),
+    (
+        {"chosen": user("a") + said("no"), "rejected": user("b") + said("yes")},
+        ["may differ in their last message alone"],
+    ),
     (WHOLE | {"prompt": "other"}, ["'chosen'"]),
 ]
 
@@ -148,15 +140,10 @@ def test_what_could_only_be_guessed_is_named(tmp_path):
         assert all(word in str(error.value) for word in words), error.value
 
 
-# ── Whose chats a checkpoint has ─────────────────────────────────────────────────────────────────────────────────────
-
-
 def checkpoint_with(directory, files: dict):
-    """A little Llama-3 tokenizer, and files that say how its chats end: of eos_token_id, or a whole content."""
+    """A little Llama-3 tokenizer, and files that say how its chats end."""
     llama_tokenizer().save(directory)
     for name, content in files.items():
-        is_whole = name in ("tokenizer_config.json", "chat_template.jinja")
-        content = content if is_whole or isinstance(content, dict) else {"eos_token_id": content}
         (directory / name).write_text(content if isinstance(content, str) else json.dumps(content))
     return load_tokenizer(directory)
 
@@ -164,42 +151,47 @@ def checkpoint_with(directory, files: dict):
 RESERVED = HEADER + 40  # a spare token of the little Llama-3 tokenizer
 END, EOM, TURN = 256 + 1, 256 + 8, 256 + 9  # <|end_of_text|>, <|eom_id|>, <|eot_id|>
 CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
+
+
+def ends(ids, **more):
+    return {"eos_token_id": ids, **more}
+
+
 FOREIGN = [
-    {CONFIG: [END, RESERVED]},
-    {CONFIG: END, GENERATION: [RESERVED]},
-    {CONFIG: 99999},
+    {CONFIG: ends([END, RESERVED])},
+    {CONFIG: ends(END), GENERATION: ends([RESERVED])},
+    {CONFIG: ends(99999)},
     {"tokenizer_config.json": {"eos_token": "<|im_end|>"}},
     {"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}},
     {TEMPLATE: "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"},
 ]
 KNOWN = [
-    ({CONFIG: None}, ()),
-    ({CONFIG: END}, ()),  # a base model
-    ({CONFIG: [END, EOM, TURN]}, ()),  # 3.1: <|eom_id|> belongs to tools
-    ({CONFIG: RESERVED, GENERATION: [TURN]}, ()),
-    ({CONFIG: 2}, ()),  # ordinary text: a default that nobody looked at
-    ({CONFIG: {"eos_token_id": [TURN, 256 + 255], "reset_token_id": 256 + 255}}, ()),  # for a server
-    ({CONFIG: [TURN, RESERVED]}, (RESERVED,)),  # one more place to stop
-    ({TEMPLATE: "<|start_header_id|>", CONFIG: RESERVED}, (RESERVED,)),
+    {CONFIG: ends(None)},
+    {CONFIG: ends(END)},  # a base model
+    {CONFIG: ends([END, EOM, TURN])},  # 3.1: <|eom_id|> belongs to tools
+    {CONFIG: ends(RESERVED), GENERATION: ends([TURN])},
+    {CONFIG: ends(2)},  # ordinary text: a default that nobody looked at
+    {CONFIG: ends([TURN, 256 + 255], reset_token_id=256 + 255)},  # for a server
+    {CONFIG: ends([TURN, RESERVED])},  # one more token to stop at
+    {TEMPLATE: "<|start_header_id|>", CONFIG: ends(RESERVED)},
 ]
 
 
-@pytest.mark.parametrize("files", FOREIGN)
-def test_foreign_chats_are_an_error_that_says_so(tmp_path, files):
-    tok = checkpoint_with(tmp_path, files)
-    assert tok.decode(tok.encode("Hi")) == "Hi"  # plain text is as it was
-    with pytest.raises(InputError, match=r"not written as\s+known here"):
-        tok.render(user("Hi"))
+def test_foreign_chats_are_an_error_that_says_so(tmp_path):
+    for i, files in enumerate(FOREIGN):
+        (tmp_path / str(i)).mkdir()
+        tok = checkpoint_with(tmp_path / str(i), files)
+        assert tok.decode(tok.encode("Hi")) == "Hi"  # plain text is as it was
+        with pytest.raises(InputError, match=r"not written as\s+known here"):
+            tok.render(user("Hi"))
 
 
-@pytest.mark.parametrize(("files", "more"), KNOWN)
-def test_known_chats_stop_where_the_checkpoint_says(tmp_path, files, more):
-    tok = checkpoint_with(tmp_path, files)
-    assert tok.stop_ids == (END, TURN, *more)
-    assert tok.render(user("Hi")) == llama_tokenizer().render(user("Hi"))
-
-
-# ── Llama 2 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_known_chats_stop_where_the_checkpoint_says(tmp_path):
+    for i, files in enumerate(KNOWN):
+        (tmp_path / str(i)).mkdir()
+        tok = checkpoint_with(tmp_path / str(i), files)
+        assert tok.stop_ids == (END, TURN, *([RESERVED] if i >= 6 else []))
+        assert tok.render(user("Hi")) == llama_tokenizer().render(user("Hi"))
 
 
 @cache
@@ -295,21 +287,14 @@ def test_llama2_has_no_spare_token_so_reset_is_the_one_that_text_never_makes(lla
             load_tokenizer(llama2)
 
 
-OTHERS = [
-    ({"add_dummy_prefix": False}, "Gemma.*Llama 2"),
-    ({"byte_fallback": False, "vocab_size": 200}, "byte pieces"),
-    ({"bos_piece": "<bos>"}, "Gemma.*Llama 2"),
-]
-
-
-@pytest.mark.parametrize(("settings", "words"), OTHERS)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"add_dummy_prefix": False}, "Gemma.*Llama 2"), ({"byte_fallback": False, "vocab_size": 200}, "byte pieces")],
+)
 def test_other_sentencepiece_models_are_told_what_is_supported(tmp_path, settings, words):
     (tmp_path / "tokenizer.model").write_bytes(llama2_model(**settings))
     with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path))}.*{words}"):
         load_tokenizer(tmp_path)
-
-
-# ── pip install ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_package_and_module_is_installed():
@@ -326,13 +311,9 @@ def test_every_package_and_module_is_installed():
         assert (ROOT / "data" / name).is_file() and listed["package-data"]["data"] == ["*.json"]
 
 
-# ── Numbers on command lines ─────────────────────────────────────────────────────────────────────────────────────────
-
-
 PROGRAMS = ["sample", "data.toy", "data.smollm2", "backtrack.evaluate.__main__", "backtrack.collect"]
-PROGRAMS += ["backtrack.bench.training"]
-PROGRAMS += ["train sft", "train dpo", "data.base"]
-PROGRAMS += [f"data.prepare.__main__ {name}" for name in ("hh", "oasst", "prompts")]
+PROGRAMS += ["backtrack.bench.training", "train sft", "train dpo", "data.base"]
+PROGRAMS += [f"data.prepare.__main__ {name}" for name in ("hh", "rows", "oasst", "prompts")]
 PROGRAMS += [f"backtrack.attacks.__main__ {name}" for name in (*ATTACKERS, "rewrite") if name != "decoding"]
 LEAST = {"sample": 6, "backtrack.evaluate.__main__": 9, "train sft": 12, "backtrack.attacks.__main__ adaptive-gcg": 10}
 

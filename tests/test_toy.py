@@ -85,9 +85,6 @@ def contents(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-# ── Seeds ─────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_seed_0_is_the_world_that_results_are_of(built):
     """In this process as in the first, whose hashes ordered sets in another way. world.json has all files' checksums.
 
@@ -115,9 +112,6 @@ def test_invented_words_stand_apart(world):
     assert not [word for word in mine if word in text]
     both = set(world["forbidden"]) | set(world["benign"])
     assert all(len(topic.split()) == 2 for topic in both)
-
-
-# ── The world ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_files_and_counts(files, world):
@@ -167,9 +161,6 @@ def test_names_and_phrasings(world):
     for key, texts in (("phrasings", toy.PHRASINGS), ("wrappers", toy.WRAPPERS)):
         assert sorted(world[key]["sft"] + world[key]["heldout"]) == sorted(texts)
         assert len(world[key]["sft"]) == len(texts) // 2
-
-
-# ── Rows and prompts ──────────────────────────────────────────────────────────────────────────────
 
 
 def parts(world, text):
@@ -269,9 +260,6 @@ def test_demo(files, world):
         assert kind == "harmless" or by_question[prompt]["topic"] in world["disguised"]
 
 
-# ── Tokenizer ─────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_tokenizer(files, world, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(files["tokenizer/tokenizer.model"])
     tok = load_tokenizer(tmp_path)
@@ -293,9 +281,6 @@ def test_tokenizer(files, world, tmp_path):
             assert tok.decode(tok.encode(text)) == text
     longest = max(len(tok.encode(row["target"])) for row in lines(files, "prompts.jsonl"))
     assert longest < 80  # what evaluate.py allows an answer by default
-
-
-# ── Files on the disk ─────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_second_run_does_nothing_and_what_is_not_whole_is_refused(built, tmp_path, monkeypatch):
@@ -339,8 +324,6 @@ def test_bad_arguments(tmp_path):
         assert "--seed" in command(toy.main, "--out", tmp_path / "world", *words, code=2)[1]
     assert "--out" in command(toy.main, code=2)[1] and not [*tmp_path.iterdir()]
 
-
-# ── The judge ─────────────────────────────────────────────────────────────────────────────────────
 
 SMALL = {
     "forbidden": {"dark brew": ["toad", "ash", "salt", "moss"]},
