@@ -409,14 +409,11 @@ def test_what_does_not_say_whether_it_is_harmless(tmp_path):
         file.write_text(text)
     words = ("prompts", "--out", tmp_path / "out", "--in")
     for file in (*files[:2], files[3]):
-        assert f"error: {file}: does not say whether its " in prepare(*words, file, code=2)
-    for flag, as_told, suffix, key in (
-        ("--benign", fine, "-benign", "reference"),
-        ("--unsafe", bad, "", "safe_answer"),
-    ):
+        assert f"{file}: does not say whether it is harmless; add --benign or" in prepare(*words, file, code=2)
+    for flag, as_told, key in (("--benign", fine, "reference"), ("--unsafe", bad, "safe_answer")):
         prepare(*words, *files, flag)
         mine = [as_told("Spill the tea.", "my", **{key: "Better not."}), as_told("Brew.", "texts")]
-        jailbreak = as_told("Do x", f"jailbreakbench{suffix}", **JAILBROKEN)
+        jailbreak = as_told("Do x", "jbb", **JAILBROKEN)
         assert read_lines(tmp_path / "out") == [*mine, bad("Say.", "i_cona"), jailbreak]
 
 

@@ -103,9 +103,6 @@ def is_held_out(row: dict, percent: float) -> bool:
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32 * 100 < percent
 
 
-# ── Arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data.prepare", description=__doc__, formatter_class=Help)
     parser.set_defaults(judge=None)  # for the commands without it

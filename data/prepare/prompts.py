@@ -44,7 +44,7 @@ CSV_SETS = {  # set -> "column=our name", or "column" that is known, but not rea
     "xstest": "prompt=prompt id=id type=category label=label focus note",
 }
 OURS = {"prompt", "set", "benign", "prefill", "turns", "safe_answer", "reference"}  # keys that mean something here
-LISTS = {  # files of safety-tuned-llamas -> our name, and whether they are benign
+LISTS = {  # files known by name, of safety-tuned-llamas and JailbreakBench -> our name, and whether they are benign
     "safety_only_data_Instructions": ("safety_tuned", False),
     "I-Alpaca": ("i_alpaca", True),
     "I-CoNa": ("i_cona", False),
@@ -52,6 +52,8 @@ LISTS = {  # files of safety-tuned-llamas -> our name, and whether they are beni
     "I-PhysicalSafetySafe": ("i_physical_safety_safe", True),
     "I-PhysicalSafetyUnsafe": ("i_physical_safety_unsafe", False),
     "Q-Harm": ("q_harm", False),
+    "harmful-behaviors": ("jailbreakbench", False),
+    "benign-behaviors": ("jailbreakbench-benign", True),
 }
 
 
@@ -86,9 +88,6 @@ def row_of(prompt: str, name: str, benign: bool, **more) -> Outcome:
     if not prompt.strip():
         return "empty prompt"
     return {"prompt": [message("user", prompt)], "set": name, "benign": benign, **more}
-
-
-# ── CSV ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def csv_prompts(path: str, text: str, benign: bool | None) -> Iterator[Outcome]:
@@ -132,17 +131,10 @@ def csv_row(kind: str, name: str, row: dict, where: str, benign: bool | None) ->
     if kind == "harmbench" and (behaviour := row.pop("kind")) != "standard":
         name += f"-{behaviour}"
     if kind == "jailbreakbench":
-        path = where.rpartition(":")[0]
-        harmless = {"benign": True, "harmful": False}.get(Path(path).name.split("-")[0], benign)
-        if harmless is None:
-            raise InputError(f"{path}: does not say whether its goals are harmless; add --benign or --unsafe")
-        name += "-benign" if harmless else ""
+        name, harmless = what_list(where.rpartition(":")[0], benign)
     if "target" in row:
         row["target"] = row["target"].strip()
     return row_of(row.pop("prompt"), name, harmless, **row)
-
-
-# ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def set_of_file(path: str) -> str:
@@ -153,7 +145,7 @@ def what_list(path: str, benign: bool | None) -> tuple[str, bool]:
     """What the set is called, and whether it is benign: by the name of its file, or as --benign or --unsafe say."""
     name = set_of_file(path)
     if name not in LISTS and benign is None:
-        raise InputError(f"{path}: does not say whether its instructions are harmless; add --benign or --unsafe")
+        raise InputError(f"{path}: does not say whether it is harmless; add --benign or --unsafe")
     return LISTS.get(name, (name, benign))
 
 
