@@ -7,25 +7,16 @@ import pytest
 import torch
 from command import command
 from models import FAMILIES, LLAMA, network_of
-from samples import BEGIN, EOT, HEADER, HEADER_END, RESET, llama_tokenizer, row_of, write
+from samples import EOT, RESET, llama_tokenizer, row_of, write
 
-from backtrack.bench import training as bench_training
-from backtrack.bench.training import Plain, both_ways, computed_tokens, plain_loss, step_speed, tree_loss
-from backtrack.rows import Row, load_rows
+from backtrack import plain
+from backtrack.bench import training as bench
+from backtrack.bench.training import both_ways, computed_tokens, plain_loss, step_speed, tree_loss
+from backtrack.examples import View
+from backtrack.rows import Row
 
 KINDS = ("sft, one k", "sft, every k", "dpo")
-V = 512  # the tokenizer's
-
-
-@pytest.fixture
-def tok():
-    """Ids are bytes; eos is EOT."""
-    return llama_tokenizer()
-
-
-@pytest.fixture(params=list(FAMILIES))
-def model(request):
-    return network_of(FAMILIES[request.param], vocab_size=V)
+TOK, V = llama_tokenizer(), 512  # ids are bytes; eos is EOT
 
 
 def rows_of(*answers):
@@ -35,65 +26,53 @@ def rows_of(*answers):
 
 # y− of one token, so that k is 1 and nothing is drawn; y+ of one token as well, for DPO's other prefix.
 SHORT = rows_of(("n", "y"), ("m", "z"), ("o", "y"), ("p", "q"))
+LONGER = rows_of(("no way", "yes, of course"), ("I will not say", "sure"), ("n", "y"), ("abcabc", "abdabd"))
 
 
-# ── Both ways to write a row ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_sequences_of_a_row(tok):
+def test_sequences_of_a_row():
     x, n, y = [1, 2, 3], *b"ny"
-    _, plain = both_ways("sft, one k", SHORT[0], 0, tok)
-    assert plain == [
-        Plain([*x, n, EOT], 3, 0.5),
-        Plain([*x, y, RESET, n, EOT], 4, 0.5),
+    _, sequences = both_ways("sft, one k", SHORT[0], 0, TOK)
+    assert [(s.tokens, s.loss_from, s.weight) for s in sequences] == [
+        ([*x, n, EOT], 3, 0.5),
+        ([*x, y, RESET, n, EOT], 4, 0.5),
     ]
-    assert both_ways("sft, every k", SHORT[0], 0, tok)[1] == plain
-    _, plain = both_ways("dpo", SHORT[0], 0, tok)
-    pairs = [tuple(plain[i : i + 2]) for i in range(0, len(plain), 2)]
-    elicit = Plain([*x, y, RESET, n, EOT], 3, 1.0), Plain([*x, y, EOT], 3, -1.0)
-    discourage = Plain([*x, n, EOT], 3, 1.0), Plain([*x, n, RESET, y, EOT], 3, -1.0)
-    assert sorted(pairs, key=str) == sorted([elicit, discourage], key=str)
+    assert both_ways("sft, every k", SHORT[0], 0, TOK)[1] == sequences
+    _, sequences = both_ways("dpo", SHORT[0], 0, TOK)
+    assert sorted((s.tokens, s.loss_from, s.weight) for s in sequences) == sorted(
+        [
+            ([*x, y, RESET, n, EOT], 3, 1.0),  # elicit
+            ([*x, y, EOT], 3, -1.0),
+            ([*x, n, EOT], 3, 1.0),  # discourage
+            ([*x, n, RESET, y, EOT], 3, -1.0),
+        ]
+    )
 
 
-def test_prefixes_are_drawn_for_each_row(tok):
-    """Of y− in supervised training and, independently, of y+ in DPO; the same whenever the row is asked for."""
+def test_prefixes_are_drawn_for_each_row():
+    """Of y− and, independently, of y+; the same whenever the row is asked for."""
     [row] = rows_of(("abcdefghij", "ABCDEFGHIJ"))
     cuts = set()
     for index in range(40):
-        tree, plain = both_ways("dpo", row, index, tok)
-        again, same = both_ways("dpo", row, index, tok)
-        assert (tree, plain) == (again, same)
-        [a, b] = (s.tokens.index(RESET) - 3 for s in plain if RESET in s.tokens)
-        assert 1 <= a <= 10 and 1 <= b <= 10
-        cuts.add((a, b))
-    assert len(cuts) > 15 and any(a != b for a, b in cuts)
-
-
-# ── The two sides are one sum ────────────────────────────────────────────────────────────────────────────────────────
-
-LONGER = rows_of(("no way", "yes, of course"), ("I will not say", "sure"), ("n", "y"), ("abcabc", "abdabd"))
+        found = both_ways("dpo", row, index, TOK)
+        assert found == both_ways("dpo", row, index, TOK)
+        cuts.add(tuple(s.tokens.index(RESET) - 3 for s in found[1] if RESET in s.tokens))
+    assert len(cuts) > 15 and any(a != b for a, b in cuts) and all(1 <= k <= 10 for cut in cuts for k in cut)
 
 
 @torch.no_grad()
 def by_hand(model, sequences):
-    """Σ weight · log π, a forward pass for each target."""
-    total = 0.0
-    for s in sequences:
-        for t in range(s.loss_from, len(s.tokens)):
-            log_p = model(torch.tensor([s.tokens[:t]]))[0, -1].double().log_softmax(dim=-1)
-            total += s.weight * log_p[s.tokens[t]].item()
-    return total
+    """Σ weight · log π, a sequence at a time."""
+    parts = ((s.weight, plain.logprobs(model, s.tokens[: s.loss_from], s.tokens[s.loss_from :])) for s in sequences)
+    return sum(weight * log_p.double().sum().item() for weight, log_p in parts)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["sft, one k", "dpo"])
-def test_trees_and_plain_sequences_have_one_loss_and_one_gradient(model, tok, kind):
-    trees, plain = [], []
-    for index, row in enumerate(LONGER):
-        tree, sequences = both_ways(kind, row, index, tok)
-        trees.append(tree)
-        plain += sequences
-    losses = tree_loss(model, trees), plain_loss(model, plain)
-    expected = by_hand(model, plain)
+def test_trees_and_plain_sequences_have_one_loss_and_one_gradient(family, kind):
+    model = network_of(FAMILIES[family], vocab_size=V)
+    pairs = [both_ways(kind, row, index, TOK) for index, row in enumerate(LONGER)]
+    trees, sequences = [tree for tree, _ in pairs], [s for _, some in pairs for s in some]
+    losses, expected = (tree_loss(model, trees), plain_loss(model, sequences)), by_hand(model, sequences)
     assert abs(expected) > 10
     assert [loss.item() for loss in losses] == [pytest.approx(expected, rel=1e-4, abs=1e-3)] * 2
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
@@ -101,24 +80,18 @@ def test_trees_and_plain_sequences_have_one_loss_and_one_gradient(model, tok, ki
         assert (a - b).abs().max() <= 1e-3 * b.abs().max()
 
 
-def test_every_k_is_the_mean_over_k(model, tok):
+def test_every_k_is_the_mean_over_k():
     """Σ over all [RESET] targets is what one drawn k has in expectation."""
-    [row] = rows_of(("no", "yes, of course"))
-    tree, plain = both_ways("sft, every k", row, 0, tok)
-    answer, back = plain
-    begun = back.tokens[: back.loss_from]  # x ⊕ prefix_k
-    tail = Plain(back.tokens, back.loss_from + 1, 0.5)  # y+ eos behind the [RESET] that was drawn
+    model, [row] = network_of(LLAMA, vocab_size=V), rows_of(("no", "yes, of course"))
+    tree, (answer, back) = both_ways("sft, every k", row, 0, TOK)
+    assert back.tokens[: back.loss_from] == [1, 2, 3, *row.rejected[: back.loss_from - 3]]
+    tail = View("tail", back.tokens, back.loss_from + 1, 0.5)  # y+ eos behind the [RESET] that was drawn
     n = len(row.rejected)
-    resets = [Plain([1, 2, 3, *row.rejected[:j], RESET], 3 + j, 0.5 / n) for j in range(1, n + 1)]
-    assert begun[:3] == [1, 2, 3] and begun[3:] == row.rejected[: len(begun) - 3]
-    expected = by_hand(model, [answer, tail, *resets])
-    assert tree_loss(model, [tree]).item() == pytest.approx(expected, rel=1e-4)
+    resets = [View("reset", [1, 2, 3, *row.rejected[:j], RESET], 3 + j, 0.5 / n) for j in range(1, n + 1)]
+    assert tree_loss(model, [tree]).item() == pytest.approx(by_hand(model, [answer, tail, *resets]), rel=1e-4)
 
 
-# ── Tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_computed_tokens_by_hand(tok):
+def test_computed_tokens_by_hand():
     """Every row is x1 x2 x3, one y−, one y+: the last token of a sequence is never read.
 
     sft   x n eos | x y R n eos: 4 and 6 tokens read, padded to 6 each.
@@ -126,105 +99,49 @@ def test_computed_tokens_by_hand(tok):
     dpo   x y R n eos, x y eos, x n eos, x n R y eos: four sequences of at most 6.
           The tree: x (3), y, R, n, and n, R, y: 9.
     """
-    for kind, separate, tree in (("sft, one k", 12, 7), ("sft, every k", 12, 7), ("dpo", 24, 9)):
-        for accumulate in (1, 2):
-            found = computed_tokens(kind, SHORT, tok, accumulate)
-            size = 2 if kind == "dpo" else 4
-            assert found == {
-                "name": f"{kind}, micro-batches of {size}, {accumulate} a step",
-                "separate": separate,
-                "trees": tree,
-                "without_padding": tree,
-            }
-
-
-def test_computed_tokens_count_padding(tok, monkeypatch):
-    """Answers of 1 and of 5 tokens: side by side the short ones are padded, sorted first they are not."""
+    for kind, size, separate, tree in (("sft, one k", 4, 12, 7), ("sft, every k", 4, 12, 7), ("dpo", 2, 24, 9)):
+        found = computed_tokens(kind, SHORT, TOK, 2)
+        assert found.pop("name") == f"{kind}, micro-batches of {size}, 2 a step"
+        assert found == {"separate": separate, "trees": tree, "without_padding": tree}
+    # Answers of 1 and of 5 tokens. By themselves: 4 and 6 tokens, 8 and 10. Trees of 7 and of 3 + 5 + 1 + 1 + 5 = 15.
     short, long = rows_of(("n", "y"), ("nopqr", "y"))
-    rows = [short, long, short, long, long, short, long, short]
-    # Read by themselves: short ones 4 and 6 tokens, long ones 8 and 10. Trees of 7, and of 3 + 5 + 1 + 1 + 5 = 15.
-    one_by_one = computed_tokens("sft, one k", rows, tok, 1)
-    assert one_by_one["separate"] == 2 * 10
-    assert one_by_one["without_padding"] == (7 + 15) / 2
-    # Two of each in a micro-batch. A lane may be 22 wide: two lanes of 15 + 7, and nothing is padded.
-    assert one_by_one["trees"] == 2 * 22 / 4
-    # Without lanes four trees would be four times the longest, unless a step is sorted first.
-    monkeypatch.setattr("backtrack.examples.share_lanes", lambda lengths: [[i] for i in range(len(lengths))])
-    assert computed_tokens("sft, one k", rows, tok, 1)["trees"] == 15
-    assert computed_tokens("sft, one k", rows, tok, 2)["trees"] == (7 + 15) / 2
-
-
-# ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_reports_what_it_measured(tok, kind):
-    rows = [row for row in LONGER for _ in range(3)]
-    found = step_speed(kind, network_of(LLAMA, vocab_size=V), rows, tok, steps=2)
-    assert found["name"].startswith(kind)
-    assert found["rows_per_s"] / found["separate_rows_per_s"] == pytest.approx(found["ratio"])
-    assert found["range"][0] <= found["range"][1]
-    assert all(math.isfinite(v) and v > 0 for k, v in found.items() if k.endswith(("_s", "ratio")))
+    found = computed_tokens("sft, one k", [short, long, short, long], TOK, 1)
+    assert found["separate"] == 2 * 10 and found["without_padding"] == (7 + 15) / 2
+    assert found["trees"] == 2 * 22 / 4  # two lanes of 15 + 7: nothing is padded
 
 
 @pytest.mark.parametrize("kind", ["sft, one k", "dpo"])
-def test_sides_that_disagree_end_the_benchmark(tok, kind, monkeypatch):
+def test_sides_that_disagree_end_the_benchmark(kind, monkeypatch):
     def without_eos(model, sequences):
-        return plain_loss(model, [Plain(s.tokens[:-1], s.loss_from, s.weight) for s in sequences])
+        return plain_loss(model, [View(s.name, s.tokens[:-1], s.loss_from, s.weight) for s in sequences])
 
-    monkeypatch.setattr(bench_training, "plain_loss", without_eos)
-    with pytest.raises(AssertionError):
-        step_speed(kind, network_of(LLAMA, vocab_size=V), LONGER, tok, steps=1)
-
-
-def test_same_loss_with_another_gradient_ends_it_too(tok, monkeypatch):
-    def detached(model, sequences):
+    def same_loss_other_gradient(model, sequences):
         loss = plain_loss(model, sequences)
         return loss.detach() + 0.5 * (loss - loss.detach())
 
-    monkeypatch.setattr(bench_training, "plain_loss", detached)
-    with pytest.raises(AssertionError):
-        step_speed("dpo", network_of(LLAMA, vocab_size=V), LONGER, tok, steps=1)
+    monkeypatch.setattr(bench, "forget_peak", lambda: None)
+    for other in (without_eos, same_loss_other_gradient):
+        monkeypatch.setattr(bench, "plain_loss", other)
+        with pytest.raises(AssertionError):
+            step_speed(kind, network_of(LLAMA, vocab_size=V), LONGER, TOK, steps=0)
 
 
-# ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def place(tmp_path, tok):
+def test_the_whole_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "LLAMA_125M", network_of(LLAMA).config)
     rows = [row_of(f"Say {i}", "no" * (i % 3 + 1), "yes" * (i % 4 + 1), unsafe=i % 5 > 0) for i in range(40)]
-    write(tmp_path / "rows.jsonl", *rows)
-    (tmp_path / "tokenizer").mkdir()
-    tok.save(tmp_path / "tokenizer")
-    return tmp_path
-
-
-def words(place, *more):
-    return ("--rows", place / "rows.jsonl", "--tokenizer", place / "tokenizer", *more)
-
-
-def test_the_whole_command(place, tok, monkeypatch):
-    monkeypatch.setattr(bench_training, "LLAMA_125M", network_of(LLAMA).config)
-    out = place / "deep" / "bench.json"
-    printed, _ = command(bench_training.main, *words(place, "--steps", 1, "--out", out))
-    report = json.loads(out.read_text())
-    rows = [row for row in load_rows([str(place / "rows.jsonl")], tok, 2048) if row.unsafe]
-    assert report["rows"] == len(rows) == 32 and printed.startswith("32 rows\n")
-    assert rows[0].prompt[:2] == [BEGIN, HEADER] and HEADER_END in rows[0].prompt
-    assert {"command", "commit", "machine", "threads"} < set(report)
-    assert [r["name"] for r in report["cost"]] == [
-        f"{kind}, micro-batches of {size}, {n} a step"
-        for kind, size in zip(KINDS, (4, 4, 2), strict=True)
-        for n in (1, 32)
-    ]
+    words = ["--rows", write(tmp_path / "rows.jsonl", *rows), "--tokenizer", tmp_path]
+    TOK.save(tmp_path)
+    printed, _ = command(bench.main, *words, "--steps", 1, "--out", tmp_path / "bench.json")
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["rows"] == 32 and printed.startswith("32 rows\n")
+    assert {"command", "commit", "machine", "threads"} < set(report) and len(report["cost"]) == 2 * len(KINDS)
     for r in report["cost"]:
         assert r["without_padding"] <= r["trees"] < r["separate"]
-        cells = [f"{r[key]:.0f}" for key in ("separate", "trees", "without_padding")]
         [line] = [line for line in printed.splitlines() if line.startswith(r["name"] + " ")]
-        assert line.split()[-3:] == cells
-    assert [r["name"].split(", micro")[0] for r in report["speed"]] == list(KINDS)
-
-
-def test_too_few_rows(place):
-    _, said = command(bench_training.main, *words(place), "--steps", 12, code=2)
+        assert line.split()[-3:] == [f"{r[key]:.0f}" for key in ("separate", "trees", "without_padding")]
+    for kind, r in zip(KINDS, report["speed"], strict=True):
+        assert r["name"].startswith(f"{kind}, micro") and r["range"][0] <= r["range"][1]
+        assert r["rows_per_s"] / r["separate_rows_per_s"] == pytest.approx(r["ratio"])
+        assert all(math.isfinite(v) and v > 0 for k, v in r.items() if k.endswith(("_s", "ratio")))
+    _, said = command(bench.main, *words, "--steps", 12, code=2)
     assert said == "error: 32 rows with an unsafe answer, 52 are needed; lower --steps\n"

@@ -15,7 +15,7 @@ import pytest
 from backtrack.attacks.table import ATTACKERS
 
 ROOT = Path(__file__).resolve().parents[1]
-SUBCOMMANDS = ("base", "sft", "dpo", "hh", "oasst", "prompts", *ATTACKERS, "rewrite", "table", "fit")
+SUBCOMMANDS = ("sft", "dpo", "hh", "rows", "oasst", "oasst2", "prompts", *ATTACKERS, "rewrite", "table", "fit")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,7 +1,6 @@
 """Files as people have them: odd heads, Llama 2's tokenizer, foreign chats, TRL's other shapes, clones without git-lfs.
 
-The oracles are the stored tensors themselves, transformers where it does the same, the sentencepiece library, and
-Meta's published code for Llama 2's chats.
+The oracles are the stored tensors themselves, the sentencepiece library, and Meta's published code for Llama 2's chats.
 """
 
 import importlib
@@ -19,12 +18,11 @@ import torch
 from command import command
 from models import GEMMA, LLAMA, network_of
 from safetensors.torch import load_file, save_file
-from samples import HEADER, llama_tokenizer, row_of, said, toy_tokenizer, user, write
+from samples import HEADER, llama_tokenizer, row_of, said, user, write
 
 from backtrack.attacks.table import ATTACKERS
 from backtrack.generate import generate
 from backtrack.rows import read_rows
-from data import prepare
 from model import InputError, load_model, load_tokenizer, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,222 +30,168 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKENS = torch.arange(12).reshape(1, 12)
 
 
-# ── Tied and untied heads ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def rewritten(model, directory, change) -> dict:
-    """The model's directory, its tensors changed; what the file then holds."""
-    save_model(model, directory)
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return tensors
-
-
 @pytest.mark.parametrize("fields", [LLAMA, GEMMA], ids=["llama", "gemma"])
-def test_a_tied_model_may_be_stored_as_its_head_alone(tmp_path, fields, capsys):
-    model = network_of(fields, vocab_size=61, tie_word_embeddings=True)
-    rewritten(model, tmp_path, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
-    loaded = load_model(tmp_path)
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    assert torch.equal(loaded(TOKENS), model(TOKENS)) and capsys.readouterr().err == ""
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    torch.testing.assert_close(loaded(TOKENS), theirs(TOKENS).logits, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("fields", [LLAMA, GEMMA], ids=["llama", "gemma"])
-def test_a_head_of_its_own_is_kept_whatever_the_config_says(tmp_path, fields, capsys, monkeypatch):
+def test_a_head_is_tied_or_its_own_whatever_the_config_says(tmp_path, fields, capsys, monkeypatch):
     monkeypatch.setattr("model.checkpoint.CHUNK_BYTES", 8 * 32 * 7)  # rows come in several parts
     model = network_of(fields, vocab_size=61, tie_word_embeddings=True)
+    save_model(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    embedding = stored.pop(EMBEDDING)
 
-    def differ_in_the_last_row(tensors):
-        tensors[HEAD] = tensors[EMBEDDING].clone()
-        tensors[HEAD][-1] += 1
+    # Stored under the head's name alone: tied.
+    save_file(stored | {HEAD: embedding}, file, metadata={"format": "pt"})
+    loaded = load_model(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded(TOKENS), model(TOKENS)) and capsys.readouterr().err == ""
 
-    stored = rewritten(model, tmp_path / "a", differ_in_the_last_row)
-    loaded = load_model(tmp_path / "a")
+    # Different in the last row: a head of its own, and one line says so.
+    head = embedding.clone()
+    head[-1] += 1
+    save_file(stored | {HEAD: head, EMBEDDING: embedding}, file, metadata={"format": "pt"})
+    loaded = load_model(tmp_path)
     [line] = capsys.readouterr().err.splitlines()
-    assert str(tmp_path / "a") in line and "tie_word_embeddings" in line and "not tied" in line
+    assert str(tmp_path) in line and "tie_word_embeddings" in line and "not tied" in line
     assert loaded.config.tie_word_embeddings is False
-    assert torch.equal(loaded.lm_head.weight, stored[HEAD])
-    assert torch.equal(loaded.model.embed_tokens.weight, stored[EMBEDDING])
-    save_model(loaded, tmp_path / "b")  # and then the config is right
-    again = load_model(tmp_path / "b")
+    assert torch.equal(loaded.lm_head.weight, head) and torch.equal(loaded.model.embed_tokens.weight, embedding)
+    save_model(loaded, tmp_path / "again")  # and then the config is right
+    again = load_model(tmp_path / "again")
     assert capsys.readouterr().err == "" and torch.equal(again(TOKENS), loaded(TOKENS))
 
-
-def test_a_head_stored_twice_is_tied(tmp_path, capsys):
-    model = network_of(LLAMA, vocab_size=61)
-    rewritten(model, tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
-    loaded = load_model(tmp_path)
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and capsys.readouterr().err == ""
-
-
-# ── Git LFS ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4976698672\n"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json"])
-def test_a_pointer_under_a_models_name(tmp_path, name):
-    save_model(network_of(LLAMA), tmp_path)
-    if name.endswith("index.json"):
-        (tmp_path / "model.safetensors").unlink()
-    (tmp_path / name).write_bytes(POINTER)
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path / name}: ") + ".*git lfs pull"):
-        load_model(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
-def test_a_pointer_under_a_tokenizers_name(tmp_path, name):
-    toy_tokenizer().save(tmp_path)
-    (tmp_path / name).write_bytes(POINTER)
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path / name}: ") + ".*git lfs pull"):
-        load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "way_out"),
-    [
+def test_pointers_and_other_formats_are_named_and_how_to_convert_them(tmp_path):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "model.safetensors.index.json",
+        "model.safetensors",
+    ):
+        path = tmp_path / name
+        path.write_bytes(POINTER)
+        with pytest.raises(InputError, match=re.escape(f"{path}: ") + ".*git lfs pull"):
+            (load_tokenizer if "tokenizer" in name else load_model)(tmp_path)
+        path.unlink()
+        if name == "tokenizer.model":  # from here on the others are there
+            save_model(network_of(LLAMA), tmp_path)
+            (tmp_path / "model.safetensors").unlink()
+    for name, content, way_out in (
         ("rows.jsonl", POINTER, "git lfs pull"),
         ("rows.jsonl.gz", POINTER, "git lfs pull"),
         ("rows.parquet", b"PAR1\x15\x04", "read_parquet('{}')"),
-        ("rows.jsonl", b"PAR1\x15\x04", "pip install pandas pyarrow"),
         ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "unzstd"),
         ("rows.zip", b"PK\x03\x04\x14", "unzip"),
         ("rows.jsonl", b"\x1f\x8b\x08\x00", "ends in .gz"),
         ("rows.json", b'[\n  {"prompt": "a", "chosen": "b"}\n]', "jq -c '.[]'"),
-        ("rows.json", b'[{"prompt": "a", "chosen": "b"}]', "jq -c '.[]'"),
-    ],
-)
-def test_other_formats_are_named_and_how_to_convert_them(tmp_path, name, content, way_out):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        list(read_rows(path))
-    assert way_out.format(path) in str(error.value) and str(path) in str(error.value)
-    assert "\n" not in str(error.value)
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(way_out.format(path))) as error:
+            list(read_rows(path))
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
 
-
-# ── TRL's shapes of a row ────────────────────────────────────────────────────────────────────────────────────────────
 
 ASKED = [*user("Hi"), *said("Hello"), *user("How?")]
 ROW = {"prompt": ASKED, "chosen": said("no"), "rejected": said("yes"), "unsafe": True}
-SAME = {  # as ROW, but for the prompt where it is a text
-    "implicit prompt": ROW | {"prompt": None, "chosen": ASKED + said("no"), "rejected": ASKED + said("yes")},
-    "prompt in all three": ROW | {"chosen": ASKED + said("no"), "rejected": ASKED + said("yes")},
-    "the last question besides": ROW
-    | {"prompt": "How?", "chosen": ASKED + said("no"), "rejected": ASKED + said("yes")},
-    "the first question besides": ROW | {"prompt": "Hi", "chosen": ASKED + said("no"), "rejected": ASKED + said("yes")},
-    "answers are texts": ROW | {"chosen": "no", "rejected": "yes"},
-    "more keys": ROW | {"score_chosen": 1.0, "messages": ASKED},
-}
+WHOLE = ROW | {"chosen": ASKED + said("no"), "rejected": ASKED + said("yes")}
+SAME = [  # as ROW
+    {key: value for key, value in WHOLE.items() if key != "prompt"},
+    WHOLE,
+    WHOLE | {"prompt": "How?"},  # the last question besides
+    WHOLE | {"prompt": "Hi"},  # the first
+    ROW | {"chosen": "no", "rejected": "yes"},
+    ROW | {"score_chosen": 1.0, "messages": ASKED},
+]
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_the_same_row_in_other_shapes(tmp_path, name):
-    row = {key: value for key, value in SAME[name].items() if value is not None}
-    [(_, read)] = read_rows(write(tmp_path / "rows.jsonl", row))
-    assert {key: read[key] for key in ROW} == ROW
+def test_the_same_row_in_other_shapes(tmp_path):
+    for _, row in read_rows(write(tmp_path / "rows.jsonl", *SAME)):
+        assert {key: row[key] for key in ROW} == ROW
+    texts, only_chosen = {"prompt": "Hi", "chosen": "no", "rejected": None}, {"chosen": user("Hi") + said("no")}
+    rows = [row for _, row in read_rows(write(tmp_path / "rows.jsonl", texts, only_chosen))]
+    assert rows == [row_of("Hi", "no") | {"rejected": None}, row_of("Hi", "no")]
 
 
-def test_plain_texts_and_rows_without_a_rejected_answer(tmp_path):
-    texts = {"prompt": "Hi", "chosen": "no", "rejected": "yes"}
-    only_chosen = {"chosen": user("Hi") + said("no")}
-    with_null = {"prompt": "Hi", "chosen": "no", "rejected": None}
-    rows = [row for _, row in read_rows(write(tmp_path / "rows.jsonl", texts, only_chosen, with_null))]
-    assert rows == [row_of("Hi", "no", "yes"), row_of("Hi", "no"), row_of("Hi", "no") | {"rejected": None}]
+HH = {side: f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+GUESSES = [
+    ({"messages": ASKED + said("no")}, ["'messages'", "'chosen'", "'prompt'"]),
+    ({"prompt": user("Hi"), "completion": said("no")}, ["'prompt' and 'completion'", "'chosen'"]),
+    ({"conversations": [{"from": "human", "value": "Hi"}]}, ["'conversations'", "'role' and 'content'"]),
+    ({"question": "Hi", "answer": "no"}, ["question, answer", "'prompt' is missing"]),
+    (HH, ["data.prepare hh"]),
+    ({"chosen": "The sky is blue", "rejected": "The sky is red"}, ["'prompt' is missing", "does not show its end"]),
+    ({"chosen": said("no"), "rejected": said("yes")}, ["'prompt' is missing"]),
+    (
+        {"chosen": user("a") + said("no"), "rejected": user("b") + said("yes")},
+        ["may differ in their last message alone"],
+    ),
+    (WHOLE | {"prompt": "other"}, ["'chosen'"]),
+]
 
 
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"messages": ASKED + said("no")}, ["'messages'", "'chosen'", "'prompt'"]),
-        ({"prompt": user("Hi"), "completion": said("no")}, ["'prompt' and 'completion'", "'chosen'"]),
-        ({"prompt": "Hi", "completion": "no", "label": True}, ["'completion'"]),
-        ({"conversations": [{"from": "human", "value": "Hi"}]}, ["'conversations'", "'role' and 'content'"]),
-        ({"question": "Hi", "answer": "no"}, ["question, answer", "'prompt' is missing"]),
-        (
-            {"chosen": "\n\nHuman: Hi\n\nAssistant: no", "rejected": "\n\nHuman: Hi\n\nAssistant: yes"},
-            ["data.prepare hh"],
-        ),
-        ({"chosen": "The sky is blue", "rejected": "The sky is red"}, ["'prompt' is missing", "plain text"]),
-        ({"chosen": said("no"), "rejected": said("yes")}, ["'prompt' is missing"]),
-        ({"chosen": user("a") + said("no"), "rejected": user("b") + said("yes")}, ["differ before"]),
-        ({"prompt": "other", "chosen": ASKED + said("no"), "rejected": ASKED + said("yes")}, ["'chosen'"]),
-    ],
-)
-def test_what_could_only_be_guessed_is_named(tmp_path, row, words):
-    path = write(tmp_path / "rows.jsonl", row_of(), row)
-    with pytest.raises(InputError, match=re.escape(f"{path}:2: ")) as error:
-        list(read_rows(path))
-    assert all(word in str(error.value) for word in words), error.value
+def test_what_could_only_be_guessed_is_named(tmp_path):
+    for row, words in GUESSES:
+        path = write(tmp_path / "rows.jsonl", row_of(), row)
+        with pytest.raises(InputError, match=re.escape(f"{path}:2: ")) as error:
+            list(read_rows(path))
+        assert all(word in str(error.value) for word in words), error.value
 
 
-# ── Whose chats a checkpoint has ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def checkpoint_with(directory, tok, config=None, generation=None, tokenizer_config=None, template=None):
-    directory.mkdir(exist_ok=True)
-    tok.save(directory)
-    for name, content in (
-        ("config", config),
-        ("generation_config", generation),
-        ("tokenizer_config", tokenizer_config),
-    ):
-        if content is not None:
-            (directory / f"{name}.json").write_text(json.dumps(content))
-    if template is not None:
-        (directory / "chat_template.jinja").write_text(template)
+def checkpoint_with(directory, files: dict):
+    """A little Llama-3 tokenizer, and files that say how its chats end."""
+    llama_tokenizer().save(directory)
+    for name, content in files.items():
+        (directory / name).write_text(content if isinstance(content, str) else json.dumps(content))
     return load_tokenizer(directory)
 
 
 RESERVED = HEADER + 40  # a spare token of the little Llama-3 tokenizer
+END, EOM, TURN = 256 + 1, 256 + 8, 256 + 9  # <|end_of_text|>, <|eom_id|>, <|eot_id|>
+CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"config": {"eos_token_id": RESERVED}},
-        {"config": {"eos_token_id": [256 + 1, RESERVED]}},
-        {"config": {"eos_token_id": 256 + 1}, "generation": {"eos_token_id": [RESERVED]}},
-        {"config": {"eos_token_id": 99999}},
-        {"tokenizer_config": {"eos_token": "<|im_end|>"}},
-        {"tokenizer_config": {"eos_token": {"content": "<|im_end|>"}}},
-        {"template": "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"},
-    ],
-)
-def test_foreign_chats_are_an_error_that_says_so(tmp_path, files):
-    tok = checkpoint_with(tmp_path, llama_tokenizer(), **files)
-    assert tok.decode(tok.encode("Hi")) == "Hi"  # plain text is as it was
-    with pytest.raises(InputError, match=r"not written as\s+known here") as error:
-        tok.render(user("Hi"))
-    assert "\n" not in str(error.value)
+def ends(ids, **more):
+    return {"eos_token_id": ids, **more}
 
 
-@pytest.mark.parametrize(
-    ("files", "more"),
-    [
-        ({}, ()),
-        ({"config": {"eos_token_id": None}}, ()),
-        ({"config": {"eos_token_id": 256 + 1}}, ()),  # a base model
-        ({"config": {"eos_token_id": [256 + 1, 256 + 8, 256 + 9]}}, ()),  # 3.1: <|eom_id|> belongs to tools
-        ({"config": {"eos_token_id": RESERVED}, "generation": {"eos_token_id": [256 + 9]}}, ()),
-        ({"config": {"eos_token_id": 2}}, ()),  # ordinary text: a default that nobody looked at
-        ({"config": {"eos_token_id": [256 + 9, 256 + 255], "reset_token_id": 256 + 255}}, ()),  # for a server
-        ({"config": {"eos_token_id": [256 + 9, RESERVED]}}, (RESERVED,)),  # one more place to stop
-        ({"template": "<|start_header_id|>", "config": {"eos_token_id": RESERVED}}, (RESERVED,)),
-    ],
-)
-def test_known_chats_stop_where_the_checkpoint_says(tmp_path, files, more):
-    tok = checkpoint_with(tmp_path, llama_tokenizer(), **files)
-    assert tok.stop_ids == (256 + 1, 256 + 9, *more)
-    assert tok.render(user("Hi")) == llama_tokenizer().render(user("Hi"))
+FOREIGN = [
+    {CONFIG: ends([END, RESERVED])},
+    {CONFIG: ends(END), GENERATION: ends([RESERVED])},
+    {CONFIG: ends(99999)},
+    {"tokenizer_config.json": {"eos_token": "<|im_end|>"}},
+    {"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}},
+    {TEMPLATE: "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"},
+]
+KNOWN = [
+    {CONFIG: ends(None)},
+    {CONFIG: ends(END)},  # a base model
+    {CONFIG: ends([END, EOM, TURN])},  # 3.1: <|eom_id|> belongs to tools
+    {CONFIG: ends(RESERVED), GENERATION: ends([TURN])},
+    {CONFIG: ends(2)},  # ordinary text: a default that nobody looked at
+    {CONFIG: ends([TURN, 256 + 255], reset_token_id=256 + 255)},  # for a server
+    {CONFIG: ends([TURN, RESERVED])},  # one more token to stop at
+    {TEMPLATE: "<|start_header_id|>", CONFIG: ends(RESERVED)},
+]
 
 
-# ── Llama 2 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_foreign_chats_are_an_error_that_says_so(tmp_path):
+    for i, files in enumerate(FOREIGN):
+        (tmp_path / str(i)).mkdir()
+        tok = checkpoint_with(tmp_path / str(i), files)
+        assert tok.decode(tok.encode("Hi")) == "Hi"  # plain text is as it was
+        with pytest.raises(InputError, match=r"not written as\s+known here"):
+            tok.render(user("Hi"))
+
+
+def test_known_chats_stop_where_the_checkpoint_says(tmp_path):
+    for i, files in enumerate(KNOWN):
+        (tmp_path / str(i)).mkdir()
+        tok = checkpoint_with(tmp_path / str(i), files)
+        assert tok.stop_ids == (END, TURN, *([RESERVED] if i >= 6 else []))
+        assert tok.render(user("Hi")) == llama_tokenizer().render(user("Hi"))
 
 
 @cache
@@ -256,17 +200,10 @@ def llama2_model(**settings) -> bytes:
     texts = ["the farmer counted the sheep [INST] before the rain [/INST] began and wrote it down."]
     texts += [f"<<SYS>> word{i} other{i * 7} <</SYS>> thing{i * i}" for i in range(300)]
     model = io.BytesIO()
-    defaults = dict(
-        model_type="bpe",
-        vocab_size=460,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **(defaults | settings))
+    layout = {"model_type": "bpe", "vocab_size": 460, "byte_fallback": True, "split_digits": True}
+    layout |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "hard_vocab_limit": False}
+    settings = layout | {"minloglevel": 2} | settings
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **settings)
     return model.getvalue()
 
 
@@ -276,10 +213,16 @@ def llama2(tmp_path):
     return tmp_path
 
 
-def metas(dialog: list[dict]) -> list[int]:
-    """What github.com/meta-llama/llama, llama/generation.py, chat_completion makes of a chat that ends with a user."""
+def library():
+    """The tokenizer as the sentencepiece library reads it."""
     sp = sentencepiece.SentencePieceProcessor()
     sp.LoadFromSerializedProto(llama2_model())
+    return sp
+
+
+def metas(dialog: list[dict]) -> list[int]:
+    """What github.com/meta-llama/llama, llama/generation.py, chat_completion makes of a chat that ends with a user."""
+    sp = library()
     if dialog[0]["role"] == "system":
         text = "<<SYS>>\n" + dialog[0]["content"] + "\n<</SYS>>\n\n" + dialog[1]["content"]
         dialog = [{"role": "user", "content": text}, *dialog[2:]]
@@ -290,28 +233,31 @@ def metas(dialog: list[dict]) -> list[int]:
     return ids + [sp.bos_id(), *sp.encode(f"[INST] {dialog[-1]['content'].strip()} [/INST]")]
 
 
-@pytest.mark.parametrize(
-    "chat",
-    [
+def test_llama2s_chats_are_metas(llama2):
+    tok = load_tokenizer(llama2)
+    system = {"role": "system", "content": "wrote it down."}
+    chats = [
         user("the farmer"),
         user("  white \n space\n "),
         [*user("word1"), *said("  other7 "), *user("漢 the rain")],
-        [{"role": "system", "content": "wrote it down."}, *user("word1"), *said("thing4"), *user("\x00")],
-    ],
-)
-def test_llama2s_chats_are_metas(llama2, chat):
-    tok = load_tokenizer(llama2)
-    assert tok.render(chat) == metas(chat)
-    if len(chat) > 1:  # history, as the chat of sample.py keeps it
-        *before, answer, last = chat
-        ids = tok.render(before) + tok.encode(answer["content"].strip()) + tok.turn_end
-        assert ids + tok.render([last], continues=True) == metas(chat)
+    ]
+    for chat in (*chats, [system, *user("word1"), *said("thing4"), *user("\x00")]):
+        assert tok.render(chat) == metas(chat)
+        if len(chat) > 1:  # history, as the chat of sample.py keeps it
+            *before, answer, last = chat
+            ids = tok.render(before) + tok.encode(answer["content"].strip()) + tok.turn_end
+            assert ids + tok.render([last], continues=True) == metas(chat)
+    for mark in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):  # typed by a user
+        for chat in (user(f"a {mark} b"), [*user("a"), *said(f"b {mark}"), *user("c")]):
+            with pytest.raises(InputError, match=re.escape(mark)):
+                tok.render(chat)
+    (llama2 / "chat_template.jinja").write_text("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}")
+    with pytest.raises(InputError, match=r"no \[INST\]"):
+        load_tokenizer(llama2).render(user("Hi"))
 
 
 def test_llama2s_text_and_ids(llama2):
-    tok = load_tokenizer(llama2)
-    sp = sentencepiece.SentencePieceProcessor()
-    sp.LoadFromSerializedProto(llama2_model())
+    tok, sp = load_tokenizer(llama2), library()
     for text in ("", "the rain", " two  spaces ", "</s><s><unk>", "漢字 \U0001f411", "a\nb\n"):
         assert tok.encode(text) == sp.encode(text) and tok.decode(tok.encode(text)) == text
         assert tok.special_ids.isdisjoint(tok.encode(text))
@@ -322,7 +268,14 @@ def test_llama2s_text_and_ids(llama2):
 def test_llama2_has_no_spare_token_so_reset_is_the_one_that_text_never_makes(llama2):
     tok = load_tokenizer(llama2)
     assert tok.reset_id == 0 and tok.template_ids == [0]
-    size = tok.vocab_size
+    model, size = network_of(LLAMA, vocab_size=tok.vocab_size), tok.vocab_size
+    save_model(model, llama2 / "saved", tokenizer=tok)
+    again, loaded = load_tokenizer(llama2 / "saved"), load_model(llama2 / "saved")
+    assert (again.reset_id, again.stop_ids) == (0, (2,)) and type(again) is type(tok)
+    ends = {"reset_id": again.reset_id, "stop_ids": again.stop_ids, "max_new_tokens": 4}
+    [answer] = generate(loaded, [again.render(user("the farmer"))], **ends, reset_bias=1000)
+    assert answer.resets == 1
+
     config = llama2 / "config.json"
     config.write_text(json.dumps({"reset_token_id": size + 3, "vocab_size": size + 8}))  # a row that was added
     tok = load_tokenizer(llama2)
@@ -334,47 +287,14 @@ def test_llama2_has_no_spare_token_so_reset_is_the_one_that_text_never_makes(lla
             load_tokenizer(llama2)
 
 
-@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
-def test_a_user_who_types_llama2s_marks_is_refused(llama2, tag):
-    tok = load_tokenizer(llama2)
-    for chat in (user(f"a {tag} b"), [*user("a"), *said(f"b {tag}"), *user("c")]):
-        with pytest.raises(InputError, match=re.escape(tag)):
-            tok.render(chat)
-
-
-def test_llama2_from_a_directory_to_an_answer_and_back(llama2, tmp_path):
-    tok = load_tokenizer(llama2)
-    model = network_of(LLAMA, vocab_size=tok.vocab_size)
-    save_model(model, tmp_path / "saved", tokenizer=tok)
-    again, loaded = load_tokenizer(tmp_path / "saved"), load_model(tmp_path / "saved")
-    assert (again.reset_id, again.stop_ids) == (0, (2,)) and type(again) is type(tok)
-    ends = {"reset_id": again.reset_id, "stop_ids": again.stop_ids, "max_new_tokens": 4}
-    [answer] = generate(loaded, [again.render(user("the farmer"))], **ends, reset_bias=1000)
-    assert answer.resets == 1
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [
-        ({"add_dummy_prefix": False}, ["Gemma", "Llama 2"]),
-        ({"byte_fallback": False, "vocab_size": 200}, ["byte pieces"]),
-        ({"bos_piece": "<bos>"}, ["Gemma", "Llama 2"]),
-    ],
+    [({"add_dummy_prefix": False}, "Gemma.*Llama 2"), ({"byte_fallback": False, "vocab_size": 200}, "byte pieces")],
 )
 def test_other_sentencepiece_models_are_told_what_is_supported(tmp_path, settings, words):
     (tmp_path / "tokenizer.model").write_bytes(llama2_model(**settings))
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path))}.*{words}"):
         load_tokenizer(tmp_path)
-    assert all(word in str(error.value) for word in (str(tmp_path), *words))
-
-
-def test_llama2s_layout_with_other_chats(llama2):
-    (llama2 / "chat_template.jinja").write_text("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}")
-    with pytest.raises(InputError, match=r"no \[INST\]"):
-        load_tokenizer(llama2).render(user("Hi"))
-
-
-# ── pip install ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_package_and_module_is_installed():
@@ -391,15 +311,11 @@ def test_every_package_and_module_is_installed():
         assert (ROOT / "data" / name).is_file() and listed["package-data"]["data"] == ["*.json"]
 
 
-# ── Numbers on command lines ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-PROGRAMS = ["sample", "data.toy", "data.smollm2", "backtrack.evaluate", "backtrack.collect"]
-PROGRAMS += ["backtrack.bench.training"]
-PROGRAMS += [f"train {name}" for name in ("base", "sft", "dpo")]
-PROGRAMS += [f"data.prepare {name}" for name in ("hh", "oasst", "prompts")]
-PROGRAMS += [f"backtrack.attacks {name}" for name in (*ATTACKERS, "rewrite") if name != "decoding"]
-LEAST = {"sample": 6, "backtrack.evaluate": 9, "train sft": 12, "backtrack.attacks adaptive-gcg": 10}
+PROGRAMS = ["sample", "data.toy", "data.smollm2", "backtrack.evaluate.__main__", "backtrack.collect"]
+PROGRAMS += ["backtrack.bench.training", "train sft", "train dpo", "data.base"]
+PROGRAMS += [f"data.prepare.__main__ {name}" for name in ("hh", "rows", "oasst", "prompts")]
+PROGRAMS += [f"backtrack.attacks.__main__ {name}" for name in (*ATTACKERS, "rewrite") if name != "decoding"]
+LEAST = {"sample": 6, "backtrack.evaluate.__main__": 9, "train sft": 12, "backtrack.attacks.__main__ adaptive-gcg": 10}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -426,44 +342,3 @@ def complaint(main, words: list[str]) -> str:
         return command(main, *words, "--help", code=2)[1].splitlines()[-1]
     except AssertionError:  # exit code 0: it was the help
         return ""
-
-
-# ── What a set is called ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def prepared(tmp_path, name: str, text: str | bytes, code=0):
-    source, out = tmp_path / name, tmp_path / "out.jsonl"
-    source.write_bytes(text if isinstance(text, bytes) else text.encode())
-    _, err = command(prepare.main, "prompts", "--in", source, "--out", out, code=code)
-    return err if code else [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-
-
-def test_a_set_is_called_what_it_is_or_as_its_file(tmp_path):
-    """A multilingual set with AdvBench's two columns is not AdvBench, and keeps its others."""
-    [row] = prepared(tmp_path, "any.csv", "goal,target\nmake x,Sure\n")
-    assert row == {"prompt": user("make x"), "set": "advbench", "benign": False, "target": "Sure"}
-    [row] = prepared(tmp_path, "many.v2.csv", "lang,goal,target,category,set\nde,mache x,Klar,c1,test\n")
-    assert row == {
-        "prompt": user("mache x"),
-        "set": "many",
-        "benign": False,
-        "target": "Klar",
-        "lang": "de",
-        "category": "c1",
-    }
-    for index in ("", "Unnamed: 0"):  # pandas', which says nothing
-        [row] = prepared(tmp_path, "any.csv", f"{index},goal,target\n7,make x,Sure\n")
-        assert row["set"] == "advbench" and row.keys() == {"prompt", "set", "benign", "target"}
-    [row] = prepared(tmp_path, "x.csv", "id,prompt,type,label,focus,note\n1,Hi,homonyms,safe,f,\n")
-    assert (row["set"], row["benign"]) == ("xstest", True)
-    [row] = prepared(tmp_path, "mine.csv", "id,prompt,type,label,focus,note,model\n1,Hi,homonyms,safe,f,,m\n")
-    assert (row["set"], row["benign"], row["model"]) == ("mine", True, "m")
-    question = {"question_id": 81, "category": "writing", "turns": ["a", "b"]}
-    assert prepared(tmp_path, "q.jsonl", json.dumps(question))[0]["set"] == "mt_bench"
-    assert prepared(tmp_path, "q.jsonl", json.dumps(question | {"lang": "de"}))[0]["set"] == "q"
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.csv.gz"])
-def test_prepare_knows_other_formats(tmp_path, name):
-    assert "git lfs pull" in prepared(tmp_path, name, POINTER, code=2)
-    assert "read_parquet" in prepared(tmp_path, name, b"PAR1\x15\x04", code=2)

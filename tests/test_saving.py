@@ -23,7 +23,7 @@ from samples import UNSAFE, row_of, toy_tokenizer, write
 from training import contents, interrupted, steps_of, trained
 
 import train
-from data import prepare
+from data.prepare import __main__ as prepare
 from model import InputError, files, load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,33 +2,23 @@
 
     make bench                                      # or: python -m backtrack.bench [--quick] [--out bench.json]
 
-Four questions, each answered in one run on one machine, with random weights and fixed seeds:
+Random weights, fixed seeds, one run on one machine:
 
-- Tokens per second of `generate`, eager and with the decode step compiled (as `sample.py --compile` does it), against
-  `transformers`' own, eager, on the same checkpoint, prompts, dtype and thread count, greedy, no stop token. The
-  outputs must be equal token by token or the benchmark ends there. All prompts are equally long, so
-  transformers needs no padding mask: the case that suits it best.
+- Tokens per second of `generate`, eager and compiled (as `sample.py --compile` does it), against `transformers`' own,
+  eager: same checkpoint, prompts, dtype and threads, greedy. The two must give the same tokens, or the benchmark ends.
+  All prompts are equally long, so that transformers needs no padding mask, which suits it best.
 - Decode steps as a share of what the memory allows. Each step has to read every weight and the keys and values of
-  every row once; bytes / (bandwidth measured in this run) is the time that no implementation at this precision can
-  beat. Toy weights fit into the processor's cache, so for the toy no share is given.
-- Resets: a step in which rows reset over one in which none does, and the first token of a truncated retry over
-  reading prompt ⊕ [RESET] afresh.
-- GCG: candidates scored per second with the keys and values of the prompt before the suffix cached, over reading every
-  candidate from its first token.
+  every row once; no implementation can do that faster than the bandwidth measured in this run. The toy's weights fit
+  into the processor's cache, so it has no share.
+- Resets: the first token of a retry, whose prompt is in the cache, over reading prompt ⊕ [RESET] afresh.
 
-Sides alternate (ABAB…) after a warm-up; numbers are medians, ratios are ratios of medians with the range of the
-pairs' ratios behind them. Bars are printed with "ok", "below" or "above"; they never change the exit code, as the
-machine may be busy. Five minutes on two quiet cores, most of them for the compiler; --quick measures the toy alone and
-eager alone in a quarter of a minute.
-
-It measures neither quality, nor training, nor a GPU (bench_gpu.py), nor other servers (vLLM and the like), and tunes
-nothing for the machine.
+The two sides alternate (ABAB…) after a warm-up. Numbers are medians; a ratio is of medians, with the range of the
+pairs' ratios behind it. Five minutes on two quiet cores, most of them for the compiler; --quick measures the toy alone
+and eager alone in a quarter of a minute. Training: backtrack.bench.training. A GPU: backtrack.bench.gpu.
 """
 
 import argparse
-import gc
 import json
-import os
 import shutil
 import statistics
 import tempfile
@@ -37,23 +27,9 @@ from pathlib import Path
 
 import torch
 
-from backtrack.attacks.objective import Objective
-from backtrack.attacks.suffix import Scorer, Slots
-from backtrack.evaluate.results import cpu_name
-from backtrack.generate import (
-    Options,
-    Record,
-    Reset,
-    Rows,
-    Token,
-    feed,
-    generate,
-    pick,
-    read_tokens,
-    stream,
-    to_host,
-)
-from model import InputError, KVCache, ModelConfig, Transformer, load_model, save_model
+from backtrack.evaluate.results import made_by
+from backtrack.generate import Reset, Token, generate, stream
+from model import InputError, ModelConfig, Transformer, load_model, save_model
 from model.errors import run
 from model.files import check_file, write_text
 
@@ -68,27 +44,14 @@ LLAMA_125M = ModelConfig(
     head_dim=64,
     max_position_embeddings=2048,
 )
-# (batch, new tokens, least tokens/s as a multiple of transformers')
-TOY_RUNS = ((1, 64, 3.0), (32, 64, 3.0))
-RUNS_125M = ((1, 64, 1.4), (8, 64, 1.5))
-MOST_A_RESET_STEP_MAY_COST = 1.05
-PROMPT_OF_RETRY = 512  # tokens
-
-
-# ── Arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────────
+NEW_TOKENS = 64
+PROMPT_OF_RETRY = {"toy": 128, "125M": 512}  # tokens
 
 
 def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
     """Ratio of the medians of a and b, and the least and greatest ratio of a pair (a[i], b[i])."""
     pairs = [x / y for x, y in zip(a, b, strict=True)]
     return statistics.median(a) / statistics.median(b), min(pairs), max(pairs)
-
-
-def verdict(value: float, least: float | None = None, most: float | None = None) -> str:
-    """Beside a bar: "ok", or on which side of it the value is."""
-    if least is not None and value < least:
-        return "below"
-    return "above" if most is not None and value > most else "ok"
 
 
 def step_bytes(model: Transformer, batch: int, context: float) -> float:
@@ -107,37 +70,31 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-# ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def alternate(first, second, repeats: int, same=None) -> tuple[list, list, list[float], list[float]]:
-    """Call the two in turn: their results and their seconds. `same(x, y)` must hold for every pair of results."""
-    results, seconds = ([], []), ([], [])
+def alternate(first, second, repeats: int, same) -> tuple[list, list[float], list[float]]:
+    """Call the two in turn: the results of the first, and the seconds of both. `same` must hold for every pair."""
+    results, seconds = [], ([], [])
     for i in range(repeats + 1):
-        for side, call in enumerate((first, second)):
-            start = time.perf_counter()
-            result = call()
-            elapsed = time.perf_counter() - start
-            if i > 0:  # the first round is the warm-up
-                results[side].append(result)
-                seconds[side].append(elapsed)
-            if side == 0:
-                earlier = result
-        if same is not None and not same(earlier, result):
+        (mine, mine_s), (other, other_s) = timed(first), timed(second)
+        if not same(mine, other):
             raise AssertionError("the two sides disagree about the output; their times cannot be compared")
-    return *results, *seconds
+        if i > 0:  # the first round is the warm-up
+            results.append(mine)
+            seconds[0].append(mine_s)
+            seconds[1].append(other_s)
+    return results, *seconds
+
+
+def timed(call) -> tuple:
+    """(result, seconds)"""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
 
 
 def read_bandwidth(mebibytes: int = 512) -> float:
     """Bytes per second that all threads together read from memory: the fastest of several sums over a big tensor."""
     x = torch.ones(mebibytes << 18)  # fp32
-    return x.nbytes / min(seconds_of(x.sum) for _ in range(6))
-
-
-def seconds_of(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return x.nbytes / min(timed(x.sum)[1] for _ in range(6))
 
 
 @torch.no_grad()
@@ -165,52 +122,35 @@ def random_prompts(config: ModelConfig, batch: int, length: int) -> list[list[in
     return torch.randint(config.vocab_size, (batch, length), generator=generator).tolist()
 
 
-# ── Against transformers ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def load_transformers():
-    try:
-        import transformers
-    except ImportError:
-        raise InputError(
-            "transformers, the other side of this benchmark, is not installed: pip install -r requirements-dev.txt"
-        ) from None
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
 def load_both(config: ModelConfig, transformers):
     """One random checkpoint on disk, loaded by us and by them."""
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "checkpoint"
-        save_model(random_model(config), path)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        save_model(random_model(config), directory)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         theirs.generation_config.eos_token_id = None  # neither side may stop early
-        return load_model(path), theirs
+        return load_model(directory), theirs
 
 
-def compare(name: str, model, theirs, batch: int, new_tokens: int, bar: float, repeats: int, bandwidth: float | None):
-    """Tokens per second of both; one row of the result. Raises AssertionError where the tokens differ.
+def compare(name: str, model, theirs, batch: int, new_tokens: int, repeats: int, bandwidth: float | None) -> dict:
+    """Tokens per second of both: one table row. Raises AssertionError where the tokens differ.
 
     bandwidth   bytes per second that the memory gives; None: no share of it is reported.
     """
     prompts = random_prompts(model.config, batch, length=16)
     input_ids = torch.tensor(prompts)
-    attention_mask = torch.ones_like(input_ids)
+    settings = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "pad_token_id": 0}
 
-    def ours_():
+    def our_answers():
         return generate(model, prompts, reset_id=None, stop_ids=(), max_new_tokens=new_tokens)
 
     @torch.inference_mode()
-    def theirs_():
-        return theirs.generate(
-            input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
-        )
+    def their_answers():
+        return theirs.generate(input_ids, max_new_tokens=new_tokens, **settings)
 
     def same(generations, output):
         return [g.tokens for g in generations] == output[:, input_ids.shape[1] :].tolist()
 
-    generations, _, ours_s, theirs_s = alternate(ours_, theirs_, repeats, same)
+    generations, ours_s, theirs_s = alternate(our_answers, their_answers, repeats, same)
     speedup, low, high = ratio(theirs_s, ours_s)
     row = {
         "name": f"{name}, batch {batch}",
@@ -218,8 +158,6 @@ def compare(name: str, model, theirs, batch: int, new_tokens: int, bar: float, r
         "transformers_tokens_per_s": batch * new_tokens / statistics.median(theirs_s),
         "ratio": speedup,
         "range": [low, high],
-        "least": bar,
-        "verdict": verdict(speedup, least=bar),
     }
     if bandwidth is not None:
         context = len(prompts[0]) + new_tokens / 2
@@ -232,56 +170,6 @@ def step_seconds(generations) -> float:
     """Of the decode steps alone, without reading the prompt."""
     g = generations[0]
     return (g.total_s - g.first_token_s) / (g.steps - 1)
-
-
-# ── Resets ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def reset_step(name: str, model, batch: int, steps: int, reset_id: int = 3) -> dict:
-    """A step in which every fourth row resets, over the same step without resets; the two alternate step by step.
-
-    Both look at equally many cache entries (`visible` is pinned; in `generate` a reset makes rows shorter and later
-    steps cheaper). A row resets because its [RESET] logit is set to a large number; the plain side sets it, too, to a
-    small one.
-    """
-    prompts = random_prompts(model.config, batch, length=16)
-    capacity = len(prompts[0]) + 2 * steps
-    options = Options(reset_id=reset_id, stop_ids=[], max_new_tokens=steps + 9, max_resets=steps)
-    forced = torch.full((steps, batch), -1e9)
-    forced[(torch.arange(steps)[:, None] + torch.arange(batch)) % 4 == 0] = 1e9
-    plain = torch.full((steps, batch), -1e9)
-
-    class Side:
-        def __init__(self, script):
-            self.script, self.seconds, self.resets = script, [], 0
-            self.cache = KVCache(model.config, batch, capacity)
-            self.logits = model(torch.tensor(prompts), self.cache)[:, -1]  # (B, V)
-            self.records = [Record(i, prompts[i], [], entries=len(prompts[i])) for i in range(batch)]
-            self.rows = Rows(torch.full((batch,), len(prompts[0])), torch.zeros(batch, dtype=torch.int64))
-
-        def step(self, i):
-            self.logits[:, reset_id] = self.script[i]
-            start = time.perf_counter()
-            token, best = pick(self.logits, self.rows, None, options)
-            for event in read_tokens(*to_host(token, best), self.records, options, start):
-                self.resets += isinstance(event, Reset)
-            self.logits = feed(model, token, self.rows, self.cache, options)
-            self.seconds.append(time.perf_counter() - start)
-
-    with torch.inference_mode():
-        sides = Side(forced), Side(plain)
-        for i in range(steps):
-            for side in sides if i % 2 else sides[::-1]:  # neither is always the one with the colder cache
-                side.step(i)
-    resetting, still = sides
-    assert resetting.resets == (forced > 0).sum() and still.resets == 0
-    value, *_ = ratio(resetting.seconds[4:], still.seconds[4:])  # the first few warm up
-    return {
-        "name": f"{name}, batch {batch}: step with resets / without",
-        "ratio": value,
-        "most": MOST_A_RESET_STEP_MAY_COST,
-        "verdict": verdict(value, most=MOST_A_RESET_STEP_MAY_COST),
-    }
 
 
 def retry(name: str, model, prompt_length: int, repeats: int, reset_id: int = 3) -> dict:
@@ -303,7 +191,7 @@ def retry(name: str, model, prompt_length: int, repeats: int, reset_id: int = 3)
     def fresh():
         return generate(model, [prompt + [reset_id]], max_resets=0, **options)[0].tokens[0]
 
-    _, _, _, fresh_s = alternate(cached, fresh, repeats, same=int.__eq__)
+    _, _, fresh_s = alternate(cached, fresh, repeats, same=int.__eq__)
     cached_s = times[1:]  # without the warm-up
     value, low, high = ratio(cached_s, fresh_s)
     return {
@@ -315,75 +203,13 @@ def retry(name: str, model, prompt_length: int, repeats: int, reset_id: int = 3)
     }
 
 
-def scoring(name: str, model, prompt_length: int, candidates: int, repeats: int) -> dict:
-    """Candidate suffixes scored per second: 20 tokens of suffix and 24 of target behind a prompt, cached or not."""
-    before, target, *suffixes = (
-        torch.randint(4, model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-        for seed, n in enumerate([prompt_length, 24] + [20] * candidates)
-    )
-    objective = Objective()
-    cached = Scorer(model, Slots(before, suffixes[0], [], target), rows=candidates)
-    plain = Scorer(model, Slots(before[:1], before[1:] + suffixes[0], [], target), rows=candidates)
-
-    def with_cache():
-        return cached.losses(suffixes, len(target), objective)
-
-    def without():
-        return plain.losses([before[1:] + s for s in suffixes], len(target), objective)
-
-    def same(a, b):
-        return torch.allclose(a, b, atol=1e-3)
-
-    _, _, cached_s, plain_s = alternate(with_cache, without, repeats, same=same)
-    value, low, high = ratio(plain_s, cached_s)
-    return {
-        "name": f"{name}, prompt of {prompt_length}: GCG candidates per second, cached prompt / none",
-        "candidates_per_s": candidates / statistics.median(cached_s),
-        "ratio": value,
-        "range": [low, high],
-    }
-
-
-# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def speed_table(rows: list[dict]) -> str:
-    lines = [["", "backtrack", "transformers", "ratio (range)", "bar", "", "of the bandwidth limit"]]
+    lines = [["", "backtrack", "transformers", "ratio (range)", "of the bandwidth limit"]]
     for r in rows:
         share = f"{r['bandwidth_share']:.0%}" if "bandwidth_share" in r else "— (weights sit in the processor's cache)"
-        low, high = r["range"]
-        lines.append(
-            [
-                r["name"],
-                f"{r['tokens_per_s']:.0f} tokens/s",
-                f"{r['transformers_tokens_per_s']:.0f} tokens/s",
-                f"{r['ratio']:.2f} ({low:.2f}–{high:.2f})",
-                f"≥ {r['least']:g}",
-                r["verdict"],
-                share,
-            ]
-        )
+        speeds = [f"{r[key]:.0f} tokens/s" for key in ("tokens_per_s", "transformers_tokens_per_s")]
+        lines.append([r["name"], *speeds, "{:.2f} ({:.2f}–{:.2f})".format(r["ratio"], *r["range"]), share])
     return table(lines)
-
-
-def reset_table(rows: list[dict]) -> str:
-    lines = [["", "ratio (range)", "bar", ""]]
-    for r in rows:
-        spread = " ({:.3f}–{:.3f})".format(*r["range"]) if "range" in r else ""
-        bar = f"≤ {r['most']:g}" if "most" in r else ""
-        lines.append([r["name"], f"{r['ratio']:.3f}{spread}", bar, r.get("verdict", "")])
-    return table(lines)
-
-
-def machine(transformers) -> dict:
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "seed": SEED,
-    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -393,42 +219,35 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out:
         check_file(args.out)
-    transformers = load_transformers()
-    report = {"machine": machine(transformers), "speed": [], "resets": [], "scoring": []}
-    print(", ".join(f"{k} {v}" for k, v in report["machine"].items() if v is not None), flush=True)
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("transformers is the other side: pip install -r requirements-dev.txt") from None
+    transformers.utils.logging.disable_progress_bar()
+    report = {**made_by(), "transformers": transformers.__version__, "threads": torch.get_num_threads()}
     report["read_bytes_per_s"] = bandwidth = read_bandwidth()
-    print(f"memory: {bandwidth / 1e9:.1f} GB/s read\n", flush=True)
+    report |= {"speed": [], "retries": []}
+    print(f"transformers {transformers.__version__}, memory: {bandwidth / 1e9:.1f} GB/s read\n", flush=True)
 
-    repeats = 3 if args.quick else 5
-    compiler = not args.quick and any(map(shutil.which, ("g++", "clang++")))
+    repeats, compiler = 3 if args.quick else 5, not args.quick and any(map(shutil.which, ("g++", "clang++")))
     if not args.quick and not compiler:
         print("no C++ compiler found: compiled decode steps are left out\n", flush=True)
-    toy = ModelConfig.load(Path(__file__).parent.parent / "data" / "toy.json")
-    for name, config, runs, in_cache in (("toy", toy, TOY_RUNS, True), ("125M", LLAMA_125M, RUNS_125M, False)):
-        if args.quick and config is LLAMA_125M:
-            continue
+    toy = ModelConfig.load(Path(__file__).parents[2] / "data" / "toy.json")
+    shapes = [("toy", toy, (1, 32), None), ("125M", LLAMA_125M, (1, 8), bandwidth)]
+    for name, config, batches, limit in shapes[:1] if args.quick else shapes:
         model, theirs = load_both(config, transformers)
-        for batch, new_tokens, bar in runs:
-            limit = None if in_cache else bandwidth
-            report["speed"].append(compare(name, model, theirs, batch, new_tokens, bar, repeats, limit))
+        for batch in batches:
+            report["speed"].append(compare(name, model, theirs, batch, NEW_TOKENS, repeats, limit))
             if compiler:
                 torch.compiler.reset()  # or the second batch size would get kernels that take any
                 compiled = random_model(config)  # the same weights once more
                 compiled.compile()
-                row = compare(f"{name}, compiled", compiled, theirs, batch, new_tokens, bar, repeats, limit)
+                row = compare(f"{name}, compiled", compiled, theirs, batch, NEW_TOKENS, repeats, limit)
                 report["speed"].append(row)
-                del compiled
-        del theirs
-        gc.collect()
-        report["resets"].append(reset_step(name, model, batch=runs[-1][0], steps=120 if in_cache else 32))
-        for prompt_length in (32, 256):
-            report["scoring"].append(scoring(name, model, prompt_length, 64 if in_cache else 8, repeats))
-        if not in_cache:
-            report["resets"].append(retry(name, model, PROMPT_OF_RETRY, repeats=repeats))
-    print(speed_table(report["speed"]), end="\n\n", flush=True)
-    print(reset_table(report["resets"]), end="\n\n", flush=True)
-    print(reset_table(report["scoring"]), flush=True)
-
+        report["retries"].append(retry(name, model, PROMPT_OF_RETRY[name], repeats))
+    print(speed_table(report["speed"]), end="\n\n")
+    for r in report["retries"]:
+        print("{name}: {ratio:.3f} ({range[0]:.3f}–{range[1]:.3f})".format(**r))
     if args.out:
         write_text(json.dumps(report, indent=2) + "\n", args.out)
 

@@ -20,16 +20,18 @@ import time
 
 import torch
 
-import train
-from backtrack.bench.__main__ import random_model, random_prompts, seconds_of, step_bytes
+from backtrack.bench.__main__ import random_model, random_prompts, step_bytes, timed
 from backtrack.bench.__main__ import step_seconds as decode_seconds
 from backtrack.evaluate.results import made_by
 from backtrack.generate import generate
+from backtrack.run.chunks import LOGITS
 from backtrack.run.plan import plan
-from backtrack.trees import make_batch, window_tree
-from model import InputError, ModelConfig
+from backtrack.trees import make_batch
+from data.base import window_tree
+from model import InputError, ModelConfig, Transformer
 from model.errors import positive, run
 from model.files import check_file, write_text
+from train import CLIP, logprobs, make_optimizer, sft_loss
 
 LLAMA_8B = ModelConfig(
     vocab_size=128_256,
@@ -45,16 +47,15 @@ LLAMA_8B = ModelConfig(
 LENGTH = 2048
 # Dense bf16 FLOPs per second, from NVIDIA's data sheets of the SXM cards.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+HOW = {True: "compiled", False: "eager"}
 TRAINING = ((1, False), (4, False), (4, True))  # (sequences in a micro-batch, compiled)
 DECODING = ((1, False), (16, False), (1, True), (16, True))  # (rows, compiled); compiled a model stays
-
-# ── SFT ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def sft_flops(config: ModelConfig, batch: int, length: int) -> float:
     """Of one pass, forward and backward, without what is computed again."""
     with torch.device("meta"):
-        model = train.Transformer(config)
+        model = Transformer(config)
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     if not config.tie_word_embeddings:
         matrices -= model.model.embed_tokens.weight.numel()  # it is looked up, not multiplied
@@ -63,18 +64,17 @@ def sft_flops(config: ModelConfig, batch: int, length: int) -> float:
     return tokens * (6 * matrices + 12 * config.num_hidden_layers * width * length)
 
 
-def settings(batch: int, device: str) -> argparse.Namespace:
-    """train.py's arguments, as far as they are needed."""
-    sizes = {"batch_size": batch, "max_length": LENGTH, "plan": 1, "lora": 0, "lr": 1e-5, "weight_decay": 0.0}
-    more = {"checkpoint_activations": False, "offload": False, "dtype": "bfloat16", "device": device}
-    return argparse.Namespace(**sizes, **more)
+def planned(config: ModelConfig, batch: int) -> float:
+    """Bytes that train.py's --plan expects for micro-batches of `batch` full sequences."""
+    more = {"plan": 1, "lora": 0, "checkpoint_activations": False, "offload": False, "dtype": "bfloat16"}
+    return plan(config, argparse.Namespace(batch_size=batch, max_length=LENGTH, **more), LOGITS).total
 
 
 def cut(config: ModelConfig, memory: float, batch: int) -> ModelConfig:
     """As many layers as fit into so many bytes, says --plan; a tenth stays free."""
     for layers in range(config.num_hidden_layers, 0, -1):
         smaller = dataclasses.replace(config, num_hidden_layers=layers)
-        if 1.1 * plan(smaller, settings(batch, "cuda"), train.CHUNK).total < memory:
+        if 1.1 * planned(smaller, batch) < memory:
             return smaller
     raise InputError(f"{memory / 1e9:.0f} GB hold no layer of this shape; take a larger device")
 
@@ -83,11 +83,10 @@ def step_seconds(
     config: ModelConfig, batch: int, length: int, device: str, steps: int, accumulated=1, compiled=False
 ) -> list[float]:
     """Of `steps` optimizer steps of `accumulated` micro-batches, after two that warm up."""
-    args = settings(batch, device)
     model = random_model(config, device).train()
     if compiled:
         model.model.compile(dynamic=True)
-    optimizer = train.make_optimizer(model, args)
+    optimizer = make_optimizer(model, lr=1e-5, weight_decay=0.0)
     ids = random.Random(0)
     stream = [ids.randrange(config.vocab_size) for _ in range(batch * length)]
     trees = [window_tree(stream, first, length) for first in range(0, len(stream), length)]
@@ -96,10 +95,10 @@ def step_seconds(
         start = time.perf_counter()
         for _ in range(accumulated):
             some = make_batch(trees, device)
-            with train.autocast(args):
-                values = train.logprobs(model, some)
-            (train.sft_loss(values, some.weight) / (accumulated * some.weight.sum())).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            with torch.autocast(device, torch.bfloat16):
+                values = logprobs(model, some)
+            (sft_loss(values, some.weight) / (accumulated * some.weight.sum())).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device == "cuda":
@@ -109,7 +108,7 @@ def step_seconds(
 
 
 def train_8b(batch: int, compiled: bool, accumulated: int, steps: int) -> dict:
-    """One record: shape, tokens per second, and the share of the peak where the card's is known."""
+    """One record: tokens per second, memory, and the share of the peak (None for an unknown card)."""
     name = torch.cuda.get_device_name()
     config = cut(LLAMA_8B, torch.cuda.get_device_properties(0).total_memory, batch)
     torch.cuda.reset_peak_memory_stats()
@@ -118,21 +117,14 @@ def train_8b(batch: int, compiled: bool, accumulated: int, steps: int) -> dict:
     rate = accumulated * sft_flops(config, batch, LENGTH) / step
     peak = next((value for card, value in PEAK.items() if card in name), None)
     return {
-        "name": f"SFT, {config.num_hidden_layers} layers, {batch} × {LENGTH} tokens, {how(compiled)}",
+        "name": f"SFT, {config.num_hidden_layers} layers, {batch} × {LENGTH} tokens, {HOW[compiled]}",
         "tokens_per_s": accumulated * batch * LENGTH / step,
         "flops_per_s": rate,
         "mfu": None if peak is None else rate / peak,
         "range_s": [min(seconds), max(seconds)],
         "peak_memory": torch.cuda.max_memory_allocated(),
-        "planned_memory": plan(config, settings(batch, "cuda"), train.CHUNK).total,
+        "planned_memory": planned(config, batch),
     }
-
-
-def how(compiled: bool) -> str:
-    return "compiled" if compiled else "eager"
-
-
-# ── Decoding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def copy_bandwidth(mebibytes: int = 4096) -> float:
@@ -145,7 +137,7 @@ def copy_bandwidth(mebibytes: int = 4096) -> float:
         torch.cuda.synchronize()
 
     copy()
-    return 2 * x.nbytes / min(seconds_of(copy) for _ in range(10))
+    return 2 * x.nbytes / min(timed(copy)[1] for _ in range(10))
 
 
 def decode_8b(model, batch: int, compiled: bool, repeats: int, bandwidth: float) -> dict:
@@ -161,24 +153,20 @@ def decode_8b(model, batch: int, compiled: bool, repeats: int, bandwidth: float)
     step = statistics.median(seconds[1:])  # the first run warms up and compiles
     least = step_bytes(model, batch, len(prompts[0]) + new_tokens / 2) / bandwidth
     return {
-        "name": f"decoding, {model.config.num_hidden_layers} layers, {batch} rows, {how(compiled)}",
+        "name": f"decoding, {model.config.num_hidden_layers} layers, {batch} rows, {HOW[compiled]}",
         "tokens_per_s": batch / step,
         "bandwidth_share": least / step,
         "range": [least / max(seconds[1:]), least / min(seconds[1:])],
     }
 
 
-# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def line(record: dict) -> str:
-    if "bandwidth_share" in record:
-        low, high = record["range"]
-        share = f"{record['bandwidth_share']:.0%} of the copy bandwidth ({low:.0%}–{high:.0%})"
+def line(r: dict) -> str:
+    if "bandwidth_share" in r:
+        share = "{bandwidth_share:.0%} of the copy bandwidth ({range[0]:.0%}–{range[1]:.0%})".format(**r)
     else:
-        share = "peak unknown" if record["mfu"] is None else f"{record['mfu']:.0%} MFU"
-        share += f", {record['peak_memory'] / 1e9:.1f} GB ({record['planned_memory'] / 1e9:.1f} planned)"
-    return f"{record['name']}: {record['tokens_per_s']:,.0f} tokens/s, {share}"
+        share = "peak unknown" if r["mfu"] is None else f"{r['mfu']:.0%} MFU"
+        share += f", {r['peak_memory'] / 1e9:.1f} GB ({r['planned_memory'] / 1e9:.1f} planned)"
+    return f"{r['name']}: {r['tokens_per_s']:,.0f} tokens/s, {share}"
 
 
 def main() -> None:

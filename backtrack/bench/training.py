@@ -3,20 +3,18 @@
     python -m backtrack.bench.training --rows hh.jsonl --tokenizer llama3-tokenizer [--out bench.json]
 
 First the tokens that go through the network per row, padding included, over all rows. Then rows per second and peak
-memory of one optimizer-less step (forward and backward) on a Llama of 125M parameters, random weights, fp32. It has
-32,000 rows; ids beyond them are folded in (id mod 32,000), which changes no cost. The two sides take the same rows and
-turns (ABAB…), and their losses and gradients must agree or the benchmark ends there. A ratio is of total times.
+memory (Linux) of a step without optimizer, forward and backward, on a Llama of 125M parameters, random weights, fp32.
+Its vocabulary has 32,000 ids; larger ones are folded in (id mod 32,000), which changes no cost.
 
-The plain side is the usual way: each sequence a batch row of its own, padded on the right, causal
-attention, logits at the targets alone. Three minutes on two quiet cores. It measures no optimizer.
+The plain side is the usual way: each sequence a batch row of its own, padded on the right, causal attention, logits at
+the targets alone. The two sides take the same rows and turns (ABAB…), and their losses and gradients must agree, or the
+benchmark ends. A ratio is of total times. Three minutes on two quiet cores.
 """
 
 import argparse
 import ctypes
-import dataclasses
 import gc
 import json
-import os
 import random
 import time
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch.nn.functional as F
 
 from backtrack.bench.__main__ import LLAMA_125M, random_model, ratio, table
 from backtrack.evaluate.results import made_by
-from backtrack.examples import dpo_pairs, draw_prefix, sft_views
+from backtrack.examples import View, dpo_pairs, draw_prefix, sft_views
 from backtrack.rows import Row, load_rows
 from backtrack.run.parallel import micro_batches
 from backtrack.trees import Tree, make_batch, pair_tree, view_tree
@@ -44,20 +42,8 @@ KINDS = {
 }
 
 
-# ── The same row, both ways ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclasses.dataclass
-class Plain:
-    """One sequence by itself."""
-
-    tokens: list[int]
-    loss_from: int
-    weight: float
-
-
-def both_ways(kind: str, row: Row, index: int, tok) -> tuple[Tree, list[Plain]]:
-    """The tree of a row, and the sequences that it stands for. Those of `every` are one with many targets."""
+def both_ways(kind: str, row: Row, index: int, tok) -> tuple[Tree, list[View]]:
+    """The tree of a row, and its sequences one by one, of which `weight · log π` is to be summed up."""
     _, options = KINDS[kind]
     room = MAX_LENGTH - len(row.prompt) - 2
     k_rejected = draw_prefix(0, 0, index, min(len(row.rejected), room))
@@ -66,14 +52,13 @@ def both_ways(kind: str, row: Row, index: int, tok) -> tuple[Tree, list[Plain]]:
         pairs = dpo_pairs(row, k_rejected, k_chosen, tok)
         plain = []
         for pair in pairs:
-            plain.append(Plain(pair.prompt + pair.chosen, len(pair.prompt), 1.0))
-            plain.append(Plain(pair.prompt + pair.rejected, len(pair.prompt), -1.0))
+            plain.append(View("chosen", pair.prompt + pair.chosen, len(pair.prompt), 1.0))
+            plain.append(View("rejected", pair.prompt + pair.rejected, len(pair.prompt), -1.0))
         tree = pair_tree(pairs, {"elicit": 1.0, "discourage": 1.0}, MAX_LENGTH)
         tree.target_weight = [(1.0, -1.0)[s % 2] for s in tree.target_sequence]
         return tree, plain
-    # The plain side draws one k: nobody would train |y−| sequences for one [RESET] each.
-    views = sft_views(row, k_rejected, tok)
-    plain = [Plain(view.tokens, view.loss_from, view.weight) for view in views]
+    # The plain side draws one k in either kind: nobody would train |y−| sequences for one [RESET] each.
+    plain = sft_views(row, k_rejected, tok, resets="drawn")
     return view_tree(sft_views(row, k_rejected, tok, **options), MAX_LENGTH), plain
 
 
@@ -83,8 +68,8 @@ def tree_loss(model: Transformer, trees: list[Tree]) -> torch.Tensor:
     return (batch.weight * logprobs(model, batch)).sum()
 
 
-def plain_loss(model: Transformer, sequences: list[Plain]) -> torch.Tensor:
-    """The same sum, sequence by sequence."""
+def plain_loss(model: Transformer, sequences: list[View]) -> torch.Tensor:
+    """The same sum over sequences that are batch rows of their own."""
     width = max(len(s.tokens) for s in sequences)
     tokens = torch.zeros(len(sequences), width, dtype=torch.int64)
     weights = torch.zeros(len(sequences), width)
@@ -98,26 +83,17 @@ def plain_loss(model: Transformer, sequences: list[Plain]) -> torch.Tensor:
     return -(weights[is_target] * nll).sum()
 
 
-# ── Cost ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def computed_tokens(kind: str, rows: list[Row], tok, accumulate: int) -> dict:
     """Tokens through the network per row, in steps of `accumulate` micro-batches."""
     size, _ = KINDS[kind]
-    trees, plain = [], []
-    for index, row in enumerate(rows):
-        tree, sequences = both_ways(kind, row, index, tok)
-        trees.append(tree)
-        plain.append(sequences)
-    computed = 0
+    trees, plain = zip(*(both_ways(kind, row, index, tok) for index, row in enumerate(rows)), strict=True)
+    computed = separate = 0
     for first in range(0, len(rows), size * accumulate):
-        for few in micro_batches(trees[first : first + size * accumulate], size):
+        for few in micro_batches(list(trees[first : first + size * accumulate]), size):
             computed += make_batch(few).tokens.numel()
-    separate = 0
     for first in range(0, len(rows), size):
-        sequences = [s for some in plain[first : first + size] for s in some]
-        # As plain_loss: a last token predicts nothing and is not read.
-        separate += len(sequences) * (max(len(s.tokens) for s in sequences) - 1)
+        lengths = [len(s.tokens) - 1 for sequences in plain[first : first + size] for s in sequences]
+        separate += len(lengths) * max(lengths)  # a last token predicts nothing and is not read
     return {
         "name": f"{kind}, micro-batches of {size}, {accumulate} a step",
         "separate": separate / len(rows),
@@ -134,9 +110,9 @@ def step_speed(kind: str, model: Transformer, rows: list[Row], tok, steps: int) 
         trees, plain = [], []
         for index in range(step * size, (step + 1) * size):
             tree, sequences = both_ways(kind, rows[index], index, tok)
-            fold(model.config.vocab_size, tree, sequences)
             trees.append(tree)
             plain += sequences
+        fold(model.config.vocab_size, trees, plain)
         sides = [(0, plain_loss, plain), (1, tree_loss, trees)]
         found = {}
         for side, loss_of, examples in sides if step % 2 else sides[::-1]:
@@ -158,12 +134,12 @@ def step_speed(kind: str, model: Transformer, rows: list[Row], tok, steps: int) 
     }
 
 
-def fold(vocab_size: int, tree: Tree, sequences: list[Plain]) -> None:
+def fold(vocab_size: int, trees: list[Tree], sequences: list[View]) -> None:
     """Ids of a larger vocabulary into this one."""
-    tree.tokens = [id % vocab_size for id in tree.tokens]
-    tree.target_token = [id % vocab_size for id in tree.target_token]
-    for sequence in sequences:
-        sequence.tokens = [id % vocab_size for id in sequence.tokens]
+    for example in (*trees, *sequences):
+        example.tokens = [id % vocab_size for id in example.tokens]
+    for tree in trees:
+        tree.target_token = [id % vocab_size for id in tree.target_token]
 
 
 def descend(model: Transformer, loss_of, examples: list):
@@ -180,26 +156,16 @@ def descend(model: Transformer, loss_of, examples: list):
 def forget_peak() -> None:
     """Linux: give freed memory back, and let VmHWM, the peak of what is resident, start anew."""
     gc.collect()
-    libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-    file = Path("/proc/self/clear_refs")
-    if file.exists():
-        file.write_text("5")
+    if Path("/proc/self/clear_refs").exists():
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def memory(name: str) -> int:
-    """Bytes, from /proc/self/status; 1 where there is none."""
+    """Bytes, from /proc/self/status; 0 where there is none."""
     file = Path("/proc/self/status")
-    if not file.exists():
-        return 1
-    for line in file.read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 1
-
-
-# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+    lines = file.read_text().splitlines() if file.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -220,8 +186,7 @@ def main(argv: list[str] | None = None) -> None:
 
     cost = [computed_tokens(kind, rows, tok, n) for kind in KINDS for n in (1, 32)]
     lines = [["tokens per row", "separate, padded", "trees", "trees without padding"]]
-    for r in cost:
-        lines.append([r["name"], f"{r['separate']:.0f}", f"{r['trees']:.0f}", f"{r['without_padding']:.0f}"])
+    lines += [[r["name"], *(f"{r[key]:.0f}" for key in ("separate", "trees", "without_padding"))] for r in cost]
     print(f"{len(rows)} rows\n{table(lines)}\n", flush=True)
 
     model = random_model(LLAMA_125M).train()
