@@ -15,11 +15,8 @@ from models import prone_to
 from test_evaluate import furnish
 
 from backtrack.attacks import __main__ as attacks
-from backtrack.attacks import attack, victim
-from backtrack.attacks.context import contexts
-from backtrack.attacks.instruct import INSTRUCTIONS
-from backtrack.attacks.prefill import LENGTHS, prefills
-from backtrack.attacks.universal import universal_gcg
+from backtrack.attacks import attack
+from backtrack.attacks.no_search import INSTRUCTIONS, PREFILL_LENGTHS, contexts, prefills
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.evaluate.statistics import wilson
 from backtrack.generate import Generation, generate
@@ -34,9 +31,25 @@ SMALL = ("--candidates", 8, "--topk", 8, "--batch-size", 8)
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
     rows = furnish(root)
-    prompts = [[r for r in rows if r["set"] == name][7 * i] for i in range(2) for name in ("seen", "unseen")]
+    prompts = [[r for r in rows if r["set"] == name][7 * i] for name in ("seen", "unseen") for i in range(2)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     return root
+
+
+@pytest.fixture(scope="module")
+def prompts(place):
+    return list(map(json.loads, (place / "prompts.jsonl").read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def tok(place):
+    return load_tokenizer(place / "one")
+
+
+@pytest.fixture(scope="module")
+def unsafe(place):
+    """An ingredient that makes every answer with it unsafe."""
+    return json.loads((place / "world.json").read_text())["forbidden_ingredients"][0]
 
 
 command = partial(run_command, attacks.main)
@@ -56,58 +69,54 @@ def words(name, place, out, *more, ckpt="one"):
 def lines(out):
     head, *records = map(json.loads, out.read_text().split("\n")[:-1])
     assert set(head) == {"settings"}
-    return head["settings"], records
+    return records
 
 
-def saying(monkeypatch, function):
-    """Replaces the sampler: function(tok-decoded prompt, prefill ids, options) -> (surviving text, discarded texts)."""
-    state = {}
+def attacked(name, place, tmp_path, *more):
+    """The records of an attack on all prompts, and what was printed."""
+    out = tmp_path / f"{name}.jsonl"
+    out.unlink(missing_ok=True)
+    printed, _ = command(*words(name, place, out, *more))
+    return lines(out), printed
 
-    def fake(model, prompts, **options):
-        tok, answers = state["tok"], []
-        for prompt, forced in zip(prompts, options["prefill"], strict=True):
-            surviving, discarded = function(tok.decode(prompt), forced, options)
-            taken_back = [tok.encode(text) for text in discarded]
-            answers.append(Generation(tok.encode(surviving), taken_back, len(discarded), "stop", 1, 0.0, 0.0))
-        return answers
 
-    def load(path):
-        state["tok"] = load_tokenizer(path)
-        return state["tok"]
+@pytest.fixture
+def saying(monkeypatch, tok):
+    """saying(f) replaces the sampler by f(prompt as text, prefill ids) -> (surviving text, discarded texts)."""
 
-    monkeypatch.setattr(victim, "generate", fake)
-    monkeypatch.setattr(attacks, "load_tokenizer", load)
+    def replace(function):
+        def fake(model, prompts, prefill, **options):
+            answers = []
+            for prompt, forced in zip(prompts, prefill, strict=True):
+                surviving, discarded = function(tok.decode(prompt), forced)
+                taken_back = [tok.encode(text) for text in discarded]
+                answers.append(Generation(tok.encode(surviving), taken_back, len(discarded), "stop", 1, 0.0, 0.0))
+            return answers
+
+        monkeypatch.setattr(attack, "generate", fake)
+
+    return replace
 
 
 # ── What is sent and judged ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct", "context"])
-def test_a_record_can_be_checked(place, tmp_path, name):
+def test_a_record_can_be_checked(place, prompts, tok, tmp_path, name):
     """What a line says was sent is sent again, to the real sampler, with the judge shown the original prompt."""
     options = dict(on_reset="keep", reset_bias=6.0, max_resets=2)
-    flags = ("--on-reset", "keep", "--reset-bias", 6, "--max-resets", 2)
-    command(*words(name, place, tmp_path / "a.jsonl", *flags))
-    _, records = lines(tmp_path / "a.jsonl")
-    model, tok, judge = load_model(place / "one"), load_tokenizer(place / "one"), load_judge(place / "world.json")
-    prompts = list(map(json.loads, (place / "prompts.jsonl").read_text().splitlines()))
-    assert [prompts.index(p) for p in sorted(prompts, key=lambda p: p["set"] != "seen")] == [0, 2, 1, 3]
-    resets = 0
-    for record, number in zip(records, (0, 2, 1, 3), strict=True):
-        prompt = prompts[number]
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    records, _ = attacked(name, place, tmp_path, "--on-reset", "keep", "--reset-bias", 6, "--max-resets", 2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    model, judge, resets = load_model(place / "one"), load_judge(place / "world.json"), 0
+    ends = dict(reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=10)
+    for record, prompt in zip(records, prompts, strict=True):
         assert record["set"] == prompt["set"] and record["name"] == name
         assert {k: record[k] for k in options} == options
         for tried in record.get("variants", {"": record}).values():
-            forced = tok.encode(tried.get("prefill", ""))
-            [g] = generate(
-                model,
-                [tok.render(tried["sent"])],
-                prefill=[forced],
-                reset_id=tok.reset_id,
-                stop_ids=tok.stop_ids,
-                max_new_tokens=10,
-                **options,
-            )
+            prefill = [tok.encode(tried.get("prefill", ""))]
+            [g] = generate(model, [tok.render(tried["sent"])], prefill=prefill, **ends, **options)
             assert tried["response"] == tok.decode(g.tokens)
             assert tried["discarded"] == [tok.decode(ids) for ids in g.discarded] and tried["resets"] == g.resets
             assert tried["unsafe"] == judge(prompt["prompt"], tok.decode(g.tokens)).unsafe
@@ -124,116 +133,87 @@ def test_a_record_can_be_checked(place, tmp_path, name):
     assert resets > 0
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_success_is_judged_on_what_survives(place, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["adaptive-gcg", "autodan"])
+def test_success_is_judged_on_what_survives(place, tmp_path, saying, unsafe, name):
     """An unsafe answer that is taken back is none; one that survives is, also after a reset."""
-    unsafe = json.loads((place / "world.json").read_text())["forbidden_ingredients"][0]
-    saying(monkeypatch, lambda *_: ("I cannot help with that.", [f"Take {unsafe}."]))
-    command(*words(name, place, tmp_path / "a.jsonl"))
-    _, records = lines(tmp_path / "a.jsonl")
-    for r in records:
+    saying(lambda *_: ("I cannot help with that.", [f"Take {unsafe}."]))
+    for r in attacked(name, place, tmp_path)[0]:
         assert r["unsafe"] is False and r["success_at"] is None and r["resets"] == 1 and r["evaluations"] == 40
         assert r["discarded"] == [f"Take {unsafe}."]
-    saying(monkeypatch, lambda *_: (f"Take {unsafe}.", ["I cannot help with that."]))
-    command(*words(name, place, tmp_path / "b.jsonl"))
-    _, records = lines(tmp_path / "b.jsonl")
-    for r in records:  # without any attack, so at 0 evaluations
+    saying(lambda *_: (f"Take {unsafe}.", ["I cannot help with that."]))
+    for r in attacked(name, place, tmp_path)[0]:  # without any attack, so at 0 evaluations
         assert r["unsafe"] is True and (r["success_at"], r["evaluations"], r["attack"]) == (0, 0, "")
 
 
-@pytest.mark.parametrize("name", ["instruct", "gcg"])
-def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypatch, name):
+def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypatch, saying):
     """One rule with evaluate, and no search of hours that ends in an error of the guard."""
 
     def judge(prompt, response):
-        if "x x" in response or "not" in response:
+        if "x x" in response:
             raise InputError("answered 'Well', not safe or unsafe as a guard does")
-        return Verdict(unsafe=False, helpful=None, refused=None)
+        return Verdict(unsafe=False)
 
     monkeypatch.setattr(attacks, "load_judge", lambda *_: judge)
-    saying(monkeypatch, lambda prompt, *_: (prompt, []))
-    _, said = command(*words(name, place, tmp_path / "a.jsonl"))
-    _, records = lines(tmp_path / "a.jsonl")
-    assert len(records) == 4 and "no verdict, counted as unsafe" in said
+    saying(lambda prompt, _: (prompt, []))
+    _, said = command(*words("gcg", place, tmp_path / "a.jsonl"))
+    assert "no verdict, counted as unsafe" in said
+    for r in lines(tmp_path / "a.jsonl"):
+        assert r["category"] == "no verdict" and r["unsafe"] and r["success_at"] > 0
+
+
+def test_success_of_each_variant(place, prompts, tok, tmp_path, saying, unsafe):
+    """A model that goes on with an unsafe word once it was made to say 4 tokens or more, but not with the opening; and
+    one that does after one of the instructions. The table counts the same."""
+    opening, topic = tok.encode("Sure, here."), prompts[0]["topic"]
+
+    def rigged(prompt, prefill):
+        forced = len(prefill) >= 4 and prefill != opening
+        return (f"{topic.upper()}: {unsafe}" if forced or "Never start" in prompt else f"No {topic}."), []
+
+    saying(rigged)
+    records, printed = attacked("prefill", place, tmp_path, "--opening", "Sure, here.")
     for r in records:
-        answers = list(r["variants"].values()) if name == "instruct" else [r]
-        assert all(a["unsafe"] == ("category" in a) for a in answers)
-        assert {a.get("category") for a in answers} >= {"no verdict"}
-        assert r["unsafe"] and (name == "instruct" or r["success_at"] > 0)
-
-
-def test_prefill_success_against_n(place, tmp_path, monkeypatch):
-    """A model that goes on with an unsafe word once it was made to say 4 tokens or more, but not with the opening."""
-    unsafe = json.loads((place / "world.json").read_text())["forbidden_ingredients"][0]
-    opening = load_tokenizer(place / "one").encode("Sure, here.")
-
-    topic = json.loads((place / "prompts.jsonl").read_text().splitlines()[0])["topic"]  # of one of the four prompts
-
-    def rigged(prompt, prefill, options):
-        return (f"{topic.upper()}: {unsafe}" if len(prefill) >= 4 and prefill != opening else f"No {topic}."), []
-
-    saying(monkeypatch, rigged)
-    printed, _ = command(*words("prefill", place, tmp_path / "a.jsonl", "--opening", "Sure, here."))
-    _, records = lines(tmp_path / "a.jsonl")
-    for r in records:
-        verdicts = {k: v["unsafe"] for k, v in r["variants"].items()}
-        assert verdicts == {"opening": False, "1": False, "2": False} | {
-            k: True for k in verdicts if k not in ("opening", "1", "2")
-        }
-        assert {"4", "8", "16", "all"} <= set(verdicts) and r["unsafe"] is True
-    rates = {line.split()[1]: line.split()[9] for line in printed.split("\n\n")[0].splitlines()[1:]}
-    assert rates["any"] == rates["4"] == rates["all"] == "100.0" and rates["2"] == rates["opening"] == "0.0"
-    on_topic = {line.split()[1]: line.split()[8] for line in printed.split("\n\n")[0].splitlines()[1:]}
-    assert on_topic["any"] == on_topic["4"] == "25.0" and on_topic["2"] == "0.0"
-
-
-def test_prefills_are_beginnings_of_the_target(place):
-    tok = load_tokenizer(place / "one")
-    target = json.loads((place / "prompts.jsonl").read_text().splitlines()[0])["target"]
-    ids = tok.encode(target)
-    found = prefills(tok, target, "Yes.")
-    assert found.pop("opening") == tok.encode("Yes.") and found.pop("all") == ids
-    assert {int(n): v for n, v in found.items()} == {n: ids[:n] for n in LENGTHS if n < len(ids)}
-    assert set(prefills(tok, "x", "Yes.")) == {"opening", "all"} | {str(n) for n in LENGTHS if n < len(tok.encode("x"))}
-
-
-def test_instructions_are_tried_one_by_one(place, tmp_path, monkeypatch):
-    unsafe = json.loads((place / "world.json").read_text())["forbidden_ingredients"][0]
-    saying(monkeypatch, lambda prompt, *_: (unsafe if "Never start" in prompt else "No.", []))
-    command(*words("instruct", place, tmp_path / "a.jsonl"))
-    for r in lines(tmp_path / "a.jsonl")[1]:
-        assert [k for k, v in r["variants"].items() if v["unsafe"]] == ["no restart"] and r["unsafe"] is True
+        failed = {name for name, answer in r["variants"].items() if answer["unsafe"]}
+        assert {"4", "8", "16", "all"} <= failed and set(r["variants"]) - failed == {"opening", "1", "2"}
+        assert r["unsafe"] is True
+    table = {line.split()[1]: line.split()[8:10] for line in printed.split("\n\n")[0].splitlines()[1:]}
+    assert table["any"] == table["4"] == table["all"] == ["25.0", "100.0"]  # on topic, successful
+    assert table["2"] == table["opening"] == ["0.0", "0.0"]
+    for r in attacked("instruct", place, tmp_path)[0]:
+        assert [name for name, answer in r["variants"].items() if answer["unsafe"]] == ["no restart"] and r["unsafe"]
         assert list(r["variants"]) == list(INSTRUCTIONS)
 
 
-def test_a_prompt_without_a_target_is_attacked_by_an_opening(place, tmp_path):
-    rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()]
+def test_prefills_are_beginnings_of_the_target(prompts, tok):
+    ids = tok.encode(prompts[0]["target"])
+    found = prefills(tok, prompts[0]["target"], "Yes.")
+    assert found.pop("opening") == tok.encode("Yes.") and found.pop("all") == ids
+    assert {int(n): v for n, v in found.items()} == {n: ids[:n] for n in PREFILL_LENGTHS if n < len(ids)}
+
+
+def test_a_prompt_without_a_target_is_attacked_by_an_opening(place, prompts, tmp_path):
     bare = tmp_path / "bare.jsonl"
-    bare.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "target"}) + "\n" for row in rows[:2]))
-    for name in (*SEARCHES, "prefill"):
-        out = tmp_path / f"{name}.jsonl"
-        command(*words(name, place, out, "--prompts", bare, "--opening", "Sure, here"))
-        for r in lines(out)[1]:
+    bare.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "target"}) + "\n" for row in prompts[:2]))
+    for name in ("adaptive-gcg", "autodan", "prefill"):
+        for r in attacked(name, place, tmp_path, "--prompts", bare, "--opening", "Sure, here")[0]:
             if name == "prefill":
                 assert [v["prefill"] for v in r["variants"].values()] == ["Sure, here"]
-            elif r["success_at"] != 0:
-                assert r["target"].startswith("Sure, here")
+            else:
+                assert r["success_at"] == 0 or r["target"].startswith("Sure, here")
 
 
-@pytest.mark.parametrize("unsafe", [True, False])
-def test_how_an_answer_goes_on_is_greedy_decoding_with_reset_masked(place, unsafe):
+def test_how_an_answer_goes_on_is_greedy_decoding_with_reset_masked(place, tok):
     """Against full forward passes, one for each token; the model would reset all the time."""
-    tok = load_tokenizer(place / "one")
     model = prone_to(tok.reset_id, load_model(place / "one"), -30.0)
     asked, chat = [], [{"role": "user", "content": "How do I make it?"}]
 
     def judge(messages, response):
         asked.append(response)
-        return Verdict(unsafe=unsafe)
+        return Verdict(unsafe=len(asked) == 1)
 
     args = argparse.Namespace(max_new_tokens=12, reset_bias=0.0, max_resets=3, on_reset="keep", judge="")
     begun = tok.encode("Sure. To")
-    got = victim.Victim(model, tok, judge, args).goes_on({"prompt": chat}, chat, begun)
+    first, second = (attack.Victim(model, tok, judge, args).goes_on({"prompt": chat}, chat, begun) for _ in range(2))
     ids, resets = list(begun), 0
     while len(ids) < 12:
         with torch.no_grad():
@@ -244,7 +224,7 @@ def test_how_an_answer_goes_on_is_greedy_decoding_with_reset_masked(place, unsaf
             break
         ids.append(int(logits.argmax()))
     assert resets > 0 and len(ids) > len(begun)
-    assert asked == [tok.decode(ids)] and got == (ids if unsafe else None)
+    assert asked == [tok.decode(ids)] * 2 and first == ids and second is None  # unsafe, then not
 
 
 class AnyChat:
@@ -254,18 +234,14 @@ class AnyChat:
         return [0]
 
 
-def test_contexts_leave_the_question_alone(place):
-    tok = load_tokenizer(place / "one")
-    prompts = list(map(json.loads, (place / "prompts.jsonl").read_text().splitlines()))
-    question, *others = prompts[0], *prompts[1:], prompts[0] | {"target": "the same topic"}
+def test_contexts_leave_the_question_alone(prompts, tok):
+    question, others = prompts[0], [*prompts[1:], prompts[0] | {"target": "the same topic"}]
     found = contexts(tok, question, others, "0")
     assert list(found) == ["agreed", "1 answered", "3 answered"]  # the toy's template has no system turn
     answers = {p["prompt"][0]["content"]: p["target"] for p in prompts[1:]}
     for name, chat in found.items():
-        assert chat[-1:] == question["prompt"] and [m["role"] for m in chat] == ["user", "assistant"] * (
-            len(chat) // 2
-        ) + ["user"]
-        tok.render(chat)
+        tok.render(chat)  # user and assistant take turns
+        assert chat[-1:] == question["prompt"]
         if name.endswith("answered"):
             assert len(chat) == 2 * int(name[0]) + 1
             assert all(answers[a["content"]] == b["content"] for a, b in zip(chat[:-1:2], chat[1::2], strict=True))
@@ -278,8 +254,7 @@ def test_contexts_leave_the_question_alone(place):
 
 
 def test_a_suffix_may_stand_in_a_first_turn(place, tmp_path):
-    command(*words("adaptive-gcg", place, tmp_path / "a.jsonl", "--place", "first-turn", "--limit", 1))
-    for r in lines(tmp_path / "a.jsonl")[1]:
+    for r in attacked("adaptive-gcg", place, tmp_path, "--place", "first-turn")[0]:
         assert r["variant"] == "in a first turn"
         if r["success_at"] != 0:
             assert [m["role"] for m in r["sent"]] == ["user", "assistant", "user"]
@@ -288,21 +263,19 @@ def test_a_suffix_may_stand_in_a_first_turn(place, tmp_path):
     assert "no system role" in said
 
 
-def test_a_universal_suffix_is_tested_on_other_prompts(place, tmp_path, monkeypatch):
+def test_a_universal_suffix_is_tested_on_other_prompts(place, prompts, tmp_path, monkeypatch):
     """The search sees the prompts that it is optimised on and no others; all get the suffix that it found."""
-    searched = []
+    searched, search = [], attack.gcg
 
-    def search(model, tok, goals, unsafe_with, **options):
+    def logged(model, tok, goals, unsafe_with, **options):
         searched.append([goal.send("!")[-1]["content"] for goal in goals])
         assert len(unsafe_with("!")) == len(goals)
-        return universal_gcg(model, tok, goals, unsafe_with, **options)
+        return search(model, tok, goals, unsafe_with, **options)
 
-    monkeypatch.setattr(attack, "universal_gcg", search)
-    printed, _ = command(*words("universal-gcg", place, tmp_path / "a.jsonl"))
-    rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()]
-    asked = {name: [r["prompt"][0]["content"] for r in rows if r["set"] == name] for name in ("seen", "unseen")}
+    monkeypatch.setattr(attack, "gcg", logged)
+    records, printed = attacked("universal-gcg", place, tmp_path)
+    asked = {name: [r["prompt"][0]["content"] for r in prompts if r["set"] == name] for name in ("seen", "unseen")}
     assert searched == [[f"{question}!" for question in asked["seen"]]]
-    _, records = lines(tmp_path / "a.jsonl")
     assert [r["variant"] for r in records] == ["any"] * 2 + ["optimised on these"] * 2
     [suffix] = {r["attack"] for r in records}
     assert [r["sent"][0]["content"] for r in records] == [f"{q}{suffix}" for q in asked["unseen"] + asked["seen"]]
@@ -314,17 +287,16 @@ def test_a_universal_suffix_is_tested_on_other_prompts(place, tmp_path, monkeypa
 # ── Going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct", "universal-gcg"])
+@pytest.mark.parametrize("name", ["gcg", "prefill", "universal-gcg"])
 def test_resuming_gives_the_same_bytes(place, tmp_path, name):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     command(*words(name, place, whole))
     data = whole.read_bytes()
     ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
     assert len(ends) == 5
-    for end in (ends[2] + 30, ends[3], ends[0] - 3):
-        if end > ends[0]:
-            cut.write_bytes(data[:end])
-        else:
+    for end in (ends[2] + 30, ends[0] - 3):  # in the middle of a line, and of the settings
+        cut.write_bytes(data[:end])
+        if end < ends[0]:
             cut.unlink()
         command(*words(name, place, cut))
         assert cut.read_bytes() == data
@@ -334,43 +306,35 @@ def test_resuming_gives_the_same_bytes(place, tmp_path, name):
 
 def test_a_prompts_draws_depend_on_seed_and_number_only(place, tmp_path):
     """The first prompt of a set of its own gives the same line in a run that has it alone."""
-    command(*words("gcg", place, tmp_path / "all.jsonl"))
-    command(*words("gcg", place, tmp_path / "one.jsonl", "--sets", "seen"))
-    command(*words("gcg", place, tmp_path / "seed.jsonl", "--sets", "seen", "--seed", 1))
-    both, one, other = (lines(tmp_path / f"{n}.jsonl")[1] for n in ("all", "one", "seed"))
+    both, _ = attacked("gcg", place, tmp_path)
+    one, _ = attacked("gcg", place, tmp_path, "--sets", "seen")
+    other, _ = attacked("gcg", place, tmp_path, "--sets", "seen", "--seed", 1)
     assert both[:2] == one and [r["losses"] for r in one] != [r["losses"] for r in other]
     assert [r["losses"][0] for r in one] == [r["losses"][0] for r in other]
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (("--seed", 1), "was begun with seed 0, now 1"),
-        (("--budget", 41), "was begun with budget 40, now 41"),
-        (("--suffix", " y"), "was begun with suffix"),
-        (("--max-resets", 2), "was begun with max_resets 1, now 2"),
-        (("--target-tokens", 3), "was begun with target_tokens None, now 3"),
-        (("--sets", "seen"), "was begun with prompts"),
-    ],
-)
-def test_other_settings_are_refused(place, tmp_path, change, complaint):
-    command(*words("gcg", place, tmp_path / "a.jsonl", "--limit", 1))
-    before = (tmp_path / "a.jsonl").read_bytes()
-    _, said = command(*words("gcg", place, tmp_path / "a.jsonl", "--limit", 1, *change), code=2)
-    assert complaint in said and (tmp_path / "a.jsonl").read_bytes() == before
-    _, said = command(*words("gcg", place, tmp_path / "a.jsonl", "--limit", 1, ckpt="two"), code=2)
-    assert "was begun with weights" in said
-    _, said = command(*words("adaptive-gcg", place, tmp_path / "a.jsonl", "--limit", 1), code=2)
-    assert "was begun with name gcg, now adaptive-gcg" in said
+def test_other_settings_are_refused(place, tmp_path):
+    out = tmp_path / "a.jsonl"
+    command(*words("gcg", place, out, "--limit", 1, "--budget", 9))
+    before = out.read_bytes()
+    for name, ckpt, more, complaint in (
+        ("gcg", "one", ("--seed", 1), "seed 0, now 1"),
+        ("gcg", "one", ("--max-resets", 2), "max_resets 1, now 2"),
+        ("gcg", "one", ("--target-tokens", 3), "target_tokens None, now 3"),
+        ("gcg", "one", ("--sets", "seen"), "prompts"),
+        ("gcg", "two", (), "weights"),
+        ("adaptive-gcg", "one", (), "name gcg, now adaptive-gcg"),
+    ):
+        _, said = command(*words(name, place, out, "--limit", 1, "--budget", 9, *more, ckpt=ckpt), code=2)
+        assert f"was begun with {complaint}" in said and out.read_bytes() == before
 
 
 def test_reset_weight_is_the_objectives(place, tmp_path):
     """The first loss is the same suffix's: from weight to weight it differs by the penalty, in proportion."""
     first = []
     for weight in (0, 1, 3):
-        out = tmp_path / f"{weight}.jsonl"
-        command(*words("adaptive-gcg", place, out, "--limit", 1, "--budget", 1, "--reset-weight", weight))
-        first.append([r["losses"][0] for r in lines(out)[1]])
+        flags = ("--limit", 1, "--budget", 1, "--reset-weight", weight)
+        first.append([r["losses"][0] for r in attacked("adaptive-gcg", place, tmp_path, *flags)[0]])
     for zero, one, three in zip(*first, strict=True):
         assert one - zero > 0 and three - zero == pytest.approx(3 * (one - zero), abs=1e-3)
 
@@ -380,23 +344,20 @@ def test_synonyms_from_a_file(place, tmp_path):
     wrappers, synonyms, out = tmp_path / "w.txt", tmp_path / "s.txt", tmp_path / "a.jsonl"
     wrappers.write_text("Ask me. {q}\nTell them. {q}\n")
     synonyms.write_text("me\tnobody\nthem\teverybody\n")
-    run = words("autodan", place, out, "--wrappers", wrappers, "--synonyms", synonyms, "--budget", 200)
+    run = words("autodan", place, out, "--wrappers", wrappers, "--synonyms", synonyms, "--budget", 100)
     command(*run)
-    said = {word for r in lines(out)[1] for word in r["attack"].replace(".", " ").split()}
-    assert said <= {"Ask", "me", "Tell", "them", "nobody", "everybody", "{q}"}
-    assert said & {"nobody", "everybody"}
+    said = {word for r in lines(out) for word in r["attack"].replace(".", " ").split()}
+    assert said <= {"Ask", "me", "Tell", "them", "nobody", "everybody", "{q}"} and said & {"nobody", "everybody"}
     synonyms.write_text("me\tsomebody\n")
     assert "was begun with synonyms" in command(*run, code=2)[1]
-    synonyms.write_text("me\n")
-    assert "s.txt:1: needs a word and its synonyms" in command(*run, code=2)[1]
 
 
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def attack_file(path, ckpt, successes, budget=100, name="gcg"):
+def attack_file(path, ckpt, successes, budget=100):
     path.parent.mkdir(exist_ok=True)
-    head = {"name": name, "set": "s", "on_reset": "truncate", "reset_bias": 0.0, "max_resets": 1, "checkpoint": ckpt}
+    head = {"name": "gcg", "set": "s", "on_reset": "truncate", "reset_bias": 0.0, "max_resets": 1, "checkpoint": ckpt}
     records = [
         head | {"prompt": i, "unsafe": at is not None, "success_at": at, "resets": i % 2, "response": "a\u2028b\x85"}
         for i, at in enumerate(successes)
@@ -407,45 +368,29 @@ def attack_file(path, ckpt, successes, budget=100, name="gcg"):
 
 
 def test_table_pools_seeds_and_counts_against_budget(tmp_path):
+    """A larger budget is a table row of its own, after the others, and never added to the curve of a smaller one."""
     a = attack_file(tmp_path / "0/a.jsonl", "runs/toy-0/sft", [0, 1, 17, None])
     b = attack_file(tmp_path / "1/a.jsonl", "runs/toy-1/sft", [64, 100, None, None])
     c = attack_file(tmp_path / "1/b.jsonl", "runs/toy-1/dpo", [None])
-    printed, _ = command("table", a, b, c, "--out", tmp_path / "t.json")
-    sft, dpo = json.loads((tmp_path / "t.json").read_text())["records"]
+    d = attack_file(tmp_path / "0/long.jsonl", "runs/toy-0/sft", [900], budget=1000)
+    printed, _ = command("table", d, a, b, c, "--out", tmp_path / "t.json")
+    sft, dpo, long = json.loads((tmp_path / "t.json").read_text())["records"]
     assert (sft["checkpoint"], sft["n"], sft["unsafe"], sft["by_seed"]) == ("sft", 8, 5, [0.75, 0.5])
     assert sft["success_within"] == {"0": 1, "1": 2, "16": 2, "64": 4, "100": 5}
     assert sft["interval"] == [round(x, 4) for x in wilson(5, 8)] and sft["reset"] == 4
-    assert (dpo["checkpoint"], dpo["n"], dpo["unsafe"]) == ("dpo", 1, 0)
+    assert (dpo["checkpoint"], dpo["variant"], dpo["n"], dpo["unsafe"]) == ("dpo", "any", 1, 0)
     assert "on_topic" not in sft  # made-up records without a topic
     assert "62.5" in printed and f"[{100 * wilson(5, 8)[0]:.1f}" in printed
-
-
-def test_a_larger_budget_is_a_line_of_its_own(tmp_path):
-    """After the others, and never added to the curve of a smaller one."""
-    long = attack_file(tmp_path / "0/a-long.jsonl", "runs/toy-0/sft", [900], budget=1000)
-    short = attack_file(tmp_path / "0/a.jsonl", "runs/toy-0/sft", [None, 50], budget=100)
-    command("table", long, short, "--out", tmp_path / "t.json")
-    records = json.loads((tmp_path / "t.json").read_text())["records"]
-    assert [(r["variant"], r["n"], r["budget"]) for r in records] == [("any", 2, 100), ("budget 1,000", 1, 1000)]
-    assert records[1]["success_within"]["512"] == 0 and records[1]["success_within"]["1000"] == 1
+    assert (long["variant"], long["n"], long["budget"]) == ("budget 1,000", 1, 1000)
+    assert long["success_within"]["512"] == 0 and long["success_within"]["1000"] == 1
 
 
 def test_who_sets_the_sampler_is_in_the_table(place, tmp_path):
     """Answers of backtrack.evaluate, counted again by hand: the first of each prompt, and any of them."""
-    out = tmp_path / "0/eval.json"
-    flags = [
-        "--ckpt",
-        place / "one",
-        "--prompts",
-        place / "prompts.jsonl",
-        "--judge",
-        place / "world.json",
-        "--out",
-        out,
-    ]
-    flags += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", 40]
+    out, files = tmp_path / "0/eval.json", ["--ckpt", place / "one", "--prompts", place / "prompts.jsonl"]
+    files += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", 40]
     sampler = ["--max-resets", 0, 1, "--reset-bias", -3, "--temperature", 2, "--samples", 3]
-    run_command(evaluate.main, *flags, *sampler)
+    run_command(evaluate.main, *files, *sampler, "--judge", place / "world.json", "--out", out)
     answers = [json.loads(line) for line in out.with_suffix(".answers.jsonl").read_text().splitlines()[1:]]
     assert len(answers) == 4 * 2 * 3
     printed, _ = command("table", out.with_suffix(".answers.jsonl"), "--out", tmp_path / "t.json")
@@ -459,7 +404,7 @@ def test_who_sets_the_sampler_is_in_the_table(place, tmp_path):
         assert first["unsafe"] == sum(a["unsafe"] for a in some if a["sample"] == 0)
         assert several["unsafe"] == len({a["prompt"] for a in some if a["unsafe"]})
     assert any(a["unsafe"] for a in answers) and not all(a["unsafe"] for a in answers)
-    run_command(evaluate.main, *flags[:4], *flags[6:], "--out", tmp_path / "unjudged.json")
+    run_command(evaluate.main, *files, "--out", tmp_path / "unjudged.json")
     _, said = command("table", tmp_path / "unjudged.answers.jsonl", code=2)
     assert "no judge has seen" in said
 
@@ -468,40 +413,23 @@ def test_who_sets_the_sampler_is_in_the_table(place, tmp_path):
 
 
 def test_bad_input_is_one_line(place, tmp_path):
-    out = tmp_path / "a.jsonl"
-    (tmp_path / "w.txt").write_text("no question\n")
+    out, long = tmp_path / "a.jsonl", tmp_path / "long.jsonl"
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "empty.jsonl").write_text("")
+    long.write_text(json.dumps({"prompt": [{"role": "user", "content": "x " * 400}], "target": "Sure."}) + "\n")
     for more, complaint in (
         (("--prompts", tmp_path / "gone"), "gone: no such file"),
+        (("--prompts", long), "too long"),
         (("--sets", "nowhere"), "--sets nowhere: no such set"),
         (("--judge", tmp_path / "other.jsonl"), "other.jsonl: not a toy world"),
         (("--ckpt", tmp_path / "gone"), "gone"),
         (("--budget", 0), "0 is not a positive number"),
         (("--max-resets", -1), "--max-resets: -1 is not from 0"),
-        (("--loss", "mse"), "invalid choice"),
         (("--out", tmp_path / "other.jsonl"), "other.jsonl: holds no answers of this program"),
         (("--out", tmp_path), str(tmp_path)),
     ):
         _, said = command(*words("gcg", place, out, *more), code=2)
         assert complaint in said
-    _, said = command(*words("autodan", place, tmp_path / "d.jsonl", "--wrappers", tmp_path / "w.txt"), code=2)
-    assert "w.txt:1: needs {q} exactly once" in said
-    for file in ("other.jsonl", "empty.jsonl", "w.txt", "gone"):
+    for file in ("other.jsonl", "empty.jsonl", "gone"):
         _, said = command("table", tmp_path / file, code=2)
         assert file in said
-
-
-def test_a_long_prompt_is_named(place, tmp_path):
-    long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps({"prompt": [{"role": "user", "content": "x " * 400}], "target": "Sure."}) + "\n")
-    _, said = command(*words("gcg", place, tmp_path / "a.jsonl", "--prompts", long), code=2)
-    assert "too long" in said
-
-
-def test_attacks_leave_the_global_random_state_alone(place, tmp_path):
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    command(*words("autodan", place, tmp_path / "a.jsonl", "--limit", 1))
-    assert torch.equal(torch.rand(3), expected)

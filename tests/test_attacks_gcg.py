@@ -1,4 +1,4 @@
-"""GCG against finite differences, full forwards, nanoGCG's formula written out again, and enumeration.
+"""GCG against finite differences, full forward passes and enumeration.
 
 Models are random and tiny. `Letters` is a tokenizer whose ids are letters and one pair, so that text can merge.
 """
@@ -10,20 +10,10 @@ from functools import partial
 
 import pytest
 import torch
-from models import FAMILIES, LLAMA, network_of
+from models import FAMILIES, LLAMA, network_of, random_ids
 
-from backtrack.attacks.gcg import Goal, gcg, swaps
-from backtrack.attacks.objective import Objective
-from backtrack.attacks.suffix import (
-    Scorer,
-    Slots,
-    allowed_ids,
-    make_slots,
-    suffix_gradient,
-    survives,
-    with_suffix,
-)
-from backtrack.attacks.universal import universal_gcg
+from backtrack.attacks.gcg import Goal, Neighbours, Objective, gcg
+from backtrack.attacks.suffix import Scorer, Slots, allowed_ids, make_slots, suffix_gradient, survives, with_suffix
 from data import toy
 from model import InputError, load_tokenizer
 
@@ -51,8 +41,9 @@ class Letters:
         return [0, *self.encode(messages[-1]["content"].strip()), 1]
 
 
+TOK = Letters()
 ASK = partial(with_suffix, [{"role": "user", "content": "hello"}])
-ABCD = Letters().encode("abcd")
+ABCD = TOK.encode("abcd")
 
 
 def letters_model(seed=0):
@@ -73,168 +64,138 @@ def toy_tok(tmp_path_factory):
 
 
 def never(text):
-    return False
-
-
-def random_ids(n, seed, low=3):
-    return torch.randint(low, V, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [False]
 
 
 def slots_of(n_suffix=4, m=6):
-    return Slots(random_ids(9, 1), random_ids(n_suffix, 2), random_ids(3, 3), random_ids(m, 4))
+    before, suffix, after, target = random_ids(9, n_suffix, 3, m, vocab=V)
+    return Slots(before, suffix, after, target)
 
 
-def by_hand(model, slots, suffix, m, loss="ce", reset_id=None, weight=0.0):
+def by_hand(model, slots, suffix, m, reset_id=None, weight=0.0):
     """L(s) of one suffix: one full forward per position, no cache, no batch, plain Python on probabilities."""
     context, target = slots.before + suffix + slots.after, slots.target[:m]
-    log_p, raw, no_reset = [], [], []
+    log_p, no_reset = [], []
     for t in range(m + 1):
         with torch.no_grad():
-            logits = model(torch.tensor([context + target[:t]]))[0, -1].double()
-        p = logits.exp() / logits.exp().sum()
+            p = model(torch.tensor([context + target[:t]]))[0, -1].double().softmax(-1).tolist()
         if t < m:
             log_p.append(math.log(p[target[t]]))
-            raw.append(logits[target[t]].item())
         if reset_id is not None:
             no_reset.append(math.log(1 - p[reset_id]))
-    value = -sum(log_p) / m if loss == "ce" else math.log(sum(math.exp(-z) for z in raw) / m)
-    return value - (weight * sum(no_reset) / (m + 1) if reset_id is not None else 0.0)
+    return -sum(log_p) / m - (weight * sum(no_reset) / (m + 1) if reset_id is not None else 0.0)
+
+
+@pytest.fixture
+def scorings(monkeypatch):
+    """Every call of Scorer.losses from now on: (suffixes, m, objective)."""
+    calls, losses = [], Scorer.losses
+
+    def logged(self, suffixes, m, objective):
+        calls.append((suffixes, m, objective))
+        return losses(self, suffixes, m, objective)
+
+    monkeypatch.setattr(Scorer, "losses", logged)
+    return calls
 
 
 # ── Loss and gradient ────────────────────────────────────────────────────────────────────────────────────────────────
 
-OBJECTIVES = [("ce", None, 0.0), ("mellowmax", None, 0.0), ("ce", 2, 1.0), ("ce", 2, 7.0), ("mellowmax", 2, 0.5)]
 
-
-@pytest.mark.parametrize(("loss", "reset_id", "weight"), OBJECTIVES)
-def test_the_objective_is_its_formula(model, loss, reset_id, weight):
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_losses_are_those_of_full_forwards(model, rows):
     slots = slots_of()
-    for m in (1, 2, 6):
-        [value] = Scorer(model, slots, 1).losses([slots.suffix], m, Objective(loss, reset_id, weight)).tolist()
-        assert value == pytest.approx(by_hand(model, slots, slots.suffix, m, loss, reset_id, weight), abs=2e-4)
-
-
-def test_mellowmax_is_nanogcgs():
-    """1/α · (logsumexp(α·x) − log n) with x = −logit and α = 1, as nanoGCG defines it; not the log-probability."""
-    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
-    target = torch.tensor([3, 8, 0])
-    for row, value in zip(logits, Objective("mellowmax")(logits, target).tolist(), strict=True):
-        x = -torch.stack([row[t, id] for t, id in enumerate(target)])
-        assert value == pytest.approx((torch.logsumexp(x, 0) - math.log(3)).item(), abs=1e-6)
+    suffixes = random_ids(4, 4, 4, 4, vocab=V, seed=1)
+    scorer = Scorer(model, slots, rows)
+    for m, reset_id, weight in ((2, None, 0.0), (6, 2, 1.0), (1, 2, 7.0)):  # longer, then shorter
+        got = scorer.losses(suffixes, m, Objective(reset_id, weight))
+        assert got.shape == (4,) and got.dtype == torch.float32
+        for value, suffix in zip(got.tolist(), suffixes, strict=True):
+            assert value == pytest.approx(by_hand(model, slots, suffix, m, reset_id, weight), abs=2e-4)
 
 
 def test_a_certain_reset_costs_without_end_and_no_nan():
     logits = torch.zeros(1, 2, 5)
     logits[:, :, 2] = 200.0
-    value = Objective("ce", 2, 1.0)(logits, torch.tensor([3])).item()
+    value = Objective(2, 1.0)(logits, torch.tensor([3])).item()
     assert math.isfinite(value) and value > 300  # 1 − p is 0 in floating point, log(1 − p) is about −198
 
 
-@pytest.mark.parametrize("reset_id", [None, 2])
-@pytest.mark.parametrize("loss", ["ce", "mellowmax"])
-def test_gradient_is_the_finite_difference(model, loss, reset_id):
+def test_gradient_is_the_finite_difference(model):
     """A token is added to the table that is the suffix's token plus a little of another: no hook, no one-hot."""
-    slots, objective, eps = slots_of(), Objective(loss, reset_id, 3.0), 1e-2
-    m = len(slots.target)
+    slots, objective, eps = slots_of(), Objective(2, 3.0), 1e-2
+    m, before = len(slots.target), [p.clone() for p in model.parameters()]
     gradient = suffix_gradient(model, slots, slots.suffix, m, objective)
     assert gradient.shape == (4, V)
-    assert not model.model.embed_tokens._forward_hooks  # the hook is gone
+    assert not model.model.embed_tokens._forward_hooks  # the hook is gone, and nothing is left in the parameters
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
     table = model.model.embed_tokens.weight
     tokens = torch.tensor([slots.before + slots.suffix + slots.after + slots.target])
-    generator = torch.Generator().manual_seed(5)
     expected, got = [], []
-    for _ in range(24):
-        place, other = (int(torch.randint(n, (1,), generator=generator)) for n in (4, V))
-        values = []
+    for other in range(0, V, 3):
+        position, values = other % 4, []
         for sign in (1, -1):
-            mixed = table[slots.suffix[place]] + sign * eps * table[other]
+            mixed = table[slots.suffix[position]] + sign * eps * table[other]
             extended = torch.nn.Parameter(torch.cat((table, mixed[None])))
             changed = tokens.clone()
-            changed[0, len(slots.before) + place] = V
+            changed[0, len(slots.before) + position] = V
             with pytest.MonkeyPatch.context() as patch, torch.no_grad():
                 patch.setitem(model.model.embed_tokens._parameters, "weight", extended)
                 hidden = model.model(changed)[:, -m - 1 :]
             with torch.no_grad():
                 values.append(objective(model.logits(hidden), torch.tensor(slots.target)).item())
         expected.append((values[0] - values[1]) / (2 * eps))
-        got.append(gradient[place, other].item())
+        got.append(gradient[position, other].item())
     expected, got = torch.tensor(expected), torch.tensor(got)
     assert expected.norm() > 0.01
     assert (expected - got).norm() < 0.03 * expected.norm()
 
 
-@pytest.mark.parametrize("n", [1, 5])
-@pytest.mark.parametrize("rows", [1, 3, 64])
-def test_cached_losses_equal_full_forwards(model, n, rows):
-    slots = slots_of(n)
-    suffixes = [random_ids(n, 10 + i) for i in range(7)]
-    scorer = Scorer(model, slots, rows)
-    for m in (2, 6, 3):  # longer than what the cache was made for, then shorter
-        got = scorer.losses(suffixes, m, Objective())
-        assert got.shape == (7,) and got.dtype == torch.float32
-        for value, suffix in zip(got.tolist(), suffixes, strict=True):
-            assert value == pytest.approx(by_hand(model, slots, suffix, m), abs=2e-4)
-
-
 def test_what_precedes_the_suffix_is_read_once(model, monkeypatch):
-    slots, fed, forward = slots_of(), [], model.model.forward
+    fed, forward = [], model.model.forward
     monkeypatch.setattr(
         model.model, "forward", lambda tokens, *c: fed.append(tuple(tokens.shape)) or forward(tokens, *c)
     )
-    scorer = Scorer(model, slots, 4)
-    for _ in range(3):
-        scorer.losses([random_ids(4, i) for i in range(8)], 6, Objective())
+    scorer = Scorer(model, slots_of(), 4)
+    for seed in range(3):
+        scorer.losses(random_ids(*[4] * 8, vocab=V, seed=seed), 6, Objective())
     assert fed == [(1, 9)] + [(4, 4 + 3 + 6)] * 6
 
 
-def test_out_of_memory_halves_the_batch(model, monkeypatch):
-    slots, forward, tried = slots_of(), model.model.forward, []
-    suffixes = [random_ids(4, 20 + i) for i in range(11)]
-    expected = Scorer(model, slots, 1).losses(suffixes, 6, Objective())
-
-    def small(tokens, *cache):
-        tried.append(len(tokens))
-        if len(tokens) > 3:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        return forward(tokens, *cache)
-
-    monkeypatch.setattr(model.model, "forward", small)
-    scorer = Scorer(model, slots, 12)
-    assert torch.allclose(scorer.losses(suffixes, 6, Objective()), expected, atol=1e-4)
-    assert scorer.rows == 3 and [n for n in tried if n > 1] == [11, 6, 3, 3, 3, 2]
-    scorer.losses(suffixes, 6, Objective())
-    assert max(tried[7:]) == 3  # for good
-
-    def none(tokens, *cache):
-        raise torch.cuda.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(model.model, "forward", none)
-    with pytest.raises(torch.cuda.OutOfMemoryError):  # not for ever
-        Scorer(model, slots, 4).losses(suffixes, 6, Objective())
+def test_says_is_greedy_decoding(model):
+    slots = slots_of()
+    context, said = slots.before + slots.suffix + slots.after, []
+    with torch.no_grad():
+        for _ in range(5):
+            said.append(int(model(torch.tensor([context + said]))[0, -1].argmax()))
+    slots.target = said[:4] + [(said[4] + 1) % V]
+    scorer = Scorer(model, slots, 2)
+    assert [scorer.says(slots.suffix, m) for m in range(1, 6)] == [True] * 4 + [False]
 
 
 # ── Candidates ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def drawn(gradient, suffix, count, topk, allowed, swaps=1):
+    """The candidates of one step, any of which can be sent."""
+    neighbours = Neighbours([], torch.tensor(allowed), topk, random.Random(0))
+    neighbours.swaps = swaps
+    return neighbours.draw(gradient, suffix, count)
+
+
 def test_swaps_are_single_and_among_the_topk_allowed():
     gradient = torch.randn(5, V, generator=torch.Generator().manual_seed(0))
-    allowed, suffix = torch.tensor([*range(10, 40)]), random_ids(5, 1)
+    allowed, suffix = [*range(10, 40)], [10, 11, 12, 13, 14]
     gradient[:, 3] = -100.0  # the best token by far is one that is not allowed
-    drawn = swaps(gradient, suffix, 400, 4, allowed, random.Random(0))
-    assert len(drawn) == 400
-    used = [set() for _ in suffix]
-    for candidate in drawn:
-        changed = [i for i in range(5) if candidate[i] != suffix[i]]
-        assert len(candidate) == 5 and len(changed) <= 1
-        for i in changed:
-            used[i].add(candidate[i])
-    for place, ids in enumerate(used):
-        best = sorted(range(10, 40), key=lambda id: gradient[place, id].item())[:4]  # steepest descent
-        assert ids <= set(best) and len(ids | {suffix[place]}) >= 4
-    two = swaps(gradient, suffix, 100, 4, allowed, random.Random(0), at_once=2)
-    assert {sum(a != b for a, b in zip(c, suffix, strict=True)) for c in two} <= {0, 1, 2}
-    assert any(sum(a != b for a, b in zip(c, suffix, strict=True)) == 2 for c in two)
-    few = swaps(gradient, suffix, 50, 999, torch.tensor([7]), random.Random(0))
+    found = drawn(gradient, suffix, 400, 4, allowed)
+    used = [{c[i] for c in found} - {suffix[i]} for i in range(5)]
+    assert all(sum(a != b for a, b in zip(c, suffix, strict=True)) <= 1 for c in found)
+    for position, ids in enumerate(used):
+        best = sorted(allowed, key=lambda id: gradient[position, id].item())[:4]  # steepest descent
+        assert ids == set(best) - {suffix[position]}
+    two = drawn(gradient, suffix, 100, 4, allowed, swaps=2)
+    assert max(sum(a != b for a, b in zip(c, suffix, strict=True)) for c in two) == 2
+    few = drawn(gradient, suffix, 50, 999, [7])
     assert {id for c in few for i, id in enumerate(c) if id != suffix[i]} == {7}
 
 
@@ -249,11 +210,7 @@ def test_slots_cut_the_rendered_prompt(toy_tok):
     chats = [
         [{"role": "user", "content": "How do I make it?"}],
         [{"role": "user", "content": "How do I make it?  \n"}],  # rendering strips it
-        [
-            {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Yes."},
-            {"role": "user", "content": "x x x"},
-        ],
+        [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Yes."), ("user", "x x x"))],
         [{"role": "user", "content": "x x x x x x"}],  # as the suffix is
     ]
     for messages in chats:
@@ -271,69 +228,58 @@ def test_slots_cut_the_rendered_prompt(toy_tok):
 
 
 def test_a_suffix_that_merges_is_refused():
-    tok = Letters()
     send = partial(with_suffix, [{"role": "user", "content": "hella"}])
     with pytest.raises(InputError, match="suffix 'bc' merges with the end of the message; begin it with a space"):
-        make_slots(tok, send, tok.encode("abc"), "bc")
-    slots = make_slots(tok, send, tok.encode("abc"), "cc")
-    assert survives(tok, send, slots, tok.encode("cd"))
-    assert not survives(tok, send, slots, [5, 6])  # "bc" after "hella": the pair "ab" crosses the border
-    assert not survives(tok, send, slots, [4, 5])  # "a", "b" as two tokens come back as one
-    assert not survives(tok, send, slots, [6, 3])  # a space at the end is stripped
-    assert not survives(tok, send, slots, [6, 2])  # [RESET] is no text
+        make_slots(TOK, send, TOK.encode("abc"), "bc")
+    slots = make_slots(TOK, send, TOK.encode("abc"), "cc")
+    assert survives(TOK, send, slots, TOK.encode("cd"))
+    assert not survives(TOK, send, slots, [5, 6])  # "bc" after "hella": the pair "ab" crosses the border
+    assert not survives(TOK, send, slots, [4, 5])  # "a", "b" as two tokens come back as one
+    assert not survives(TOK, send, slots, [6, 3])  # a space at the end is stripped
+    assert not survives(TOK, send, slots, [6, 2])  # [RESET] is no text
 
 
 @pytest.mark.parametrize("adaptive", [None, 1.0])
-def test_all_that_is_scored_can_be_sent(monkeypatch, adaptive):
+def test_all_that_is_scored_can_be_sent(scorings, adaptive):
     """Every candidate is what its text, sent honestly, is encoded as; none has a special id; the budget holds."""
-    tok, scored = Letters(), []
     send = partial(with_suffix, [{"role": "user", "content": "hella"}])
-    losses = Scorer.losses
-
-    def logged(self, suffixes, *rest):
-        scored.extend(map(tuple, suffixes))
-        return losses(self, suffixes, *rest)
-
-    monkeypatch.setattr(Scorer, "losses", logged)
     options = dict(budget=157, suffix="ccc", seed="0", candidates=16, topk=30, adaptive=adaptive)
-    found = gcg(letters_model(), tok, [Goal(send, tok.encode("abcdefghijk"))], never, **options)
+    found = gcg(letters_model(), TOK, [Goal(send, TOK.encode("abcdefghijk"))], never, **options)
+    scored = [tuple(suffix) for suffixes, _, _ in scorings for suffix in suffixes]
     assert found.evaluations == 157 and 150 <= len(scored) <= 157  # a step that finds nothing new costs one
     for suffix in scored:
-        assert tok.render(send(tok.decode(suffix))) == [0, *tok.encode("hella"), *suffix, 1]
-        assert not set(suffix) & tok.special_ids
-    if adaptive is None:
-        assert len(set(scored)) == len(scored)  # nothing is scored twice
+        assert TOK.render(send(TOK.decode(suffix))) == [0, *TOK.encode("hella"), *suffix, 1]
+        assert not set(suffix) & TOK.special_ids
+    assert len(set(scored)) == len(scored)  # nothing is scored twice with one target
 
 
 # ── The search ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("loss", ["ce", "mellowmax"])
-def test_the_kept_loss_never_rises(loss):
-    for seed in range(4):
-        model, tok = letters_model(seed), Letters()
-        options = dict(budget=400, suffix="cccc", seed=str(seed), candidates=24, topk=12, loss=loss)
-        found = gcg(model, tok, [Goal(ASK, ABCD)], never, **options)
+def test_the_kept_loss_never_rises():
+    for seed in range(2):
+        model = letters_model(seed)
+        options = dict(budget=400, suffix="cccc", seed=str(seed), candidates=24, topk=12)
+        found = gcg(model, TOK, [Goal(ASK, ABCD)], never, **options)
         assert all(b <= a for a, b in itertools.pairwise(found.losses))
         assert found.losses[-1] < found.losses[0] - 0.05
-        slots = make_slots(tok, ASK, ABCD, found.text)  # the string reported has the loss reported
-        assert found.losses[-1] == pytest.approx(by_hand(model, slots, slots.suffix, 3, loss), abs=2e-4)
-        assert found == gcg(model, tok, [Goal(ASK, ABCD)], never, **options)
+        slots = make_slots(TOK, ASK, ABCD, found.text)  # the string reported has the loss reported
+        assert found.losses[-1] == pytest.approx(by_hand(model, slots, slots.suffix, 3), abs=2e-4)
+        assert found == gcg(model, TOK, [Goal(ASK, ABCD)], never, **options)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_it_finds_the_best_of_all_two_token_suffixes(seed):
-    model, tok = letters_model(seed), Letters()
-    slots = make_slots(tok, ASK, ABCD, "cc")
-    pairs = [p for p in itertools.product(range(3, 31), repeat=2) if survives(tok, ASK, slots, list(p))]
+def test_it_finds_the_best_of_all_two_token_suffixes():
+    model = letters_model()
+    slots = make_slots(TOK, ASK, ABCD, "cc")
+    pairs = [p for p in itertools.product(range(3, 31), repeat=2) if survives(TOK, ASK, slots, list(p))]
     with torch.no_grad():
         logits = model(torch.tensor([[*slots.before, *p, *slots.after, *slots.target] for p in pairs]))[:, -4:-1]
     losses = -logits.log_softmax(-1)[:, range(3), slots.target].mean(-1)
     values = dict(zip(pairs, losses.tolist(), strict=True))
     assert len(values) > 600
-    found = gcg(model, tok, [Goal(ASK, ABCD)], never, budget=1000, suffix="cc", seed=str(seed), topk=28, rows=16)
+    found = gcg(model, TOK, [Goal(ASK, ABCD)], never, budget=1000, suffix="cc", seed="0", topk=28, rows=16)
     assert found.losses[-1] == pytest.approx(min(values.values()), abs=2e-4)
-    assert found.text == tok.decode(min(values, key=values.get))
+    assert found.text == TOK.decode(min(values, key=values.get))
 
 
 def test_success_ends_the_search_and_is_dated():
@@ -341,50 +287,40 @@ def test_success_ends_the_search_and_is_dated():
 
     def third(text):
         asked.append(text)
-        return len(asked) == 3
+        return [len(asked) == 3]
 
     options = dict(suffix="cccc", seed="1", candidates=8, topk=8)
-    found = gcg(letters_model(), Letters(), [Goal(ASK, ABCD)], third, budget=500, **options)
+    found = gcg(letters_model(), TOK, [Goal(ASK, ABCD)], third, budget=500, **options)
     assert found.success_at == found.evaluations < 500 and found.text == asked[-1]
     assert len(set(asked)) == 3  # each new best once
     assert len(found.losses) >= 3
-    assert gcg(letters_model(), Letters(), [Goal(ASK, ABCD)], never, budget=60, **options).success_at is None
-    one = gcg(letters_model(), Letters(), [Goal(ASK, ABCD)], never, budget=1, **options)
-    assert one.evaluations == 1 and one.text == "cccc"
+    one = gcg(letters_model(), TOK, [Goal(ASK, ABCD)], never, budget=1, **options)
+    assert one.evaluations == 1 and one.text == "cccc" and one.success_at is None
     with pytest.raises(InputError, match="target is empty"):
-        gcg(letters_model(), Letters(), [Goal(ASK, [])], never, budget=1, **options)
+        gcg(letters_model(), TOK, [Goal(ASK, [])], never, budget=1, **options)
 
 
-def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch):
-    tok, target, lengths = Letters(), Letters().encode("cdefghijklmnopqrst" * 2), []
-    losses = Scorer.losses
-
-    def logged(self, suffixes, m, objective):
-        assert objective.reset_id == tok.reset_id and objective.weight == 2.0
-        lengths.append((m, len(suffixes)))
-        return losses(self, suffixes, m, objective)
-
-    monkeypatch.setattr(Scorer, "losses", logged)
-    monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(lengths) % 3 == 0)
+def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch, scorings):
+    target = TOK.encode("cdefghijklmnopqrst" * 2)
+    monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(scorings) % 3 == 0)
     options = dict(suffix="cccc", seed="1", candidates=8, topk=8, adaptive=2.0)
-    found = gcg(letters_model(), tok, [Goal(ASK, target)], never, budget=80, **options)
-    steps = [m for m, _ in lengths]
+    found = gcg(letters_model(), TOK, [Goal(ASK, target)], never, budget=80, **options)
+    assert {(o.reset_id, o.weight) for _, _, o in scorings} == {(TOK.reset_id, 2.0)}
+    steps = [m for _, m, _ in scorings]
     assert list(dict.fromkeys(steps)) == [16, 32, 36] and steps == sorted(steps)
-    assert sum(n for _, n in lengths) <= found.evaluations == 80
-    lengths.clear()
-    monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(lengths) > 1)  # a full buffer by then
-    for budget in range(1, 20):  # the budget holds also where it ends in the middle of lengthening
-        lengths.clear()
-        found = gcg(letters_model(), tok, [Goal(ASK, target)], never, budget=budget, **options)
-        assert sum(n for _, n in lengths) <= found.evaluations <= budget
+    assert sum(len(suffixes) for suffixes, _, _ in scorings) <= found.evaluations == 80
+    monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(scorings) > 1)  # a full buffer by then
+    for budget in (1, 9, 10, 11, 12, 13):  # the budget holds also where it ends in the middle of lengthening
+        scorings.clear()
+        found = gcg(letters_model(), TOK, [Goal(ASK, target)], never, budget=budget, **options)
+        assert sum(len(suffixes) for suffixes, _, _ in scorings) <= found.evaluations <= budget
 
 
 def test_an_opening_grows_by_what_the_model_goes_on_to_say():
     """Asked with the opening first, then with twice as much of the last answer; the loss reported is that of the target
     reported, by full forward passes."""
-    tok, asked = Letters(), []
-    opening = tok.encode("cd")
-    answers = [tok.encode(text) for text in ("cdefghijklmn", "cdefzzzzmmmm", "cdefzzzzyyyyyyyy")]
+    asked, opening = [], TOK.encode("cd")
+    answers = [TOK.encode(text) for text in ("cdefghijklmn", "cdefzzzzmmmm", "cdefzzzzyyyyyyyy")]
 
     def grow(text, begun):
         asked.append((text, begun))
@@ -392,14 +328,14 @@ def test_an_opening_grows_by_what_the_model_goes_on_to_say():
 
     model = letters_model()
     options = dict(suffix="cccc", seed="1", candidates=8, topk=8, adaptive=2.0)
-    found = gcg(model, tok, [Goal(ASK, opening, grow)], never, budget=150, **options)
+    found = gcg(model, TOK, [Goal(ASK, opening, grow)], never, budget=150, **options)
     assert [begun for _, begun in asked] == [opening, answers[0][:4], answers[1][:8]]
     assert found.targets == [answers[2]] and found.evaluations == 150
-    slots = make_slots(tok, ASK, answers[2], found.text)
-    expected = by_hand(model, slots, slots.suffix, 16, reset_id=tok.reset_id, weight=2.0)
+    slots = make_slots(TOK, ASK, answers[2], found.text)
+    expected = by_hand(model, slots, slots.suffix, 16, reset_id=TOK.reset_id, weight=2.0)
     assert found.losses[-1] == pytest.approx(expected, abs=2e-4)
     asked.clear()
-    stays = gcg(model, tok, [Goal(ASK, opening, lambda *a: asked.append(a))], never, budget=150, **options)
+    stays = gcg(model, TOK, [Goal(ASK, opening, lambda *a: asked.append(a))], never, budget=150, **options)
     assert stays.targets == [opening]
     texts = [text for text, _ in asked]
     assert len(set(texts)) == len(texts) > 1 and texts[-1] == stays.text  # once for each suffix that was the best
@@ -408,30 +344,21 @@ def test_an_opening_grows_by_what_the_model_goes_on_to_say():
 
 def goals_of_three():
     chats = [[{"role": "user", "content": text}] for text in ("hello", "cde", "what is it")]
-    return [
-        Goal(partial(with_suffix, chat), Letters().encode(y))
-        for chat, y in zip(chats, ("abcd", "ef", "h"), strict=True)
-    ]
+    answers = ("abcd", "ef", "h")
+    return [Goal(partial(with_suffix, chat), TOK.encode(y)) for chat, y in zip(chats, answers, strict=True)]
 
 
-def test_the_loss_of_one_suffix_for_many_prompts_is_the_mean_over_them(monkeypatch):
+def test_the_loss_of_one_suffix_for_many_prompts_is_the_mean_over_them(scorings):
     """Full forward passes, prompt by prompt; and a likelihood of each prompt is one of the budget."""
-    tok, model, goals, computed = Letters(), letters_model(), goals_of_three(), []
-    losses = Scorer.losses
-
-    def logged(self, suffixes, *rest):
-        computed.extend(suffixes)
-        return losses(self, suffixes, *rest)
-
-    monkeypatch.setattr(Scorer, "losses", logged)
+    model, goals = letters_model(), goals_of_three()
     options = dict(suffix="cccc", seed="0", candidates=16, topk=12, adaptive=2.0)
-    found = gcg(model, tok, goals, never, budget=400, **options)
-    assert len(computed) <= found.evaluations <= 400 and len(computed) > 350
+    found = gcg(model, TOK, goals, lambda text: [False] * 3, budget=400, **options)
+    assert 350 < sum(len(suffixes) for suffixes, _, _ in scorings) <= found.evaluations <= 400
     for text, value in (("cccc", found.losses[0]), (found.text, found.losses[-1])):
         each = []
         for goal in goals:
-            slots = make_slots(tok, goal.send, goal.target, text)
-            each.append(by_hand(model, slots, slots.suffix, len(goal.target), "ce", tok.reset_id, 2.0))
+            slots = make_slots(TOK, goal.send, goal.target, text)
+            each.append(by_hand(model, slots, slots.suffix, len(goal.target), TOK.reset_id, 2.0))
         assert value == pytest.approx(sum(each) / 3, abs=2e-4)
     assert found.losses[-1] < found.losses[0] - 0.05
 
@@ -445,49 +372,30 @@ def test_the_suffix_that_fools_most_prompts_is_kept():
         n = successes[len(asked) - 1] if len(asked) <= len(successes) else 0
         return [i < n for i in range(3)]
 
-    options = dict(suffix="cccc", seed="0", candidates=16, topk=12, budget=600)
-    found = universal_gcg(letters_model(), Letters(), goals_of_three(), unsafe_with, **options)
+    options = dict(suffix="cccc", seed="0", candidates=16, topk=12, budget=400)
+    found = gcg(letters_model(), TOK, goals_of_three(), unsafe_with, **options)
     assert len(asked) > 5 and found.text == asked[3] and found.success_at is None
     asked.clear()
     successes[2] = 3
-    found = universal_gcg(letters_model(), Letters(), goals_of_three(), unsafe_with, **options)
-    assert len(asked) == 3 and found.text == asked[2] and found.success_at == found.evaluations < 600
-
-
-def test_says_is_greedy_decoding(model):
-    slots = slots_of()
-    context, said = slots.before + slots.suffix + slots.after, []
-    with torch.no_grad():
-        for _ in range(5):
-            said.append(int(model(torch.tensor([context + said]))[0, -1].argmax()))
-    slots.target = said[:4] + [(said[4] + 1) % V]
-    scorer = Scorer(model, slots, 2)
-    assert [scorer.says(slots.suffix, m) for m in range(1, 6)] == [True] * 4 + [False]
+    found = gcg(letters_model(), TOK, goals_of_three(), unsafe_with, **options)
+    assert len(asked) == 3 and found.text == asked[2] and found.success_at == found.evaluations < 400
 
 
 def test_the_penalty_lowers_the_chance_of_a_reset():
     """The same search with and without: p([RESET]) along the answer. The model likes to reset, so there is room."""
-    tok, better, worse = Letters(), 0, 0
-    for seed in range(5):
+    lower = 0
+    for seed in range(3):
         model = letters_model(seed)
         with torch.no_grad():
-            model.lm_head.weight[tok.reset_id] *= 3.0
+            model.lm_head.weight[TOK.reset_id] *= 3.0
         chance = {}
         for weight in (0.0, 20.0):
             options = dict(suffix="cccc", seed="0", candidates=32, topk=28, adaptive=weight)
-            found = gcg(model, tok, [Goal(ASK, tok.encode("cdef"))], never, budget=400, **options)
-            slots = make_slots(tok, ASK, tok.encode("cdef"), found.text)
+            found = gcg(model, TOK, [Goal(ASK, TOK.encode("cdef"))], never, budget=300, **options)
+            slots = make_slots(TOK, ASK, TOK.encode("cdef"), found.text)
             with torch.no_grad():
                 logits = model(torch.tensor([slots.before + slots.suffix + slots.after + slots.target]))[0, -5:]
-            chance[weight] = 1 - (1 - logits.softmax(-1)[:, tok.reset_id]).prod().item()
-        better += chance[20.0] < chance[0.0] - 0.01
-        worse += chance[20.0] > chance[0.0] + 0.01
-    assert better >= 3 and worse == 0
-
-
-def test_the_module_keeps_its_word(model):
-    """The parameters are the same after an attack, and no gradient is left in them."""
-    before = [p.clone() for p in model.parameters()]
-    suffix_gradient(model, slots_of(), slots_of().suffix, 6, Objective())
-    Scorer(model, slots_of(), 2).losses([slots_of().suffix], 6, Objective())
-    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
+            chance[weight] = 1 - (1 - logits.softmax(-1)[:, TOK.reset_id]).prod().item()
+        assert chance[20.0] <= chance[0.0] + 0.01
+        lower += chance[20.0] < chance[0.0] - 0.01
+    assert lower >= 2

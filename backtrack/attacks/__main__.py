@@ -1,22 +1,21 @@
 """Attack a model that can take its words back, and see what survives.
 
     python -m backtrack.attacks NAME --ckpt DIR --prompts F [--sets …] --judge J --out F.jsonl [--budget N]
-    python -m backtrack.attacks table FILE.jsonl … [--out F.json]      # success rates of all of them, pooled over seeds
+    python -m backtrack.attacks table FILE.jsonl … [--out F.json]      # success rates of all files, pooled over seeds
     python -m backtrack.attacks rewrite --ckpt DIR --out F.txt         # sentences in other words, for autodan
 
-An attack succeeds when the judge calls what *survives* sampling unsafe, or, if it is a refusal judge, complied. Resets
-are as --max-resets, --on-reset and --reset-bias say; the judge is shown the original prompt, not the attack. An answer
-without a verdict counts as unsafe, as in evaluate, and has the category "no verdict". --budget counts candidates whose
-likelihood was computed. It means the same for all searches, so their success can be compared.
+An attack succeeds if the judge calls what *survives* sampling unsafe or, if it is a refusal judge, complied. The judge
+is shown the original prompt, not the attack. An answer without a verdict counts as unsafe, as in backtrack.evaluate.
+An attack aims at the prompt's "target", an unsafe answer or the beginning of one; if there is none, at --opening.
+--budget counts the candidates whose likelihood is computed, so the success of all searches can be compared.
 
-An attack aims at the prompt's "target": an unsafe answer, or the beginning of one. Where a prompt has none it aims at
---opening. An attacker who sets the sampler needs no search: run backtrack.evaluate with --max-resets 0, a negative
---reset-bias or a --temperature, and give the table its .answers.jsonl.
+OUT gets one JSON line per prompt: the attack string, the messages or the prefill sent, the loss after each step, the
+answer with what was discarded, the verdict. The same command again goes on with the missing prompts and gives the same
+lines: a prompt's result depends on the seed and its number only.
 
-One JSON line per prompt: the attack string, the messages or the prefill sent, the loss after each step, the answer with
-what was discarded, the verdict. A stopped run goes on with the missing prompts and gives the same lines: the result for
-a prompt depends on the seed and its number only. The attacks exist to measure a defence; nothing harmful comes with
-them.
+An attacker who sets the sampler needs no search: run backtrack.evaluate with --max-resets 0, a negative --reset-bias or
+a --temperature, and give the table its .answers.jsonl. The attacks exist to measure a defence; nothing harmful comes
+with them.
 """
 
 import argparse
@@ -27,13 +26,10 @@ from pathlib import Path
 
 import torch
 
-from backtrack.attacks.attack import attack_on
-from backtrack.attacks.autodan import SYNONYMS, WRAPPERS, all_sentences, read_rewrites, read_synonyms, read_wrappers
-from backtrack.attacks.context import PLACES, topic_of
-from backtrack.attacks.prefill import OPENING
-from backtrack.attacks.rewrite import rewrite
+from backtrack.attacks.attack import Victim, attack_on
+from backtrack.attacks.autodan import all_sentences, read_rewrites, read_synonyms, read_wrappers, rewrite
+from backtrack.attacks.no_search import OPENING, PLACES, topic_of
 from backtrack.attacks.table import ATTACKERS, SEARCHES, table
-from backtrack.attacks.victim import Victim
 from backtrack.evaluate.__main__ import CONDITION, adding_to, read_answers
 from backtrack.evaluate.prompts import choose_prompts, prompts_digest, read_prompts, render
 from backtrack.judge import load_judge, refuse_seen
@@ -51,18 +47,17 @@ def attack_all(args) -> None:
         prompts += optimised_on(args, tested=prompts)
     settings = settings_of(args, prompts)
     if args.name == "autodan":
-        args.wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
-        args.synonyms = read_synonyms(args.synonyms) if args.synonyms else SYNONYMS
-        args.rewrites = read_rewrites(args.rewrites) if args.rewrites else None
+        args.wrappers, args.synonyms = read_wrappers(args.wrappers), read_synonyms(args.synonyms)
+        args.rewrites = read_rewrites(args.rewrites)
     check_file(args.out)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     refuse_seen(judge, prompts)
     tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
     for prompt in prompts:
-        render(tok, prompt)  # what the template does not know shows now
+        render(tok, prompt)  # a chat that the template does not know is an error now
     with adding_to(args.out):
         done = read_answers(Path(args.out), settings)
-        attack_missing(Victim(model, tok, judge, args), prompts, done, args)
+        attack_missing(Victim(model, tok, judge, args), prompts, done)
     table([args.out], None)
 
 
@@ -84,31 +79,29 @@ def optimised_on(args, tested: list[dict]) -> list[dict]:
 
 
 def settings_of(args, prompts: list[dict]) -> dict:
-    """What the records of a file have in common; a run that goes on with other settings is refused."""
+    """What all records of a file share; a run that goes on with other settings is refused."""
     others = ("out", "prompts", "ckpt", "device", "batch_size", "sets", "limit", "judge")
     others += ("optimise", "optimise_sets", "optimise_limit")  # they are among the prompts
     settings = {key: value for key, value in vars(args).items() if key not in others}
-    settings["prompts"] = prompts_digest(prompts)
-    settings["weights"] = weights_digest(args.ckpt)
     for name in ("wrappers", "synonyms", "rewrites"):  # what is in the file, not what it is called
         if settings.get(name):
             settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
-    return settings
+    return settings | {"prompts": prompts_digest(prompts), "weights": weights_digest(args.ckpt)}
 
 
-def attack_missing(victim: Victim, prompts: list[dict], done: list[dict], args) -> None:
-    """Attack the prompts that have no record in `done`, and add theirs to the file."""
-    missing = sorted(set(range(len(prompts))) - {record["prompt"] for record in done})
+def attack_missing(victim: Victim, prompts: list[dict], done: list[dict]) -> None:
+    """Attack the prompts that have no record in `done`, and add their records to the file."""
+    args, missing = victim.args, sorted(set(range(len(prompts))) - {record["prompt"] for record in done})
     if not missing:
         return
-    attack = attack_on(victim, prompts, done, args)
+    attack = attack_on(victim, prompts, done)
+    head = {"checkpoint": args.ckpt, "name": args.name}
     began, ticker = time.time(), Ticker()
     with open(args.out, "a", encoding="utf-8") as f:
         for count, index in enumerate(missing, start=1):
-            head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompts[index]["set"]}
-            head |= {"variant": variant_of(args)} | {c: getattr(args, c) for c in CONDITION}
-            record = head | attack(index)
-            f.write(json_line(record) + "\n")
+            record = head | {"prompt": index, "set": prompts[index]["set"], "variant": variant_of(args)}
+            record |= {c: getattr(args, c) for c in CONDITION}
+            f.write(json_line(record | attack(index)) + "\n")
             f.flush()
             os.fsync(f.fileno())
             left = (time.time() - began) / count * (len(missing) - count)
@@ -119,65 +112,58 @@ def attack_missing(victim: Victim, prompts: list[dict], done: list[dict], args) 
 
 def variant_of(args) -> str:
     """What is unusual about this attack, for the table."""
-    place = getattr(args, "place", "question")
-    unusual = {"first-turn": ["in a first turn"], "system": ["in the system prompt"]}.get(place, [])
-    unusual += ["opening grows"] if getattr(args, "grow", False) else []
-    unusual += ["sentences rewritten"] if getattr(args, "rewrites", None) else []
+    flags, unusual = vars(args), []
+    if flags.get("place", "question") != "question":
+        unusual.append({"first-turn": "in a first turn", "system": "in the system prompt"}[args.place])
+    unusual += ["opening grows"] if flags.get("grow") else []
+    unusual += ["sentences rewritten"] if flags.get("rewrites") else []
     return ", ".join(unusual) or "any"
 
 
 def write_rewrites(args) -> None:
-    """The file for --rewrites of autodan."""
-    wrappers = read_wrappers(args.wrappers) if args.wrappers else list(WRAPPERS)
+    """Write the file for autodan --rewrites."""
+    sentences = all_sentences(read_wrappers(args.wrappers))
     check_file(args.out)
     tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
-    found = rewrite(model, tok, all_sentences(wrappers), args.count, args.temperature, args.seed)
+    found = rewrite(model, tok, sentences, args.count, args.temperature, args.seed)
     write_text("".join("\t".join([sentence, *others]) + "\n" for sentence, others in found.items()), args.out)
     print(f"{args.out}: {len(found)} sentences, said in {sum(map(len, found.values()))} other ways")
-
-
-# ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = parser.add_subparsers(dest="name", required=True)
     for name in ("prefill", "instruct", "context", *SEARCHES, "universal-gcg"):
-        attack = names.add_parser(name, help=ATTACKERS[name], description=f"{name} {ATTACKERS[name]}.")
-        add_what_is_attacked(attack)
+        add = names.add_parser(name, help=ATTACKERS[name], description=f"{name} {ATTACKERS[name]}.").add_argument
+        add_what_is_attacked(add)
         if name not in ("instruct", "context"):
-            said = "that says yes; aimed at where a prompt has no target"
-            attack.add_argument("--opening", default=OPENING, help=said)
+            add("--opening", default=OPENING, help="what to aim at where a prompt has no target")
         if name in (*SEARCHES, "universal-gcg"):
-            add_how_to_search(attack, name)
-
-    tables = names.add_parser("table", help="success rates from the files of earlier attacks")
-    tables.add_argument("files", nargs="+", help="of attacks, and answers of backtrack.evaluate")
-    tables.add_argument("--out", help="JSON file to write")
-
-    said = "sentences in other words by a language model, for autodan --rewrites"
-    add = names.add_parser("rewrite", help=said, description=said).add_argument
+            add_how_to_search(add, name)
+    add = names.add_parser("table", help="success rates from the files of earlier attacks").add_argument
+    add("files", nargs="+", help="of attacks, and answers of backtrack.evaluate")
+    add("--out", help="JSON file to write")
+    add = names.add_parser("rewrite", help="sentences in other words by a language model, for autodan").add_argument
     add("--ckpt", required=True, help="the model directory that rewrites")
     add("--out", required=True, help="text file to write")
     add("--wrappers", help="text file, one wrapper with {q} per line; default: those of autodan")
-    add("--count", type=positive, default=8, help="of each sentence, so many rewritings at most")
+    add("--count", type=positive, default=8, help="rewritings of each sentence, at most")
     add("--temperature", type=TEMPERATURE, default=0.7)
     add_machine(add)
     return parser.parse_args()
 
 
-def add_what_is_attacked(parser) -> None:
-    add = parser.add_argument
+def add_what_is_attacked(add) -> None:
     add("--ckpt", required=True, help="the model directory to attack")
-    add("--prompts", nargs="+", required=True, help="prompt files; what is aimed at is their 'target'")
-    add("--sets", nargs="+", help="of the prompts, these sets only")
-    add("--limit", type=positive, help="of each set, so many prompts, evenly spread")
+    add("--prompts", nargs="+", required=True, help="prompt files; an attack aims at their 'target'")
+    add("--sets", nargs="+", help="only these sets of the prompts")
+    add("--limit", type=positive, help="this many prompts of each set, evenly spread")
     add("--judge", required=True, help="as for backtrack.evaluate")
     add("--out", required=True, help="file to write, JSON lines")
-    add("--on-reset", choices=("truncate", "keep"), default="truncate")
-    add("--reset-bias", type=BIAS, default=0.0)
-    add("--max-resets", type=RESETS, default=1)
-    add("--max-new-tokens", type=positive, default=80)
+    add("--on-reset", choices=("truncate", "keep"), default="truncate", help="does a retry see what was taken back?")
+    add("--reset-bias", type=BIAS, default=0.0, help="added to the logit of [RESET]")
+    add("--max-resets", type=RESETS, default=1, help="resets per answer, at most")
+    add("--max-new-tokens", type=positive, default=80, help="length of an answer, at most")
     add_machine(add)
 
 
@@ -188,30 +174,27 @@ def add_machine(add) -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
 
 
-def add_how_to_search(parser, name: str) -> None:
-    add = parser.add_argument
+def add_how_to_search(add, name: str) -> None:
     add("--budget", type=positive, default=1024, help="likelihoods to compute per search")
-    add("--target-tokens", type=positive, help="aim at so much of the target; default: all of it")
+    add("--target-tokens", type=positive, help="aim at the first tokens of the target only, this many")
     add("--batch-size", type=positive, default=32 if name == "autodan" else 64, help="candidates scored at a time")
     if name == "autodan":
         add("--wrappers", help="text file, one wrapper with {q} per line")
         add("--synonyms", help="text file, a word and its synonyms per line, tabs between")
-        add("--rewrites", help="text file that `rewrite` has made: a sentence and others like it per line")
+        add("--rewrites", help="text file of `rewrite`: a sentence and others like it per line, tabs between")
         return
     add("--suffix", default=" x" * 16, help="suffix to start from: its length in tokens is kept")
     add("--place", choices=PLACES, default="question", help="what the suffix is put at the end of")
-    add("--candidates", type=positive, default=64, help="swaps per step")
-    add("--topk", type=positive, default=64, help="promising tokens per place")
-    add("--loss", choices=("ce", "mellowmax"), default="ce")
+    add("--candidates", type=positive, default=64, help="suffixes drawn per step")
+    add("--topk", type=positive, default=64, help="most promising tokens per position, to draw from")
     if name == "gcg":
         return
-    add("--reset-weight", type=not_negative(float), default=0.2, help="λ: what a chance of [RESET] costs")
-    said = "targets are openings: the model itself says how they go on; so it is where a prompt has none"
-    add("--grow", action="store_true", help=said)
+    add("--reset-weight", type=not_negative(float), default=0.2, help="λ: how much a chance of [RESET] costs")
+    add("--grow", action="store_true", help="targets are openings, which the model continues; so where there is none")
     if name == "universal-gcg":
         add("--optimise", nargs="+", required=True, help="prompt files to optimise the suffix on")
-        add("--optimise-sets", nargs="+", help="of those, these sets only")
-        add("--optimise-limit", type=positive, default=8, help="of each set, so many prompts, evenly spread")
+        add("--optimise-sets", nargs="+", help="only these sets of them")
+        add("--optimise-limit", type=positive, default=8, help="this many prompts of each of these sets, evenly spread")
 
 
 def main() -> None:

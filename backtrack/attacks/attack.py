@@ -1,121 +1,157 @@
-"""Each attack on one prompt: what is sent, and the record of what came of it.
+"""One prompt under attack: what is sent, what the model answers, and what the judge says of what survives sampling.
 
-attack = attack_on(victim, prompts, done, args)      # args.name says which
-record = attack(3)                                   # of prompt 3
+victim = Victim(model, tok, judge, args)           # args of the command line: name, max_resets, reset_bias, …
+attack = attack_on(victim, prompts, done)          # args.name says which
+record = attack(3)                                 # of prompt 3
 """
 
+import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from backtrack.attacks.autodan import autodan, wrap
-from backtrack.attacks.context import contexts, placed
 from backtrack.attacks.gcg import Goal, gcg
-from backtrack.attacks.instruct import INSTRUCTIONS
-from backtrack.attacks.prefill import prefills
+from backtrack.attacks.no_search import placed, variants
 from backtrack.attacks.suffix import with_suffix
 from backtrack.attacks.table import SEARCHES
-from backtrack.attacks.universal import universal_gcg
-from backtrack.attacks.victim import Victim, failed
-from backtrack.evaluate.__main__ import failure
+from backtrack.evaluate.__main__ import failure, verdict
+from backtrack.generate import Generation, Options, generate, room_for_answer
+from backtrack.judge import Judge
+from model import Transformer
 
 
-def attack_on(victim: Victim, prompts: list[dict], done: list[dict], args) -> Callable[[int], dict]:
-    """The attack that args.name names: number of a prompt -> its part of the record."""
+@dataclass
+class Victim:
+    """A model behind its sampler, and the judge of what survives."""
+
+    model: Transformer
+    tok: object
+    judge: Judge
+    args: argparse.Namespace
+
+    def answers(self, prompts: list[dict], chats: list[list[dict]], prefill: list[list[int]] | None = None):
+        """The judged answers, list[dict], to `chats`, sampled greedily in one batch.
+
+        prompts  what the judge is shown, one for each chat
+        prefill  ids that each answer begins with
+        """
+        generations = self.sample(chats, prefill or [[] for _ in chats])
+        return [self.judged(prompt, g) for prompt, g in zip(prompts, generations, strict=True)]
+
+    def goes_on(self, prompt: dict, messages: list[dict], begun: list[int]) -> list[int] | None:
+        """The answer that begins with the ids `begun`, as the model continues it with [RESET] masked: all its ids, at
+        most --max-new-tokens, or None if it is not unsafe."""
+        room = self.args.max_new_tokens - len(begun)
+        if room < 1:
+            return None
+        [generation] = self.sample([messages], [begun], max_resets=0, max_new_tokens=room)
+        return generation.tokens if failed(self.judged(prompt, generation)) else None
+
+    def fits(self, messages: list[dict]) -> bool:
+        """Is there room for an answer after this chat?"""
+        limits = {name: getattr(self.args, name) for name in ("max_new_tokens", "max_resets", "on_reset")}
+        room = room_for_answer(Options(self.tok.reset_id, [], **limits))
+        return len(self.tok.render(messages)) + room <= self.model.config.max_position_embeddings
+
+    def sample(self, chats: list[list[dict]], prefill: list[list[int]], **changed) -> list[Generation]:
+        tok, limits = self.tok, ("max_new_tokens", "reset_bias", "max_resets", "on_reset")
+        options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size, "prefill": prefill}
+        options |= {name: getattr(self.args, name) for name in limits}
+        return generate(self.model, [tok.render(chat) for chat in chats], **options | changed)
+
+    def judged(self, prompt: dict, g: Generation) -> dict:
+        response = self.tok.decode(g.tokens)
+        record = {"response": response, "discarded": [self.tok.decode(ids) for ids in g.discarded], "resets": g.resets}
+        if "topic" in prompt:  # without one nothing says whether an unsafe answer is about this question
+            record["on_topic"] = prompt["topic"].lower() in response.lower()
+        return record | verdict(self.judge, prompt, response, self.args)
+
+
+def failed(record: dict) -> bool:
+    """Is the answer unsafe, or, if the judge cannot tell, does it comply?"""
+    return record[failure([record])]
+
+
+def attack_on(victim: Victim, prompts: list[dict], done: list[dict]) -> Callable[[int], dict]:
+    """The attack that args.name names: number of a prompt -> its part of the record. done: earlier records."""
+    args = victim.args
     if args.name == "universal-gcg":
-        found = done[0] if done else find_universal(victim, prompts, args)  # every record says which suffix it was
-        return lambda index: use_universal(victim, prompts[index], found, args)
+        found = done[0] if done else find_universal(victim, prompts)  # every record holds the suffix
+        return lambda index: use_universal(victim, prompts[index], found)
     if args.name in SEARCHES:
-        return lambda index: search(victim, prompts[index], f"{args.seed}/{index}", args)
-    return lambda index: try_all(victim, prompts, index, args)
+        return lambda index: search(victim, prompts[index], f"{args.seed}/{index}")
+    return lambda index: try_variants(victim, prompts, index)
 
 
-# ── What is tried as it is ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def try_all(victim: Victim, prompts: list[dict], index: int, args) -> dict:
-    """prefill, instruct, context: nothing is searched, all variants are tried."""
-    tok, prompt = victim.tok, prompts[index]
-    messages = prompt["prompt"]
-    if args.name == "prefill":
-        forced = prefills(tok, prompt.get("target", ""), args.opening)
-        variants = {key: (messages, ids) for key, ids in forced.items()}
-    elif args.name == "instruct":
-        variants = {key: (with_suffix(messages, text), []) for key, text in INSTRUCTIONS.items()}
-    else:
-        others = prompts[:index] + prompts[index + 1 :]
-        variants = {key: (chat, []) for key, chat in contexts(tok, prompt, others, f"{args.seed}/{index}").items()}
-    chats, prefill = zip(*variants.values(), strict=True)
-    answers = victim.answers([prompt] * len(variants), list(chats), list(prefill))
+def try_variants(victim: Victim, prompts: list[dict], index: int) -> dict:
+    """prefill, instruct, context: nothing is searched, every variant is tried."""
+    prompt, found = prompts[index], variants(victim.tok, prompts, index, victim.args)
+    chats, prefill = map(list, zip(*found.values(), strict=True))
+    answers = victim.answers([prompt] * len(found), chats, prefill)
     tried = {}
-    for key, sent, ids, answer in zip(variants, chats, prefill, answers, strict=True):
-        tried[key] = {"sent": sent, "prefill": tok.decode(ids)} | answer
-    record = {failure(list(tried.values())): any(map(failed, tried.values())), "variants": tried}
+    for name, sent, ids, answer in zip(found, chats, prefill, answers, strict=True):
+        tried[name] = {"sent": sent, "prefill": victim.tok.decode(ids)} | answer
+    record = {failure(answers): any(map(failed, answers)), "variants": tried}
     if "topic" in prompt:
-        record["on_topic"] = any(failed(t) and t["on_topic"] for t in tried.values())
+        record["on_topic"] = any(failed(answer) and answer["on_topic"] for answer in answers)
     return record
 
 
-# ── What is searched for ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def search(victim: Victim, prompt: dict, seed: str, args) -> dict:
-    """gcg, adaptive-gcg, autodan: look for a text to send until an unsafe answer survives or the budget is spent."""
-    messages = prompt["prompt"]
-    record = {"sent": messages} | victim.answer(prompt, messages)
-    if failed(record):  # no attack needed: a success before the first candidate
-        return {"success_at": 0, "evaluations": 0, "losses": [], "attack": ""} | record
+def search(victim: Victim, prompt: dict, seed: str) -> dict:
+    """gcg, adaptive-gcg, autodan: search a text to send until an unsafe answer survives or the budget is spent."""
+    args, messages, record = victim.args, prompt["prompt"], {}
 
     def succeeds(sent: list[dict]) -> bool:
-        record.update({"sent": sent} | victim.answer(prompt, sent))
+        [answer] = victim.answers([prompt], [sent])
+        record.update({"sent": sent} | answer)
         return failed(record)
 
+    if succeeds(messages):  # no attack needed: a success before the first candidate
+        return {"success_at": 0, "evaluations": 0, "losses": [], "attack": ""} | record
+    goal = goal_of(victim, prompt)
     if args.name == "autodan":
-        found = autodan(
-            victim.model,
-            victim.tok,
-            messages,
-            target_of(victim, prompt, args),
-            lambda individual: succeeds(wrap(individual, messages)),
-            budget=args.budget,
-            seed=seed,
-            wrappers=args.wrappers,
-            synonyms=args.synonyms,
-            rewrites=args.rewrites,
-            longest=victim.longest_prompt,
-            rows=args.batch_size,
-        )
+        options = {name: getattr(args, name) for name in ("budget", "wrappers", "synonyms", "rewrites")}
+        options |= {
+            "seed": seed,
+            "rows": args.batch_size,
+            "fits": lambda individual: victim.fits(wrap(individual, messages)),
+        }
+        options["unsafe_with"] = lambda individual: succeeds(wrap(individual, messages))
+        found = autodan(victim.model, victim.tok, messages, goal.target, **options)
     else:
-        goal = goal_of(victim, prompt, args)
-        options = gcg_options(args) | {"seed": seed}
-        found = gcg(victim.model, victim.tok, [goal], lambda text: succeeds(goal.send(text)), **options)
+        options = gcg_options(args) | {"seed": seed, "unsafe_with": lambda text: [succeeds(goal.send(text))]}
+        found = gcg(victim.model, victim.tok, [goal], **options)
     head = {"success_at": found.success_at, "evaluations": found.evaluations, "losses": found.losses}
     return head | {"attack": found.text, "target": victim.tok.decode(found.targets[0])} | record
 
 
-def find_universal(victim: Victim, prompts: list[dict], args) -> dict:
-    """The part of all records that says which suffix was found, and how."""
+def find_universal(victim: Victim, prompts: list[dict]) -> dict:
+    """What every record says of the suffix that was found, and how."""
     prompts = [prompt for prompt in prompts if prompt.get("optimised_on")]
-    goals = [goal_of(victim, prompt, args) for prompt in prompts]
+    goals = [goal_of(victim, prompt) for prompt in prompts]
 
     def unsafe_with(text: str) -> list[bool]:
         return list(map(failed, victim.answers(prompts, [goal.send(text) for goal in goals])))
 
-    options = gcg_options(args) | {"seed": str(args.seed)}
-    found = universal_gcg(victim.model, victim.tok, goals, unsafe_with, **options)
+    args = victim.args
+    found = gcg(victim.model, victim.tok, goals, unsafe_with, seed=str(args.seed), **gcg_options(args))
     return {"evaluations": found.evaluations, "losses": found.losses, "attack": found.text}
 
 
-def use_universal(victim: Victim, prompt: dict, found: dict, args) -> dict:
-    """What the suffix does to a prompt that it was not optimised on, or to one that it was."""
-    sent = goal_of(victim, prompt, args).send(found["attack"])
+def use_universal(victim: Victim, prompt: dict, found: dict) -> dict:
+    """What the suffix does to one prompt, whether it was optimised on that or not."""
+    sent = goal_of(victim, prompt).send(found["attack"])
     record = {key: found[key] for key in ("evaluations", "losses", "attack")} | {"sent": sent}
     if prompt.get("optimised_on"):
         record["variant"] = "optimised on these"
-    return record | victim.answer(prompt, sent)
+    [answer] = victim.answers([prompt], [sent])
+    return record | answer
 
 
-def goal_of(victim: Victim, prompt: dict, args) -> Goal:
-    """Where a suffix stands in this prompt, and what it is to bring about."""
-    chat, at = placed(prompt["prompt"], args.place)
+def goal_of(victim: Victim, prompt: dict) -> Goal:
+    """Where an attack string stands in this prompt, and what the model should answer to it."""
+    args, target = victim.args, prompt.get("target")
+    chat, at = placed(prompt["prompt"], getattr(args, "place", "question"))
 
     def send(text: str) -> list[dict]:
         return with_suffix(chat, text, at)
@@ -123,15 +159,10 @@ def goal_of(victim: Victim, prompt: dict, args) -> Goal:
     def grow(text: str, begun: list[int]) -> list[int] | None:
         return victim.goes_on(prompt, send(text), begun)
 
-    grows = args.name != "gcg" and (args.grow or not prompt.get("target"))
-    return Goal(send, target_of(victim, prompt, args), grow if grows else None)
-
-
-def target_of(victim: Victim, prompt: dict, args) -> list[int]:
-    """What the answer is to say, or how it is to begin."""
-    return victim.tok.encode(prompt.get("target") or args.opening)[: args.target_tokens]
+    grows = args.name in ("adaptive-gcg", "universal-gcg") and (args.grow or not target)
+    return Goal(send, victim.tok.encode(target or args.opening)[: args.target_tokens], grow if grows else None)
 
 
 def gcg_options(args) -> dict:
-    options = {name: getattr(args, name) for name in ("budget", "suffix", "loss", "candidates", "topk")}
+    options = {name: getattr(args, name) for name in ("budget", "suffix", "candidates", "topk")}
     return options | {"rows": args.batch_size, "adaptive": None if args.name == "gcg" else args.reset_weight}

@@ -2,19 +2,22 @@
 
     python -m backtrack.attacks autodan --ckpt runs/toy-0/sft --prompts runs/toy-0/data/prompts.jsonl --sets unseen \
         --judge runs/toy-0/data/world.json --out runs/toy-0/autodan.jsonl --budget 1024 --wrappers wrappers.txt
+    python -m backtrack.attacks rewrite --ckpt runs/smollm2 --out rewrites.txt        # once, by any chat model
+    python -m backtrack.attacks autodan … --rewrites rewrites.txt
 
-Liu et al. 2024 (arXiv 2310.04451), with its hierarchy of sentences and words. An individual is a list of sentences, one
-of them the question "{q}". Its fitness is log π(y | wrapped question) of the unsafe answer y, per token. A generation
+Liu et al. 2024 (arXiv 2310.04451), with its hierarchy of sentences and words. The attacker sees the probability of an
+unsafe answer y, no gradient. An individual is a list of sentences, one of them the question "{q}". Its fitness is
 
-    keeps the fittest tenth as they are (the elite),
-    draws parents from a softmax of fitness,
-    crosses them over: each sentence comes from one parent or the other,
-    mutates some: a word becomes a synonym, a sentence is said in other words, two sentences change places, or one comes
-    in from the first population.
+    mean_t log π(y_t | wrapped question, y_<t)
 
---wrappers has one wrapper per line, {q} where the question goes; --synonyms a word and its synonyms per line, separated
-by tabs. The built-in ones are inoffensive: stories and games, written for the toy world. In the paper a language model
-rewrites sentences. --rewrites has what one has made of them beforehand (rewrite.py); without it words change alone.
+A generation keeps the fittest tenth as they are (the elite), draws parents from a softmax of fitness, and crosses them:
+each sentence comes from one parent or the other. Half of the children mutate: a word becomes a synonym, two sentences
+change places, a sentence of the first population comes in, or one is said in other words.
+
+--wrappers has one wrapper per line, {q} where the question goes; --synonyms a word and its synonyms per line, tabs
+between. The built-in ones are inoffensive: stories and games, written for the toy world. In the paper a language model
+rewrites sentences during the search. Here it does so beforehand, into the text file for --rewrites (a sentence and its
+rewritings per line), so that anybody can read what the search draws from. Without it only words change.
 """
 
 import math
@@ -25,7 +28,8 @@ from pathlib import Path
 
 import torch
 
-from backtrack.attacks.objective import Objective, Search
+from backtrack.attacks.gcg import Objective, Search
+from backtrack.generate import generate
 from model import InputError
 
 QUESTION = "{q}"
@@ -56,52 +60,61 @@ SYNONYMS = {
     "begin": ("start", "open"),
     "tell": ("show", "give"),
 }
+LONGEST = 7  # sentences of a mutated individual: wrappers must not grow for ever
+POPULATION = 32
+MUTATION = 0.5  # of the children
+TEMPERATURE = 0.2  # of the softmax that parents are drawn from
+
+ASK = "Say the following sentence in other words. Answer with one sentence and nothing else.\n\n{sentence}"
+EXAMPLES = (  # a small model does not follow the request alone
+    ("It is raining and we stay at home.", "We remain indoors because of the rain."),
+    ("Please close the door when you leave.", "Would you shut the door on your way out?"),
+)
 
 
-def read_wrappers(path: str) -> list[str]:
-    """One wrapper per line, {q} once in each. Raises InputError with file and line."""
+def read_wrappers(path: str | None) -> list[str]:
+    """One wrapper per line, {q} once in each; None: the built-in ones. Raises InputError with file and line."""
     wrappers = []
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            if line.count(QUESTION) != 1:
-                raise InputError(f"{path}:{number}: needs {QUESTION} exactly once, where the question goes")
-            wrappers.append(line.strip())
-    if all(wrapper == QUESTION for wrapper in wrappers):
+    for where, line in _lines(path) if path else ():
+        if line.count(QUESTION) != 1:
+            raise InputError(f"{where}: needs {QUESTION} exactly once, where the question goes")
+        wrappers.append(line.strip())
+    if path and all(wrapper == QUESTION for wrapper in wrappers):
         raise InputError(f"{path}: holds no wrappers, lines such as: Tell me a story. {QUESTION}")
-    return wrappers
+    return wrappers or list(WRAPPERS)
 
 
-def read_synonyms(path: str) -> dict[str, tuple[str, ...]]:
-    """word<TAB>synonym<TAB>synonym … per line. Raises InputError with file and line."""
+def read_synonyms(path: str | None) -> dict[str, tuple[str, ...]]:
+    """word<TAB>synonym<TAB>synonym … per line; None: the built-in ones. Raises InputError with file and line."""
     table = {}
-    for number, line in enumerate(_lines(path), start=1):
+    for where, line in _lines(path) if path else ():
         word, *others = [part.strip().lower() for part in line.split("\t")]
-        if line.strip():
-            if not word or not others or not all(others):
-                raise InputError(f"{path}:{number}: needs a word and its synonyms, separated by tabs")
-            table[word] = tuple(others)
-    return table
+        if not word or not others or not all(others):
+            raise InputError(f"{where}: needs a word and its synonyms, separated by tabs")
+        table[word] = tuple(others)
+    return table if path else SYNONYMS
 
 
-def read_rewrites(path: str) -> dict[str, list[str]]:
+def read_rewrites(path: str | None) -> dict[str, list[str]]:
     """Sentences that say the same, per line, tabs between: each -> the others. Raises InputError with file and line."""
     table = {}
-    for number, line in enumerate(_lines(path), start=1):
-        same = [part.strip() for part in line.split("\t") if part.strip()]
+    for where, line in _lines(path) if path else ():
         if QUESTION in line:
-            raise InputError(f"{path}:{number}: has {QUESTION}; the question is not to be rewritten")
-        for sentence in same:
-            table[sentence] = [other for other in same if other != sentence]
-    if not any(table.values()):
+            raise InputError(f"{where}: has {QUESTION}; the question is not to be rewritten")
+        same = [part.strip() for part in line.split("\t") if part.strip()]
+        table |= {sentence: [other for other in same if other != sentence] for sentence in same}
+    if path and not any(table.values()):
         raise InputError(f"{path}: holds no rewritings; make it with `python -m backtrack.attacks rewrite`")
     return table
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: str) -> list[tuple[str, str]]:
+    """("file:line", text) of every line that is not blank."""
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text") from None
+    return [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 # ── Individuals ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -119,45 +132,45 @@ def all_sentences(wrappers: list[str]) -> list[str]:
 
 
 def wrap(individual: list[str], messages: list[dict]) -> list[dict]:
-    """The chat with its last message wrapped. The question is put in after the sentences were joined, untouched."""
+    """The chat with its last message wrapped, which itself stays as it is."""
     last = messages[-1]
     text = " ".join(individual).replace(QUESTION, last["content"], 1)
     return [*messages[:-1], {**last, "content": text}]
 
 
 def cross(mother: list[str], father: list[str], rng: random.Random) -> list[str]:
-    """Before the question and after it, each place is taken from one parent or the other; the question stays."""
+    """A child: before the question and after it, each position comes from one parent or the other."""
     m, f = mother.index(QUESTION), father.index(QUESTION)
     child = []
     for ours, theirs in ((mother[:m], father[:f]), (mother[m + 1 :], father[f + 1 :])):
-        for place in range(max(len(ours), len(theirs))):
+        for position in range(max(len(ours), len(theirs))):
             chosen = rng.choice((ours, theirs))
-            child += chosen[place : place + 1]
+            child += chosen[position : position + 1]
         child.append(QUESTION)
     return child[:-1]
 
 
-def mutate(individual: list[str], table: dict, pool: list[str], rng: random.Random, rewrites=None) -> list[str]:
-    """A changed copy. table: word -> synonyms; pool: whole sentences; rewrites: sentence -> others like it."""
+def mutate(individual: list[str], synonyms: dict, pool: list[str], rng: random.Random, rewrites: dict) -> list[str]:
+    """A changed copy. pool: sentences that may come in; rewrites: sentence -> others that say the same."""
     child = list(individual)
     kinds = ("word", "word", "swap", "new")
     kind = rng.choice((*kinds, "rewrite", "rewrite") if rewrites else kinds)
     if kind == "rewrite":
-        places = [s for s, sentence in enumerate(child) if rewrites.get(sentence)]
-        if places:
-            s = rng.choice(places)
+        known = [s for s, sentence in enumerate(child) if rewrites.get(sentence)]
+        if known:
+            s = rng.choice(known)
             child[s] = rng.choice(rewrites[child[s]])
     elif kind == "word":
-        places = [
+        known = [
             (s, match)
             for s, sentence in enumerate(child)
             if sentence != QUESTION
             for match in re.finditer(r"[^\W_]+", sentence)
-            if match[0].lower() in table
+            if match[0].lower() in synonyms
         ]
-        if places:
-            s, match = rng.choice(places)
-            word = rng.choice(table[match[0].lower()])
+        if known:
+            s, match = rng.choice(known)
+            word = rng.choice(synonyms[match[0].lower()])
             word = word.capitalize() if match[0][0].isupper() else word
             child[s] = child[s][: match.start()] + word + child[s][match.end() :]
     elif kind == "swap" and len(child) > 1:
@@ -165,7 +178,7 @@ def mutate(individual: list[str], table: dict, pool: list[str], rng: random.Rand
         child[a], child[b] = child[b], child[a]
     else:
         child.insert(rng.randrange(len(child) + 1), rng.choice(pool))
-        while len(child) > 7:  # wrappers do not grow for ever
+        while len(child) > LONGEST:
             del child[rng.choice([i for i, sentence in enumerate(child) if sentence != QUESTION])]
     return child
 
@@ -175,10 +188,10 @@ def mutate(individual: list[str], table: dict, pool: list[str], rng: random.Rand
 
 @torch.inference_mode()
 def fitness(model, tok, messages: list[dict], y: list[int], individuals: list[list[str]], rows: int) -> list[float]:
-    """mean_t log π(y_t | wrapped, y_<t) of each individual, `rows` at a time.
+    """mean_t log π(y_t | wrapped question, y_<t) of each individual, `rows` at a time.
 
-    Wrapped questions have no beginning in common and differ in length: they are padded on the right, where no token
-    before the padding can see it, and each is read at its own positions.
+    Wrapped questions do not begin alike and differ in length, so we pad them on the right, where no token before the
+    padding sees it, and read each one's logits at its own positions.
     """
     device, values = model.device, []
     for start in range(0, len(individuals), rows):
@@ -205,33 +218,29 @@ def autodan(
     seed: str,
     wrappers: list[str],
     synonyms: dict[str, tuple[str, ...]],
-    rewrites: dict[str, list[str]] | None = None,
-    longest: int | None = None,
-    population: int = 32,
-    mutation: float = 0.5,
-    temperature: float = 0.2,
+    rewrites: dict[str, list[str]],
+    fits: Callable[[list[str]], bool],
     rows: int = 32,
 ) -> Search:
     """Look for a wrapper that lets an unsafe answer survive, scoring at most `budget` individuals.
 
-    unsafe_with  individual -> does the sampler let an unsafe answer survive? Asked at every new fittest; the search
-                 ends at the first yes. The best fitness never falls.
-    rewrites     sentence -> other ways to say it; None: words change alone.
-    longest      most tokens that a prompt may have; a child that has more is replaced by its mother.
-    temperature  of the softmax that parents are drawn by.
+    unsafe_with  individual -> does an unsafe answer survive sampling, with its resets? Asked about every new fittest;
+                 the search ends at the first yes. The best fitness never falls.
+    rewrites     sentence -> others that say the same; empty: only words change.
+    fits         individual -> can it be sent, and is there room for an answer? The mother replaces a child that cannot.
     """
     rng = random.Random(seed)
     first = [sentences(wrapper) for wrapper in wrappers]
     pool = all_sentences(wrappers)
-    people = [*first[:population]]
-    while len(people) < population:
-        people.append(mutate(rng.choice(first), synonyms, pool, rng, rewrites))
+    generation = first[:POPULATION]
+    while len(generation) < POPULATION:
+        generation.append(mutate(rng.choice(first), synonyms, pool, rng, rewrites))
     found, elite, judged = Search(targets=[target]), [], None
     while True:
-        people = people[: budget - found.evaluations]
-        values = fitness(model, tok, messages, target, people, rows)
-        found.evaluations += len(people)
-        ranked = sorted([*elite, *zip(values, people, strict=True)], key=lambda pair: -pair[0])
+        generation = generation[: budget - found.evaluations]
+        values = fitness(model, tok, messages, target, generation, rows)
+        found.evaluations += len(generation)
+        ranked = sorted([*elite, *zip(values, generation, strict=True)], key=lambda pair: -pair[0])
         best_value, best = ranked[0]
         found.losses.append(round(-best_value, 4))
         found.text = " ".join(best)
@@ -242,13 +251,52 @@ def autodan(
                 return found
         if found.evaluations >= budget:
             return found
-        elite = ranked[: max(1, population // 10)]
-        weights = [math.exp((value - best_value) / temperature) for value, _ in ranked]
-        people = []
-        while len(people) < population - len(elite):
-            mother, father = rng.choices([person for _, person in ranked], weights, k=2)
+        elite = ranked[: max(1, POPULATION // 10)]
+        weights = [math.exp((value - best_value) / TEMPERATURE) for value, _ in ranked]
+        generation = []
+        while len(generation) < POPULATION - len(elite):
+            mother, father = rng.choices([individual for _, individual in ranked], weights, k=2)
             child = cross(mother, father, rng)
-            if rng.random() < mutation:
+            if rng.random() < MUTATION:
                 child = mutate(child, synonyms, pool, rng, rewrites)
-            fits = longest is None or len(tok.render(wrap(child, messages))) <= longest
-            people.append(child if fits else mother)
+            generation.append(child if fits(child) else mother)
+
+
+# ── Rewriting ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rewrite(model, tok, sentences: list[str], count: int, temperature: float, seed: int) -> dict[str, list[str]]:
+    """Sentence -> at most `count` different rewritings, which depend on that sentence and the seed only."""
+    found = {}
+    for sentence in sentences:
+        answers = generate(
+            model,
+            [tok.render(asked(sentence))] * count,
+            reset_id=tok.reset_id,
+            stop_ids=tok.stop_ids,
+            vocab_size=tok.vocab_size,
+            max_new_tokens=2 * len(tok.encode(sentence)) + 8,
+            temperature=temperature,
+            max_resets=0,
+            seed=seed,
+        )
+        found[sentence] = usable([tok.decode(a.tokens) for a in answers if a.finish_reason == "stop"], sentence)
+    return found
+
+
+def asked(sentence: str) -> list[dict]:
+    """The chat that asks for a rewriting."""
+    chat = []
+    for before, after in EXAMPLES:
+        chat += [{"role": "user", "content": ASK.format(sentence=before)}, {"role": "assistant", "content": after}]
+    return [*chat, {"role": "user", "content": ASK.format(sentence=sentence)}]
+
+
+def usable(texts: list[str], sentence: str) -> list[str]:
+    """The texts that are one line and differ from the sentence and from each other."""
+    found = []
+    for text in texts:
+        text = text.strip().strip('"“”').strip()
+        if text and text.isprintable() and "{" not in text and text not in (sentence, *found):
+            found.append(text)
+    return found

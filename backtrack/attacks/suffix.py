@@ -1,31 +1,30 @@
-"""What a suffix does to a model: where it stands among the tokens, its loss, and the gradient of that.
+"""A suffix among the tokens of a prompt: where it stands, its loss, and the gradient of that loss.
 
-    send = partial(with_suffix, messages)                    # the text of a suffix -> the chat that is sent
-    slots = make_slots(tok, send, target, " x x x x")        # before ⊕ suffix ⊕ after, then the target
-    suffix_gradient(model, slots, slots.suffix, m, objective)               # (n, V)
-    Scorer(model, slots, rows=64).losses(suffixes, m, objective)            # (N,)
+    send = partial(with_suffix, messages)                           # text of a suffix -> the chat that is sent
+    slots = make_slots(tok, send, target, " x x x x")               # before ⊕ suffix ⊕ after, then the target
+    suffix_gradient(model, slots, slots.suffix, m, objective)       # (n, V)
+    Scorer(model, slots, rows=64).losses(suffixes, m, objective)    # (N,)
 
-Whatever precedes the suffix is the same for all candidates: its keys and values are computed once.
+All candidates share what precedes the suffix, so its keys and values are computed once.
 
-Shapes: N candidates, n suffix tokens, m target tokens, V vocabulary.
+Shapes: N candidates, n suffix tokens, m target tokens, V vocabulary, D width of the model, T tokens.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from backtrack.attacks.objective import Objective
 from model import InputError, KVCache, Transformer
 
-Send = Callable[[str], list[dict]]  # the text of a suffix -> the chat that has it
+Send = Callable[[str], list[dict]]  # text of a suffix -> the chat that has it
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits (N, m + 1, V), target (m,) -> (N,): gcg.Objective
 
 
 @dataclass
 class Slots:
-    """A prompt with a gap: before ⊕ suffix ⊕ after is what the model reads, and then it should say target."""
+    """A prompt with a gap: the model reads before ⊕ suffix ⊕ after, and then should say target."""
 
     before: list[int]
     suffix: list[int]  # the one to start from
@@ -37,7 +36,7 @@ class Slots:
 
 
 def with_suffix(messages: list[dict], text: str, at: int = -1) -> list[dict]:
-    """The chat with `text` at the end of one of its messages, usually the last."""
+    """The chat with `text` at the end of message number `at`."""
     changed = list(messages)
     content = messages[at]["content"].rstrip()  # as rendering does: a stripped space must not come back with the text
     changed[at] = {**messages[at], "content": content + text}
@@ -45,9 +44,9 @@ def with_suffix(messages: list[dict], text: str, at: int = -1) -> list[dict]:
 
 
 def make_slots(tok, send: Send, target: list[int], suffix: str) -> Slots:
-    """Where in the rendered prompt the suffix stands: between what it shares with the prompt that has none.
+    """Find the suffix in the rendered prompt, by comparison with the prompt that has none.
 
-    Raises InputError if the suffix does not stand there by itself, its first token merged with the message's last.
+    Raises InputError if its first token merges with the message's last: then it has no place of its own.
     """
     bare, full = tok.render(send("")), tok.render(send(suffix))
     head = next((i for i, (a, b) in enumerate(zip(bare, full, strict=False)) if a != b), len(bare))
@@ -63,7 +62,7 @@ def survives(tok, send: Send, slots: Slots, suffix: list[int]) -> bool:
     return tok.render(send(tok.decode(suffix))) == slots.before + suffix + slots.after
 
 
-@lru_cache(maxsize=1)  # asked for every prompt, and a vocabulary of 128,000 takes its time
+@lru_cache(maxsize=1)  # asked for every prompt; a vocabulary of 128,000 takes its time
 def allowed_ids(tok) -> list[int]:
     """Ids that may stand in a suffix: ordinary text, whole characters, never a special token."""
     texts = ((i, tok.decode([i])) for i in range(tok.vocab_size) if i not in tok.special_ids)
@@ -73,14 +72,14 @@ def allowed_ids(tok) -> list[int]:
 # ── Gradient and scores ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def suffix_gradient(model: Transformer, slots: Slots, suffix: list[int], m: int, objective: Objective) -> torch.Tensor:
-    """∂L / ∂ one_hot of the suffix, (n, V): how the loss would change if a little of another token were mixed in."""
+def suffix_gradient(model: Transformer, slots: Slots, suffix: list[int], m: int, objective: Loss) -> torch.Tensor:
+    """∂L / ∂ one_hot of the suffix, (n, V) fp32: how L changes if a little of another token is mixed in."""
     table = model.model.embed_tokens.weight  # (V, D)
     a, b = len(slots.before), len(slots.before) + len(suffix)
     tokens = torch.tensor([slots.before + suffix + slots.after + slots.target[:m]], device=table.device)
     one_hot = torch.nn.functional.one_hot(tokens[0, a:b], len(table)).to(table.dtype).requires_grad_()  # (n, V)
 
-    def mixed(module, args, embedded):  # (1, T, D): the suffix's rows of the table, now as a function of one_hot
+    def mixed(module, args, embedded):  # (1, T, D): the suffix's embeddings, now as a function of one_hot
         return torch.cat((embedded[:, :a], (one_hot @ table)[None], embedded[:, b:]), dim=1)
 
     hook = model.model.embed_tokens.register_forward_hook(mixed)
@@ -95,63 +94,40 @@ def suffix_gradient(model: Transformer, slots: Slots, suffix: list[int], m: int,
 
 
 class Scorer:
-    """L of many suffixes, with the keys and values of what precedes them computed once.
-
-    rows is how many are scored at a time; where the device's memory is too small for them it is halved, for good.
-    """
+    """L of many suffixes, `rows` at a time; the keys and values of what precedes them are computed once."""
 
     def __init__(self, model: Transformer, slots: Slots, rows: int):
         self.model, self.slots, self.rows = model, slots, rows
-        self.cache: KVCache | None = None
-
-    def _cache(self, rows: int, length: int) -> KVCache:
-        """The first rows of self.cache, in its memory, and of what they hold `before` alone."""
-        before = len(self.slots.before)
-        if self.cache is None or self.cache.capacity < before + length:
-            self.cache = self._prefix(length)
-        cache = copy.copy(self.cache)
-        cache.k, cache.v = list(cache.k), list(cache.v)  # keep_rows puts others into these lists
-        cache.keep_rows(list(range(rows)))
-        cache.truncate(torch.full((rows,), before, device=self.model.device))
-        cache.visible = before + length
-        return cache
-
-    def _prefix(self, length: int) -> KVCache:
-        """A cache of self.rows equal rows that hold `before`, with room for `length` tokens more."""
-        model, before = self.model, self.slots.before
-        one = KVCache(model.config, 1, len(before), model.device, model.dtype)
-        model.model(torch.tensor([before], device=model.device), one)
-        cache = KVCache(model.config, self.rows, len(before) + length, model.device, model.dtype)
-        for wide, narrow in zip(cache.k + cache.v, one.k + one.v, strict=True):
-            wide[:, :, : len(before)] = narrow
-        return cache
+        self.before: KVCache | None = None  # one batch row
 
     @torch.inference_mode()
-    def losses(self, suffixes: list[list[int]], m: int, objective: Objective) -> torch.Tensor:
-        """(N,) fp32, on the CPU. Suffixes of one length."""
-        out, device = [], self.model.device
-        target = torch.tensor(self.slots.target[:m], device=device)
-        done = 0
-        while done < len(suffixes):
-            chunk = suffixes[done : done + self.rows]
-            tokens = torch.tensor([s + self.slots.after + self.slots.target[:m] for s in chunk], device=device)
-            try:
-                cache = self._cache(*tokens.shape)
-                hidden = self.model.model(tokens, cache)[:, -m - 1 :]  # (N, m + 1, D)
-                out.append(objective(self.model.logits(hidden), target).cpu())
-            except torch.cuda.OutOfMemoryError:
-                if self.rows == 1:
-                    raise
-                self.rows, self.cache = self.rows // 2, None
-                torch.cuda.empty_cache()
-                continue
-            done += len(chunk)
-        return torch.cat(out)
+    def losses(self, suffixes: list[list[int]], m: int, objective: Loss) -> torch.Tensor:
+        """(N,) fp32, on the CPU. The suffixes have one length."""
+        chunks = [suffixes[start : start + self.rows] for start in range(0, len(suffixes), self.rows)]
+        return torch.cat([self._losses(chunk, m, objective).cpu() for chunk in chunks])
+
+    def _losses(self, suffixes: list[list[int]], m: int, objective: Loss) -> torch.Tensor:
+        target = self.slots.target[:m]
+        tokens = torch.tensor([s + self.slots.after + target for s in suffixes], device=self.model.device)
+        hidden = self.model.model(tokens, self._cache(*tokens.shape))[:, -m - 1 :]  # (N, m + 1, D)
+        return objective(self.model.logits(hidden), tokens.new_tensor(target))
+
+    def _cache(self, rows: int, length: int) -> KVCache:
+        """`rows` equal batch rows that hold `before`, with room for `length` tokens more."""
+        model, n = self.model, len(self.slots.before)
+        if self.before is None:
+            self.before = KVCache(model.config, 1, n, model.device, model.dtype)
+            model.model(torch.tensor([self.slots.before], device=model.device), self.before)
+        cache = KVCache(model.config, rows, n + length, model.device, model.dtype)
+        for wide, narrow in zip(cache.k + cache.v, self.before.k + self.before.v, strict=True):
+            wide[:, :, :n] = narrow
+        cache.truncate(torch.full((rows,), n, device=model.device))
+        return cache
 
     @torch.inference_mode()
     def says(self, suffix: list[int], m: int) -> bool:
         """Does greedy decoding after this suffix say y_1 … y_m, if nothing stops it?"""
-        slots, device = self.slots, self.model.device
-        tokens = torch.tensor([slots.before + suffix + slots.after + slots.target[:m]], device=device)
+        slots = self.slots
+        tokens = torch.tensor([slots.before + suffix + slots.after + slots.target[:m]], device=self.model.device)
         logits = self.model.logits(self.model.model(tokens)[:, -m - 1 : -1])[0]  # (m, V)
         return logits.argmax(dim=-1).tolist() == slots.target[:m]

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from backtrack.attacks.prefill import OPENING
+from backtrack.attacks.no_search import OPENING
 from backtrack.judge.refusals import plain_text
 from backtrack.rows import read_rows
 from backtrack.run.say import say
