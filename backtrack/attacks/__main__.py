@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from backtrack.rows import json_line
 from backtrack.run.say import Ticker
 from model import InputError, load_model, load_tokenizer
 from model.checkpoint import weights_digest
-from model.errors import BIAS, RESETS, SEED, TEMPERATURE, device, not_negative, positive, run
+from model.errors import BIAS, RESETS, SEED, TEMPERATURE, Help, device, not_negative, positive, run
 from model.files import check_file, write_text
 
 
@@ -91,23 +92,31 @@ def settings_of(args, prompts: list[dict]) -> dict:
 
 def attack_missing(victim: Victim, prompts: list[dict], done: list[dict]) -> None:
     """Attack the prompts that have no record in `done`, and add their records to the file."""
-    args, missing = victim.args, sorted(set(range(len(prompts))) - {record["prompt"] for record in done})
+    args, missing = victim.args, sorted(set(range(len(prompts))) - {record.get("prompt") for record in done})
     if not missing:
         return
-    attack = attack_on(victim, prompts, done)
-    head = {"checkpoint": args.ckpt, "name": args.name}
     began, ticker = time.time(), Ticker()
     with open(args.out, "a", encoding="utf-8") as f:
+        save = partial(append, f)
+        attack = attack_on(victim, prompts, done, save)
         for count, index in enumerate(missing, start=1):
-            record = head | {"prompt": index, "set": prompts[index]["set"], "variant": variant_of(args)}
-            record |= {c: getattr(args, c) for c in CONDITION}
-            f.write(json_line(record | attack(index)) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+            head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompts[index]["set"]}
+            head |= {"variant": variant_of(args)} | {c: getattr(args, c) for c in CONDITION}
+            save(head | attack(index))
             left = (time.time() - began) / count * (len(missing) - count)
             have = len(prompts) - len(missing) + count
             ticker.show(f"{args.name}, {Path(args.ckpt).name}: {have}/{len(prompts)}, {left:.0f} s left")
     ticker.done()
+
+
+def append(file, record: dict) -> None:
+    """Add a line to the file, and see it on the disk."""
+    try:
+        file.write(json_line(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{file.name}: cannot write ({error}); with more room the same command goes on") from None
 
 
 def variant_of(args) -> str:
@@ -131,8 +140,9 @@ def write_rewrites(args) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = parser.add_subparsers(dest="name", required=True)
+    parser = argparse.ArgumentParser("python -m backtrack.attacks", description=__doc__, formatter_class=Help)
+    parser_class = partial(argparse.ArgumentParser, formatter_class=Help)
+    names = parser.add_subparsers(dest="name", required=True, parser_class=parser_class)
     for name in ("prefill", "instruct", "context", *SEARCHES, "universal-gcg"):
         add = names.add_parser(name, help=ATTACKERS[name], description=f"{name} {ATTACKERS[name]}.").add_argument
         add_what_is_attacked(add)
@@ -146,9 +156,9 @@ def parse_args() -> argparse.Namespace:
     add = names.add_parser("rewrite", help="sentences in other words by a language model, for autodan").add_argument
     add("--ckpt", required=True, help="the model directory that rewrites")
     add("--out", required=True, help="text file to write")
-    add("--wrappers", help="text file, one wrapper with {q} per line; default: those of autodan")
+    add("--wrappers", help="text file, one wrapper with {q} per line; without it the built-in ones")
     add("--count", type=positive, default=8, help="rewritings of each sentence, at most")
-    add("--temperature", type=TEMPERATURE, default=0.7)
+    add("--temperature", type=TEMPERATURE, default=0.7, help="of sampling")
     add_machine(add)
     return parser.parse_args()
 
@@ -169,9 +179,9 @@ def add_what_is_attacked(add) -> None:
 
 def add_machine(add) -> None:
     cuda = torch.cuda.is_available()
-    add("--seed", type=SEED, default=0)
-    add("--device", type=device, default="cuda" if cuda else "cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+    add("--seed", type=SEED, default=0, help="of all random draws")
+    add("--device", type=device, default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, …")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32", help="of weights")
 
 
 def add_how_to_search(add, name: str) -> None:
@@ -179,8 +189,8 @@ def add_how_to_search(add, name: str) -> None:
     add("--target-tokens", type=positive, help="aim at the first tokens of the target only, this many")
     add("--batch-size", type=positive, default=32 if name == "autodan" else 64, help="candidates scored at a time")
     if name == "autodan":
-        add("--wrappers", help="text file, one wrapper with {q} per line")
-        add("--synonyms", help="text file, a word and its synonyms per line, tabs between")
+        add("--wrappers", help="text file, one wrapper with {q} per line; without it the built-in ones")
+        add("--synonyms", help="text file, a word and its synonyms per line, tabs between; without it built-in ones")
         add("--rewrites", help="text file of `rewrite`: a sentence and others like it per line, tabs between")
         return
     add("--suffix", default=" x" * 16, help="suffix to start from: its length in tokens is kept")

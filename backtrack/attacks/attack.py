@@ -1,8 +1,10 @@
 """One prompt under attack: what is sent, what the model answers, and what the judge says of what survives sampling.
 
-victim = Victim(model, tok, judge, args)           # args of the command line: name, max_resets, reset_bias, …
-attack = attack_on(victim, prompts, done)          # args.name says which
-record = attack(3)                                 # of prompt 3
+    victim = Victim(model, tok, judge, args)           # args of the command line: name, max_resets, reset_bias, …
+    attack = attack_on(victim, prompts, done, save)    # args.name says which
+    record = attack(3)                                 # of prompt 3
+
+gcg.py, autodan.py and no_search.py have the attacks themselves.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from backtrack.attacks.table import SEARCHES
 from backtrack.evaluate.__main__ import failure, verdict
 from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import Judge
-from model import Transformer
+from model import InputError, Transformer
 
 
 @dataclass
@@ -48,10 +50,13 @@ class Victim:
         return generation.tokens if failed(self.judged(prompt, generation)) else None
 
     def fits(self, messages: list[dict]) -> bool:
-        """Is there room for an answer after this chat?"""
+        """Does the template accept this chat, and is there room for an answer after it?"""
         limits = {name: getattr(self.args, name) for name in ("max_new_tokens", "max_resets", "on_reset")}
         room = room_for_answer(Options(self.tok.reset_id, [], **limits))
-        return len(self.tok.render(messages)) + room <= self.model.config.max_position_embeddings
+        try:
+            return len(self.tok.render(messages)) + room <= self.model.config.max_position_embeddings
+        except InputError:  # it spells a mark such as [INST]
+            return False
 
     def sample(self, chats: list[list[dict]], prefill: list[list[int]], **changed) -> list[Generation]:
         tok, limits = self.tok, ("max_new_tokens", "reset_bias", "max_resets", "on_reset")
@@ -64,7 +69,11 @@ class Victim:
         record = {"response": response, "discarded": [self.tok.decode(ids) for ids in g.discarded], "resets": g.resets}
         if "topic" in prompt:  # without one nothing says whether an unsafe answer is about this question
             record["on_topic"] = prompt["topic"].lower() in response.lower()
-        return record | verdict(self.judge, prompt, response, self.args)
+        try:
+            return record | verdict(self.judge, prompt, response, self.args)
+        except Exception as error:  # a judge may be anybody's function
+            what = f"the judge {self.args.judge} failed ({type(error).__name__}: {str(error).strip()})"
+            raise InputError(f"{getattr(prompt, 'where', 'a prompt')}: {what.splitlines()[0]}") from error
 
 
 def failed(record: dict) -> bool:
@@ -72,11 +81,17 @@ def failed(record: dict) -> bool:
     return record[failure([record])]
 
 
-def attack_on(victim: Victim, prompts: list[dict], done: list[dict]) -> Callable[[int], dict]:
-    """The attack that args.name names: number of a prompt -> its part of the record. done: earlier records."""
+def attack_on(victim: Victim, prompts: list[dict], done: list[dict], save: Callable) -> Callable[[int], dict]:
+    """The attack that args.name names: number of a prompt -> its part of the record.
+
+    done  what an earlier run has saved; the first line of universal-gcg is the suffix
+    save  adds such a line
+    """
     args = victim.args
     if args.name == "universal-gcg":
-        found = done[0] if done else find_universal(victim, prompts)  # every record holds the suffix
+        found = done[0] if done else find_universal(victim, prompts)
+        if not done:
+            save({"name": args.name} | found)
         return lambda index: use_universal(victim, prompts[index], found)
     if args.name in SEARCHES:
         return lambda index: search(victim, prompts[index], f"{args.seed}/{index}")
@@ -111,13 +126,10 @@ def search(victim: Victim, prompt: dict, seed: str) -> dict:
     goal = goal_of(victim, prompt)
     if args.name == "autodan":
         options = {name: getattr(args, name) for name in ("budget", "wrappers", "synonyms", "rewrites")}
-        options |= {
-            "seed": seed,
-            "rows": args.batch_size,
-            "fits": lambda individual: victim.fits(wrap(individual, messages)),
-        }
+        options |= {"target": goal.target, "seed": seed, "rows": args.batch_size}
+        options["fits"] = lambda individual: victim.fits(wrap(individual, messages))
         options["unsafe_with"] = lambda individual: succeeds(wrap(individual, messages))
-        found = autodan(victim.model, victim.tok, messages, goal.target, **options)
+        found = autodan(victim.model, victim.tok, messages, **options)
     else:
         options = gcg_options(args) | {"seed": seed, "unsafe_with": lambda text: [succeeds(goal.send(text))]}
         found = gcg(victim.model, victim.tok, [goal], **options)

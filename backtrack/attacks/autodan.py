@@ -111,7 +111,7 @@ def read_rewrites(path: str | None) -> dict[str, list[str]]:
 def _lines(path: str) -> list[tuple[str, str]]:
     """("file:line", text) of every line that is not blank."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text") from None
     return [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -234,7 +234,9 @@ def autodan(
     pool = all_sentences(wrappers)
     generation = first[:POPULATION]
     while len(generation) < POPULATION:
-        generation.append(mutate(rng.choice(first), synonyms, pool, rng, rewrites))
+        mother = rng.choice(first)
+        child = mutate(mother, synonyms, pool, rng, rewrites)
+        generation.append(child if fits(child) else mother)
     found, elite, judged = Search(targets=[target]), [], None
     while True:
         generation = generation[: budget - found.evaluations]

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from backtrack.attacks.suffix import Scorer, Send, allowed_ids, make_slots, suffix_gradient, survives
+from backtrack.attacks.suffix import Scorer, Send, allowed_ids, make_slots, suffix_gradient, survives, text_of
 from model import InputError, Transformer
 
 START = 16  # tokens of the target that an adaptive attacker begins with
@@ -126,9 +126,10 @@ def gcg(
         found.targets = [aim.target for aim in aims]
         if best != judged:
             judged, neighbours.swaps = best, 1
-            successes = unsafe_with(tok.decode(best))
+            text = text_of(tok, aims[0].slots, best)
+            successes = unsafe_with(text)
             if sum(successes) >= most:
-                most, found.text = sum(successes), tok.decode(best)
+                most, found.text = sum(successes), text
             if all(successes):
                 found.success_at = found.evaluations
                 return found
@@ -187,7 +188,7 @@ class Aim:
         if not there_is_more or not (self.steps >= PATIENCE or self.scorer.says(suffix, self.m)):
             return False
         if self.is_opening:
-            answer = self.goal.grow(self.tok.decode(suffix), self.target)
+            answer = self.goal.grow(text_of(self.tok, self.slots, suffix), self.target)
             if answer is None:
                 self.ended_at = suffix
             else:

@@ -49,17 +49,29 @@ def make_slots(tok, send: Send, target: list[int], suffix: str) -> Slots:
     Raises InputError if its first token merges with the message's last: then it has no place of its own.
     """
     bare, full = tok.render(send("")), tok.render(send(suffix))
-    head = next((i for i, (a, b) in enumerate(zip(bare, full, strict=False)) if a != b), len(bare))
-    tail = len(bare) - head  # what follows the last token of the message
-    slots = Slots(full[:head], full[head : len(full) - tail], full[len(full) - tail :], target)
-    if full[len(full) - tail :] != bare[head:] or not survives(tok, send, slots, slots.suffix):
-        raise InputError(f"suffix {suffix!r} merges with the end of the message; begin it with a space")
-    return slots
+    n = len(full) - len(bare)
+    for head in range(len(bare), -1, -1):  # the latest position where it reads as the same text
+        if bare[:head] == full[:head] and bare[head:] == full[head + n :]:
+            slots = Slots(full[:head], full[head : head + n], full[head + n :], target)
+            if survives(tok, send, slots, slots.suffix):
+                return slots
+    raise InputError(f"suffix {suffix!r} merges with the end of the message; begin it with a space")
+
+
+def text_of(tok, slots: Slots, suffix: list[int]) -> str:
+    """The suffix as text, as it reads after `before`: alone it loses the space before its first word in Llama 2."""
+    return tok.decode(slots.before + suffix)[len(tok.decode(slots.before)) :]
 
 
 def survives(tok, send: Send, slots: Slots, suffix: list[int]) -> bool:
-    """Does the suffix, written out as text and sent as a user would, come back as the same ids?"""
-    return tok.render(send(tok.decode(suffix))) == slots.before + suffix + slots.after
+    """Does the suffix, written out as text and sent as a user would, come back as the same ids?
+
+    Nor does one that the template refuses, because it spells a mark such as [INST].
+    """
+    try:
+        return tok.render(send(text_of(tok, slots, suffix))) == slots.before + suffix + slots.after
+    except InputError:
+        return False
 
 
 @lru_cache(maxsize=1)  # asked for every prompt; a vocabulary of 128,000 takes its time

@@ -64,7 +64,7 @@ def summarise(paths: list[str]) -> list[dict]:
             settings, seed = head["settings"], str(Path(path).parent)
             if records and "name" not in records[0]:
                 records = decoding(records, settings)
-            for record in records:
+            for record in [r for r in records if "prompt" in r]:  # the line with a universal suffix has none
                 count(cells, record, settings, seed)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             what = "not a file of this program, or of answers that no judge has seen"
