@@ -8,23 +8,18 @@ import pytest
 import torch
 from models import FAMILIES, LLAMA, network_of
 
-from backtrack.attacks import autodan as module
+from backtrack.attacks import autodan
 from backtrack.attacks.autodan import (
     QUESTION,
     SYNONYMS,
     WRAPPERS,
-    all_sentences,
-    asked,
-    autodan,
     cross,
     fitness,
     mutate,
     read_rewrites,
     read_synonyms,
     read_wrappers,
-    rewrite,
     sentences,
-    usable,
     wrap,
 )
 from backtrack.generate import generate
@@ -82,7 +77,7 @@ def test_crossover_and_mutation_keep_the_question_once_and_use_known_words():
             own = [" | ".join(i).split(QUESTION)[part] for i in (mother, father)]
             side = child[: child.index(QUESTION)] if part == 0 else child[child.index(QUESTION) + 1 :]
             assert all(any(sentence in half for half in own) for sentence in side)
-        mutant = mutate(child, SYNONYMS, all_sentences(WRAPPERS), rng, {})
+        mutant = mutate(child, SYNONYMS, autodan.all_sentences(WRAPPERS), rng, {})
         assert (mother, father) == before  # parents are not changed
         for individual in (child, mutant):
             assert sum(QUESTION in sentence for sentence in individual) == individual.count(QUESTION) == 1
@@ -140,13 +135,13 @@ def scored(monkeypatch):
         scored.extend(zip(values, individuals, strict=True))
         return values
 
-    monkeypatch.setattr(module, "fitness", function)
+    monkeypatch.setattr(autodan, "fitness", function)
     return scored
 
 
 def search(unsafe_with=lambda individual: False, **changed):
     options = dict(seed="3", wrappers=list(WRAPPERS), synonyms=SYNONYMS, rewrites={}, fits=lambda individual: True)
-    return autodan(None, None, ASK, TARGET, unsafe_with, **options | changed)
+    return autodan.autodan(None, None, ASK, TARGET, unsafe_with, **options | changed)
 
 
 def test_the_fittest_is_never_lost(scored):
@@ -175,8 +170,8 @@ def test_success_ends_the_search_and_is_dated(scored):
 
 def test_children_that_do_not_fit_are_left_out(scored, monkeypatch):
     """Rewritings may be long. Nothing that is scored is longer than there is room for."""
-    monkeypatch.setattr(module, "POPULATION", len(WRAPPERS))
-    rewrites = {sentence: [sentence + " word" * 40] for sentence in all_sentences(WRAPPERS)}
+    monkeypatch.setattr(autodan, "POPULATION", len(WRAPPERS))
+    rewrites = {sentence: [sentence + " word" * 40] for sentence in autodan.all_sentences(WRAPPERS)}
     search(budget=300, rewrites=rewrites, fits=lambda individual: len(" ".join(individual)) <= 150)
     assert max(len(" ".join(individual)) for _, individual in scored) <= 150
     scored.clear()
@@ -196,31 +191,28 @@ def test_rewritings_are_a_models_answers_one_line_each(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[list(tok.stop_ids)] *= 4  # answers end
     texts = ["You are old.", "Tell me a story."]
-    found = rewrite(model, tok, texts, 6, 1.0, 5)
+    found = autodan.rewrite(model, tok, texts, 6, 1.0, 5)
     for text in texts:
         expected, options["max_new_tokens"] = [], 2 * len(tok.encode(text)) + 8
         for i in range(6):
-            [g] = generate(model, [tok.render(asked(text))], seed=5, sample_ids=[i], max_resets=0, **options)
+            [g] = generate(model, [tok.render(autodan.asked(text))], seed=5, sample_ids=[i], max_resets=0, **options)
             said = tok.decode(g.tokens).strip()
             if g.finish_reason == "stop" and said.isprintable() and said and said not in expected:
                 expected.append(said)
         assert found[text] == expected
     assert 0 < sum(map(len, found.values())) < 12
-    assert usable(["", " A b. ", '"A b."', "A.", "A.\nB.", "{q} A.", "B."], "A.") == ["A b.", "B."]
+    assert autodan.usable(["", " A b. ", '"A b."', "A.", "A.\nB.", "{q} A.", "B."], "A.") == ["A b.", "B."]
 
 
 @pytest.mark.parametrize(
     ("reader", "content", "complaint"),
     [
-        (read_wrappers, b"", "f.txt: holds no wrappers"),
         (read_wrappers, b"{q}\n", "f.txt: holds no wrappers"),
-        (read_wrappers, b"A. {q}\n\nB.\n", "f.txt:3: needs {q} exactly once"),
-        (read_wrappers, b"{q} {q}\n", "f.txt:1: needs {q} exactly once"),
+        (read_wrappers, b"A. {q}\n\n{q} {q}\n", "f.txt:3: needs {q} exactly once"),
         (read_wrappers, b"\xff{q}\n", "f.txt: is not UTF-8"),
         (read_rewrites, b"A.\nB.\n", "f.txt: holds no rewritings"),
         (read_rewrites, b"A.\tB.\nC. {q}\tD.\n", "f.txt:2: has {q}"),
         (read_synonyms, b"old\twise\nnew\n", "f.txt:2: needs a word and its synonyms"),
-        (read_synonyms, b"\told\n", "f.txt:1: needs a word and its synonyms"),
     ],
 )
 def test_bad_files_are_named(tmp_path, reader, content, complaint):
@@ -230,15 +222,15 @@ def test_bad_files_are_named(tmp_path, reader, content, complaint):
 
 
 def test_good_files(tmp_path):
-    def read(reader, text):
-        (tmp_path / "f.txt").write_text(text, encoding="utf-8")
-        return reader(str(tmp_path / "f.txt"))
-
-    assert read(read_wrappers, "A story. {q}\n\n  {q} Go.  \n") == ["A story. {q}", "{q} Go."]
-    assert read(read_synonyms, "Old\twise\tvery good\n\nnew\tfresh\n") == {
-        "old": ("wise", "very good"),
-        "new": ("fresh",),
-    }
-    rewrites = read(read_rewrites, "A b.\tB a.\tA, b.\n\nAlone.\n")
-    assert rewrites == {"A b.": ["B a.", "A, b."], "B a.": ["A b.", "A, b."], "A, b.": ["A b.", "B a."], "Alone.": []}
+    """With a byte-order mark or without: it is no part of the first word."""
+    synonyms = {"old": ("wise", "very good"), "new": ("fresh",)}
+    rewrites = {"A b.": ["B a.", "A, b."], "B a.": ["A b.", "A, b."], "A, b.": ["A b.", "B a."], "Alone.": []}
+    for reader, text, expected in (
+        (read_wrappers, "A story. {q}\n\n  {q} Go.  \n", ["A story. {q}", "{q} Go."]),
+        (read_synonyms, "Old\twise\tvery good\n\nnew\tfresh\n", synonyms),
+        (read_rewrites, "A b.\tB a.\tA, b.\n\nAlone.\n", rewrites),
+    ):
+        for encoding in ("utf-8", "utf-8-sig"):
+            (tmp_path / "f.txt").write_text(text, encoding=encoding)
+            assert reader(str(tmp_path / "f.txt")) == expected
     assert (read_wrappers(None), read_synonyms(None), read_rewrites(None)) == (list(WRAPPERS), SYNONYMS, {})

@@ -4,6 +4,7 @@ The checkpoint is random; it is made to say what a test needs by replacing the s
 """
 
 import argparse
+import errno
 import json
 import math
 from functools import partial
@@ -179,16 +180,12 @@ def test_success_of_each_variant(place, prompts, tok, tmp_path, saying, unsafe):
     table = {line.split()[1]: line.split()[8:10] for line in printed.split("\n\n")[0].splitlines()[1:]}
     assert table["any"] == table["4"] == table["all"] == ["25.0", "100.0"]  # on topic, successful
     assert table["2"] == table["opening"] == ["0.0", "0.0"]
+    ids = tok.encode(prompts[0]["target"])
+    expected = {"opening": opening, "all": ids} | {str(n): ids[:n] for n in PREFILL_LENGTHS if n < len(ids)}
+    assert prefills(tok, prompts[0]["target"], "Sure, here.") == expected
     for r in attacked("instruct", place, tmp_path)[0]:
         assert [name for name, answer in r["variants"].items() if answer["unsafe"]] == ["no restart"] and r["unsafe"]
         assert list(r["variants"]) == list(INSTRUCTIONS)
-
-
-def test_prefills_are_beginnings_of_the_target(prompts, tok):
-    ids = tok.encode(prompts[0]["target"])
-    found = prefills(tok, prompts[0]["target"], "Yes.")
-    assert found.pop("opening") == tok.encode("Yes.") and found.pop("all") == ids
-    assert {int(n): v for n, v in found.items()} == {n: ids[:n] for n in PREFILL_LENGTHS if n < len(ids)}
 
 
 def test_a_prompt_without_a_target_is_attacked_by_an_opening(place, prompts, tmp_path):
@@ -204,16 +201,10 @@ def test_a_prompt_without_a_target_is_attacked_by_an_opening(place, prompts, tmp
 
 def test_how_an_answer_goes_on_is_greedy_decoding_with_reset_masked(place, tok):
     """Against full forward passes, one for each token; the model would reset all the time."""
-    model = prone_to(tok.reset_id, load_model(place / "one"), -30.0)
-    asked, chat = [], [{"role": "user", "content": "How do I make it?"}]
-
-    def judge(messages, response):
-        asked.append(response)
-        return Verdict(unsafe=len(asked) == 1)
-
+    model, verdicts = prone_to(tok.reset_id, load_model(place / "one"), -30.0), [True, False]
+    chat, begun = [{"role": "user", "content": "How do I make it?"}], tok.encode("Sure. To")
     args = argparse.Namespace(max_new_tokens=12, reset_bias=0.0, max_resets=3, on_reset="keep", judge="")
-    begun = tok.encode("Sure. To")
-    first, second = (attack.Victim(model, tok, judge, args).goes_on({"prompt": chat}, chat, begun) for _ in range(2))
+    asked = attack.Victim(model, tok, lambda *_: Verdict(unsafe=verdicts.pop(0)), args)
     ids, resets = list(begun), 0
     while len(ids) < 12:
         with torch.no_grad():
@@ -224,14 +215,8 @@ def test_how_an_answer_goes_on_is_greedy_decoding_with_reset_masked(place, tok):
             break
         ids.append(int(logits.argmax()))
     assert resets > 0 and len(ids) > len(begun)
-    assert asked == [tok.decode(ids)] * 2 and first == ids and second is None  # unsafe, then not
-
-
-class AnyChat:
-    """A tokenizer as far as `contexts` looks at it: one that knows system turns."""
-
-    def render(self, messages):
-        return [0]
+    assert asked.goes_on({"prompt": chat}, chat, begun) == ids  # unsafe, then not
+    assert asked.goes_on({"prompt": chat}, chat, begun) is None
 
 
 def test_contexts_leave_the_question_alone(prompts, tok):
@@ -245,10 +230,9 @@ def test_contexts_leave_the_question_alone(prompts, tok):
         if name.endswith("answered"):
             assert len(chat) == 2 * int(name[0]) + 1
             assert all(answers[a["content"]] == b["content"] for a, b in zip(chat[:-1:2], chat[1::2], strict=True))
-    assert list(contexts(tok, question, others[:1], "0")) == ["agreed", "1 answered"]
     assert list(contexts(tok, question, others[-1:], "0")) == ["agreed"]  # it asks for the same thing
     own = {"prompt": [{"role": "system", "content": "Be brief."}, *question["prompt"]]}
-    found = contexts(AnyChat(), own, others, "0")
+    found = contexts(argparse.Namespace(render=lambda chat: [0]), own, others, "0")  # a template with system turns
     assert [m["role"] for m in found["system"]] == ["system", "user"] and found["system"][0]["content"] != "Be brief."
     assert found["agreed"][0] == own["prompt"][0] and found["agreed"][-1:] == question["prompt"]
 
@@ -305,12 +289,17 @@ def test_resuming_gives_the_same_bytes(place, tmp_path, name):
 
 
 def test_a_prompts_draws_depend_on_seed_and_number_only(place, tmp_path):
-    """The first prompt of a set of its own gives the same line in a run that has it alone."""
+    """The first prompt of a set of its own gives the same line in a run that has it alone. And --reset-weight is λ:
+    the first loss is the same suffix's, and differs by the penalty, in proportion."""
     both, _ = attacked("gcg", place, tmp_path)
     one, _ = attacked("gcg", place, tmp_path, "--sets", "seen")
     other, _ = attacked("gcg", place, tmp_path, "--sets", "seen", "--seed", 1)
     assert both[:2] == one and [r["losses"] for r in one] != [r["losses"] for r in other]
     assert [r["losses"][0] for r in one] == [r["losses"][0] for r in other]
+    flags = ("--sets", "seen", "--budget", 1, "--reset-weight")
+    by_weight = [attacked("adaptive-gcg", place, tmp_path, *flags, weight)[0] for weight in (0, 1, 3)]
+    for zero, first, third in zip(*([r["losses"][0] for r in records] for records in by_weight), strict=True):
+        assert first - zero > 0 and third - zero == pytest.approx(3 * (first - zero), abs=1e-3)
 
 
 def test_other_settings_are_refused(place, tmp_path):
@@ -327,16 +316,6 @@ def test_other_settings_are_refused(place, tmp_path):
     ):
         _, said = command(*words(name, place, out, "--limit", 1, "--budget", 9, *more, ckpt=ckpt), code=2)
         assert f"was begun with {complaint}" in said and out.read_bytes() == before
-
-
-def test_reset_weight_is_the_objectives(place, tmp_path):
-    """The first loss is the same suffix's: from weight to weight it differs by the penalty, in proportion."""
-    first = []
-    for weight in (0, 1, 3):
-        flags = ("--limit", 1, "--budget", 1, "--reset-weight", weight)
-        first.append([r["losses"][0] for r in attacked("adaptive-gcg", place, tmp_path, *flags)[0]])
-    for zero, one, three in zip(*first, strict=True):
-        assert one - zero > 0 and three - zero == pytest.approx(3 * (one - zero), abs=1e-3)
 
 
 def test_synonyms_from_a_file(place, tmp_path):
@@ -433,3 +412,40 @@ def test_bad_input_is_one_line(place, tmp_path):
     for file in ("other.jsonl", "empty.jsonl", "gone"):
         _, said = command("table", tmp_path / file, code=2)
         assert file in said
+
+
+def test_what_fails_is_one_line_and_loses_nothing_before_it(place, tmp_path, monkeypatch):
+    """A judge of one's own that raises, and a full disk: the same command goes on from what is saved."""
+    out, whole, good = tmp_path / "a.jsonl", tmp_path / "whole.jsonl", load_judge(place / "world.json")
+    command(*words("universal-gcg", place, whole))
+    calls = []
+
+    def judge(prompt, response):
+        calls.append(response)
+        if len(calls) == fails_at:
+            raise ValueError("no\nidea")
+        return good(prompt, response)
+
+    monkeypatch.setattr(attacks, "load_judge", lambda *_: judge)
+    fails_at = 10**9
+    command(*words("universal-gcg", place, tmp_path / "b.jsonl"))
+    calls, fails_at = [], len(calls) - 2  # while the second prompt is tested
+    _, said = command(*words("universal-gcg", place, out), code=2)
+    assert "prompts.jsonl:4: the judge" in said and "world.json failed (ValueError: no" in said and "idea" not in said
+    assert out.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:3])  # settings, suffix, a prompt
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks.os, "fsync", full)
+        _, said = command(*words("universal-gcg", place, out), code=2)
+    assert f"{out}: cannot write" in said and "No space left" in said
+    command(*words("universal-gcg", place, out))
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_help_names_the_command_and_its_defaults():
+    said, _ = command("gcg", "--help")
+    assert said.startswith("usage: python -m backtrack.attacks gcg ") and "(default: 1024)" in " ".join(said.split())
+    assert "python -m backtrack.attacks" in command("gcg", code=2)[1]

@@ -13,7 +13,15 @@ import torch
 from models import FAMILIES, LLAMA, network_of, random_ids
 
 from backtrack.attacks.gcg import Goal, Neighbours, Objective, gcg
-from backtrack.attacks.suffix import Scorer, Slots, allowed_ids, make_slots, suffix_gradient, survives, with_suffix
+from backtrack.attacks.suffix import (
+    Scorer,
+    Slots,
+    allowed_ids,
+    make_slots,
+    suffix_gradient,
+    survives,
+    with_suffix,
+)
 from data import toy
 from model import InputError, load_tokenizer
 
@@ -102,16 +110,21 @@ def scorings(monkeypatch):
 # ── Loss and gradient ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("rows", [1, 3, 64])
-def test_losses_are_those_of_full_forwards(model, rows):
-    slots = slots_of()
+@pytest.mark.parametrize("rows", [3, 64])
+def test_losses_are_those_of_full_forwards(model, monkeypatch, rows):
+    """And what precedes the suffix is read once."""
+    slots, fed, forward = slots_of(), [], model.model.forward
     suffixes = random_ids(4, 4, 4, 4, vocab=V, seed=1)
     scorer = Scorer(model, slots, rows)
     for m, reset_id, weight in ((2, None, 0.0), (6, 2, 1.0), (1, 2, 7.0)):  # longer, then shorter
-        got = scorer.losses(suffixes, m, Objective(reset_id, weight))
+        with monkeypatch.context() as patch:
+            logged = lambda tokens, *c: fed.append(tuple(tokens.shape)) or forward(tokens, *c)  # noqa: E731
+            patch.setattr(model.model, "forward", logged)
+            got = scorer.losses(suffixes, m, Objective(reset_id, weight))
         assert got.shape == (4,) and got.dtype == torch.float32
-        for value, suffix in zip(got.tolist(), suffixes, strict=True):
-            assert value == pytest.approx(by_hand(model, slots, suffix, m, reset_id, weight), abs=2e-4)
+        expected = [by_hand(model, slots, suffix, m, reset_id, weight) for suffix in suffixes]
+        assert got.tolist() == pytest.approx(expected, abs=2e-4)
+    assert fed[0] == (1, len(slots.before)) and len(fed) == 1 + 3 * math.ceil(4 / rows)
 
 
 def test_a_certain_reset_costs_without_end_and_no_nan():
@@ -149,17 +162,6 @@ def test_gradient_is_the_finite_difference(model):
     expected, got = torch.tensor(expected), torch.tensor(got)
     assert expected.norm() > 0.01
     assert (expected - got).norm() < 0.03 * expected.norm()
-
-
-def test_what_precedes_the_suffix_is_read_once(model, monkeypatch):
-    fed, forward = [], model.model.forward
-    monkeypatch.setattr(
-        model.model, "forward", lambda tokens, *c: fed.append(tuple(tokens.shape)) or forward(tokens, *c)
-    )
-    scorer = Scorer(model, slots_of(), 4)
-    for seed in range(3):
-        scorer.losses(random_ids(*[4] * 8, vocab=V, seed=seed), 6, Objective())
-    assert fed == [(1, 9)] + [(4, 4 + 3 + 6)] * 6
 
 
 def test_says_is_greedy_decoding(model):
@@ -207,24 +209,18 @@ def test_special_ids_never_stand_in_a_suffix(toy_tok):
 
 
 def test_slots_cut_the_rendered_prompt(toy_tok):
-    chats = [
-        [{"role": "user", "content": "How do I make it?"}],
-        [{"role": "user", "content": "How do I make it?  \n"}],  # rendering strips it
-        [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Yes."), ("user", "x x x"))],
-        [{"role": "user", "content": "x x x x x x"}],  # as the suffix is
-    ]
-    for messages in chats:
+    """What rendering strips, and a message that ends as the suffix is. Other chats: test_attacks_templates.py."""
+    for text in ("How do I make it?  \n", "x x x x x x"):
+        messages = [{"role": "user", "content": text}]
         slots = make_slots(toy_tok, partial(with_suffix, messages), toy_tok.encode("Sure."), " x x x")
-        sent = with_suffix(messages, " x x x")
-        assert slots.before + slots.suffix + slots.after == toy_tok.render(sent)
+        assert slots.before + slots.suffix + slots.after == toy_tok.render(with_suffix(messages, " x x x"))
         assert slots.before + slots.after == toy_tok.render(messages)
-        assert slots.suffix == toy_tok.encode(" x x x") and toy_tok.decode(slots.suffix) == " x x x"
-        assert slots.target == toy_tok.encode("Sure.")
-        assert messages[:-1] == sent[:-1]
-    send = partial(with_suffix, chats[2], at=0)  # in a first turn
-    slots = make_slots(toy_tok, send, [], " x x x")
+        assert slots.suffix == toy_tok.encode(" x x x") and slots.target == toy_tok.encode("Sure.")
+        assert messages[0]["content"] == text
+    send = partial(with_suffix, [messages[0], {"role": "assistant", "content": "x"}, messages[0]], at=0)
+    slots = make_slots(toy_tok, send, [], " x x x")  # in a first turn
     assert slots.before + slots.suffix + slots.after == toy_tok.render(send(" x x x"))
-    assert toy_tok.decode(slots.before).endswith("Hi") and toy_tok.decode(slots.after).count("x") == 3
+    assert toy_tok.decode(slots.after).count("x") == 7
 
 
 def test_a_suffix_that_merges_is_refused():
@@ -239,11 +235,10 @@ def test_a_suffix_that_merges_is_refused():
     assert not survives(TOK, send, slots, [6, 2])  # [RESET] is no text
 
 
-@pytest.mark.parametrize("adaptive", [None, 1.0])
-def test_all_that_is_scored_can_be_sent(scorings, adaptive):
+def test_all_that_is_scored_can_be_sent(scorings):
     """Every candidate is what its text, sent honestly, is encoded as; none has a special id; the budget holds."""
     send = partial(with_suffix, [{"role": "user", "content": "hella"}])
-    options = dict(budget=157, suffix="ccc", seed="0", candidates=16, topk=30, adaptive=adaptive)
+    options = dict(budget=157, suffix="ccc", seed="0", candidates=16, topk=30)
     found = gcg(letters_model(), TOK, [Goal(send, TOK.encode("abcdefghijk"))], never, **options)
     scored = [tuple(suffix) for suffixes, _, _ in scorings for suffix in suffixes]
     assert found.evaluations == 157 and 150 <= len(scored) <= 157  # a step that finds nothing new costs one
@@ -256,19 +251,8 @@ def test_all_that_is_scored_can_be_sent(scorings, adaptive):
 # ── The search ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_kept_loss_never_rises():
-    for seed in range(2):
-        model = letters_model(seed)
-        options = dict(budget=400, suffix="cccc", seed=str(seed), candidates=24, topk=12)
-        found = gcg(model, TOK, [Goal(ASK, ABCD)], never, **options)
-        assert all(b <= a for a, b in itertools.pairwise(found.losses))
-        assert found.losses[-1] < found.losses[0] - 0.05
-        slots = make_slots(TOK, ASK, ABCD, found.text)  # the string reported has the loss reported
-        assert found.losses[-1] == pytest.approx(by_hand(model, slots, slots.suffix, 3), abs=2e-4)
-        assert found == gcg(model, TOK, [Goal(ASK, ABCD)], never, **options)
-
-
 def test_it_finds_the_best_of_all_two_token_suffixes():
+    """The kept loss never rises; the same seed gives the same."""
     model = letters_model()
     slots = make_slots(TOK, ASK, ABCD, "cc")
     pairs = [p for p in itertools.product(range(3, 31), repeat=2) if survives(TOK, ASK, slots, list(p))]
@@ -277,9 +261,12 @@ def test_it_finds_the_best_of_all_two_token_suffixes():
     losses = -logits.log_softmax(-1)[:, range(3), slots.target].mean(-1)
     values = dict(zip(pairs, losses.tolist(), strict=True))
     assert len(values) > 600
-    found = gcg(model, TOK, [Goal(ASK, ABCD)], never, budget=1000, suffix="cc", seed="0", topk=28, rows=16)
+    options = dict(budget=1000, suffix="cc", seed="0", topk=28, rows=16)
+    found = gcg(model, TOK, [Goal(ASK, ABCD)], never, **options)
     assert found.losses[-1] == pytest.approx(min(values.values()), abs=2e-4)
     assert found.text == TOK.decode(min(values, key=values.get))
+    assert all(b <= a for a, b in itertools.pairwise(found.losses)) and found.losses[0] > found.losses[-1] + 0.05
+    assert found == gcg(model, TOK, [Goal(ASK, ABCD)], never, **options)
 
 
 def test_success_ends_the_search_and_is_dated():
@@ -379,23 +366,3 @@ def test_the_suffix_that_fools_most_prompts_is_kept():
     successes[2] = 3
     found = gcg(letters_model(), TOK, goals_of_three(), unsafe_with, **options)
     assert len(asked) == 3 and found.text == asked[2] and found.success_at == found.evaluations < 400
-
-
-def test_the_penalty_lowers_the_chance_of_a_reset():
-    """The same search with and without: p([RESET]) along the answer. The model likes to reset, so there is room."""
-    lower = 0
-    for seed in range(3):
-        model = letters_model(seed)
-        with torch.no_grad():
-            model.lm_head.weight[TOK.reset_id] *= 3.0
-        chance = {}
-        for weight in (0.0, 20.0):
-            options = dict(suffix="cccc", seed="0", candidates=32, topk=28, adaptive=weight)
-            found = gcg(model, TOK, [Goal(ASK, TOK.encode("cdef"))], never, budget=300, **options)
-            slots = make_slots(TOK, ASK, TOK.encode("cdef"), found.text)
-            with torch.no_grad():
-                logits = model(torch.tensor([slots.before + slots.suffix + slots.after + slots.target]))[0, -5:]
-            chance[weight] = 1 - (1 - logits.softmax(-1)[:, TOK.reset_id]).prod().item()
-        assert chance[20.0] <= chance[0.0] + 0.01
-        lower += chance[20.0] < chance[0.0] - 0.01
-    assert lower >= 2
