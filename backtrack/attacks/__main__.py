@@ -43,7 +43,7 @@ from model.files import check_file, write_text
 
 
 def attack_all(args) -> None:
-    prompts = chosen(args.prompts, args.sets, args.limit)
+    prompts = choose_prompts([p for path in args.prompts for p in read_prompts(path)], args.sets, args.limit)
     if args.name == "universal-gcg":
         prompts += optimised_on(args, tested=prompts)
     settings = settings_of(args, prompts)
@@ -62,13 +62,10 @@ def attack_all(args) -> None:
     table([args.out], None)
 
 
-def chosen(files: list[str], sets: list[str] | None, limit: int | None) -> list[dict]:
-    return choose_prompts([prompt for path in files for prompt in read_prompts(path)], sets, limit)
-
-
 def optimised_on(args, tested: list[dict]) -> list[dict]:
     """The prompts that a universal suffix is optimised on. Raises InputError if it would be tested on those as well."""
-    prompts = chosen(args.optimise, args.optimise_sets, args.optimise_limit)
+    prompts = [prompt for path in args.optimise for prompt in read_prompts(path)]
+    prompts = choose_prompts(prompts, args.optimise_sets, args.optimise_limit)
     known = {topic_of(prompt) for prompt in prompts}
     both = [prompt for prompt in tested if topic_of(prompt) in known]
     if both:

@@ -72,8 +72,9 @@ class Victim:
         try:
             return record | verdict(self.judge, prompt, response, self.args)
         except Exception as error:  # a judge may be anybody's function
-            what = f"the judge {self.args.judge} failed ({type(error).__name__}: {str(error).strip()})"
-            raise InputError(f"{getattr(prompt, 'where', 'a prompt')}: {what.splitlines()[0]}") from error
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            where = getattr(prompt, "where", "a prompt")
+            raise InputError(f"{where}: the judge {self.args.judge} failed ({reason})") from error
 
 
 def failed(record: dict) -> bool:
@@ -104,7 +105,7 @@ def try_variants(victim: Victim, prompts: list[dict], index: int) -> dict:
     chats, prefill = map(list, zip(*found.values(), strict=True))
     answers = victim.answers([prompt] * len(found), chats, prefill)
     tried = {}
-    for name, sent, ids, answer in zip(found, chats, prefill, answers, strict=True):
+    for (name, (sent, ids)), answer in zip(found.items(), answers, strict=True):
         tried[name] = {"sent": sent, "prefill": victim.tok.decode(ids)} | answer
     record = {failure(answers): any(map(failed, answers)), "variants": tried}
     if "topic" in prompt:

@@ -5,16 +5,15 @@
     python -m backtrack.attacks instruct …       # the same arguments
     python -m backtrack.attacks context …
 
-prefill   The attacker writes the first words of the answer and the model goes on: either the first n tokens of the
-          unsafe answer (the prompt's "target"), n = 1, 2, 4, … and all of it, or an opening that says yes. This evades
-          no reset: a prefill belongs to the answer, so the model may take it back.
+prefill   The attacker writes the first words of the answer: the first n tokens of the unsafe answer (the prompt's
+          "target"), n = 1, 2, 4, … and all of it, or an opening that says yes. A prefill belongs to the answer, so the
+          model may take it back.
 instruct  A sentence after the question asks the model not to reset, or to help more after a reset. Nobody can type the
-          token itself, so the sentences describe it. The toy model has never seen most of their words: there they
-          only distract.
+          token itself, so the sentences describe it, in words that the toy model has hardly seen.
 context   The attacker writes the system prompt, as whoever runs a service can, or earlier turns with the model's own
-          words in them, as many interfaces let a user do. So the question comes after a text that forbids to take
-          anything back, after a turn in which the model agreed to that, or after other forbidden questions that it
-          seems to have answered (Anil et al. 2024, "Many-shot Jailbreaking").
+          words in them, as many interfaces let a user do: a text that forbids to take anything back, a turn in which
+          the model agreed to that, or forbidden questions that it seems to have answered (Anil et al. 2024, "Many-shot
+          Jailbreaking").
 """
 
 import random
