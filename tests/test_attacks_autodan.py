@@ -9,28 +9,13 @@ import torch
 from models import FAMILIES, LLAMA, network_of
 
 from backtrack.attacks import autodan
-from backtrack.attacks.autodan import (
-    QUESTION,
-    SYNONYMS,
-    WRAPPERS,
-    cross,
-    fitness,
-    mutate,
-    read_rewrites,
-    read_synonyms,
-    read_wrappers,
-    sentences,
-    wrap,
-)
+from backtrack.attacks.autodan import QUESTION, SYNONYMS, WRAPPERS, cross, fitness, mutate, sentences, wrap
 from backtrack.generate import generate
 from data import toy
 from model import InputError, load_tokenizer
 
-ASK = [
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Yes?"},
-    {"role": "user", "content": "What is {q}? Tell me."},
-]
+TURNS = (("user", "Hi"), ("assistant", "Yes?"), ("user", "What is {q}? Tell me."))
+ASK = [{"role": role, "content": content} for role, content in TURNS]
 
 
 class Characters:
@@ -207,12 +192,12 @@ def test_rewritings_are_a_models_answers_one_line_each(tmp_path):
 @pytest.mark.parametrize(
     ("reader", "content", "complaint"),
     [
-        (read_wrappers, b"{q}\n", "f.txt: holds no wrappers"),
-        (read_wrappers, b"A. {q}\n\n{q} {q}\n", "f.txt:3: needs {q} exactly once"),
-        (read_wrappers, b"\xff{q}\n", "f.txt: is not UTF-8"),
-        (read_rewrites, b"A.\nB.\n", "f.txt: holds no rewritings"),
-        (read_rewrites, b"A.\tB.\nC. {q}\tD.\n", "f.txt:2: has {q}"),
-        (read_synonyms, b"old\twise\nnew\n", "f.txt:2: needs a word and its synonyms"),
+        (autodan.read_wrappers, b"{q}\n", "f.txt: holds no wrappers"),
+        (autodan.read_wrappers, b"A. {q}\n\n{q} {q}\n", "f.txt:3: needs {q} exactly once"),
+        (autodan.read_wrappers, b"\xff{q}\n", "f.txt: is not UTF-8"),
+        (autodan.read_rewrites, b"A.\nB.\n", "f.txt: holds no rewritings"),
+        (autodan.read_rewrites, b"A.\tB.\nC. {q}\tD.\n", "f.txt:2: has {q}"),
+        (autodan.read_synonyms, b"old\twise\nnew\n", "f.txt:2: needs a word and its synonyms"),
     ],
 )
 def test_bad_files_are_named(tmp_path, reader, content, complaint):
@@ -226,11 +211,15 @@ def test_good_files(tmp_path):
     synonyms = {"old": ("wise", "very good"), "new": ("fresh",)}
     rewrites = {"A b.": ["B a.", "A, b."], "B a.": ["A b.", "A, b."], "A, b.": ["A b.", "B a."], "Alone.": []}
     for reader, text, expected in (
-        (read_wrappers, "A story. {q}\n\n  {q} Go.  \n", ["A story. {q}", "{q} Go."]),
-        (read_synonyms, "Old\twise\tvery good\n\nnew\tfresh\n", synonyms),
-        (read_rewrites, "A b.\tB a.\tA, b.\n\nAlone.\n", rewrites),
+        (autodan.read_wrappers, "A story. {q}\n\n  {q} Go.  \n", ["A story. {q}", "{q} Go."]),
+        (autodan.read_synonyms, "Old\twise\tvery good\n\nnew\tfresh\n", synonyms),
+        (autodan.read_rewrites, "A b.\tB a.\tA, b.\n\nAlone.\n", rewrites),
     ):
         for encoding in ("utf-8", "utf-8-sig"):
             (tmp_path / "f.txt").write_text(text, encoding=encoding)
             assert reader(str(tmp_path / "f.txt")) == expected
-    assert (read_wrappers(None), read_synonyms(None), read_rewrites(None)) == (list(WRAPPERS), SYNONYMS, {})
+    assert (autodan.read_wrappers(None), autodan.read_synonyms(None), autodan.read_rewrites(None)) == (
+        list(WRAPPERS),
+        SYNONYMS,
+        {},
+    )

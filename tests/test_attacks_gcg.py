@@ -178,26 +178,21 @@ def test_says_is_greedy_decoding(model):
 # ── Candidates ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def drawn(gradient, suffix, count, topk, allowed, swaps=1):
-    """The candidates of one step, any of which can be sent."""
-    neighbours = Neighbours([], torch.tensor(allowed), topk, random.Random(0))
-    neighbours.swaps = swaps
-    return neighbours.draw(gradient, suffix, count)
-
-
 def test_swaps_are_single_and_among_the_topk_allowed():
     gradient = torch.randn(5, V, generator=torch.Generator().manual_seed(0))
     allowed, suffix = [*range(10, 40)], [10, 11, 12, 13, 14]
     gradient[:, 3] = -100.0  # the best token by far is one that is not allowed
-    found = drawn(gradient, suffix, 400, 4, allowed)
+    neighbours = Neighbours([], torch.tensor(allowed), 4, random.Random(0))
+    found = neighbours.draw(gradient, suffix, 400)
     used = [{c[i] for c in found} - {suffix[i]} for i in range(5)]
     assert all(sum(a != b for a, b in zip(c, suffix, strict=True)) <= 1 for c in found)
     for position, ids in enumerate(used):
         best = sorted(allowed, key=lambda id: gradient[position, id].item())[:4]  # steepest descent
         assert ids == set(best) - {suffix[position]}
-    two = drawn(gradient, suffix, 100, 4, allowed, swaps=2)
+    assert neighbours.swaps == 2  # there are 20 of them: look further away
+    two = neighbours.draw(gradient, suffix, 100)
     assert max(sum(a != b for a, b in zip(c, suffix, strict=True)) for c in two) == 2
-    few = drawn(gradient, suffix, 50, 999, [7])
+    few = Neighbours([], torch.tensor([7]), 999, random.Random(0)).draw(gradient, suffix, 50)
     assert {id for c in few for i, id in enumerate(c) if id != suffix[i]} == {7}
 
 

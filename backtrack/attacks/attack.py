@@ -71,6 +71,8 @@ class Victim:
             record["on_topic"] = prompt["topic"].lower() in response.lower()
         try:
             return record | verdict(self.judge, prompt, response, self.args)
+        except InputError:
+            raise
         except Exception as error:  # a judge may be anybody's function
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             where = getattr(prompt, "where", "a prompt")
