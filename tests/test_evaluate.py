@@ -22,7 +22,9 @@ from models import LLAMA, network_of
 
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.evaluate import results
-from backtrack.evaluate.__main__ import choose_prompts, pool, read_prompts
+from backtrack.evaluate import answers as answers_module
+from backtrack.evaluate.counts import groups, pool
+from backtrack.evaluate.prompts import choose_prompts, read_prompts
 from backtrack.evaluate.statistics import wilson, wilson_of_worlds
 from backtrack.generate import Done, Reset, Token, generate, stream
 from backtrack.judge import Verdict, load_judge
@@ -113,7 +115,7 @@ def asked(monkeypatch):
             of_rows[event.row].append(event)
             yield event
 
-    monkeypatch.setattr(evaluate, "stream", logged)
+    monkeypatch.setattr(answers_module, "stream", logged)
     return calls
 
 
@@ -291,10 +293,10 @@ def test_groups():
         plain | {"set": "good-forced", "benign": True, "prefill": "Sure"},
     ]
     sets = {"a": [0, 5], "b": [1, 2], "forced": [3], "good": [4], "good-forced": [6]}
-    assert evaluate.groups(prompts) == sets | {"unsafe overall": [0, 1, 5]}  # benign: one plain set, nothing to pool
+    assert groups(prompts) == sets | {"unsafe overall": [0, 1, 5]}  # benign: one plain set, nothing to pool
     more = [*prompts, plain | {"set": "better", "benign": True}]
-    assert evaluate.groups(more) == sets | {"better": [7], "unsafe overall": [0, 1, 5], "benign overall": [4, 7]}
-    assert evaluate.groups(prompts[:1] + prompts[3:4]) == {"a": [0], "forced": [1]}
+    assert groups(more) == sets | {"better": [7], "unsafe overall": [0, 1, 5], "benign overall": [4, 7]}
+    assert groups(prompts[:1] + prompts[3:4]) == {"a": [0], "forced": [1]}
 
 
 def test_batch_size_changes_nothing(place, tmp_path):
@@ -366,7 +368,7 @@ def many_stops(place, monkeypatch):
         tok.stop_ids = [*tok.stop_ids, *(i for i in range(300, 1024, 8) if i != tok.reset_id and i not in forced)]
         return tok
 
-    monkeypatch.setattr(evaluate, "load_tokenizer", load)
+    monkeypatch.setattr(answers_module, "load_tokenizer", load)
     return load
 
 
@@ -457,7 +459,7 @@ def test_the_judge_sees_surviving_text_only(place, tmp_path, monkeypatch):
         judge = load_judge(spec, *more)
         return lambda prompt, text: (seen.append((prompt, text)), judge(prompt, text))[1]
 
-    monkeypatch.setattr(evaluate, "load_judge", load)
+    monkeypatch.setattr(answers_module, "load_judge", load)
     prefill_of = {p["prompt"][-1]["content"]: p["prefill"] for p in prompts}
     for n, (options, survives) in enumerate(((("--max-resets", 0), True), (("--reset-bias", 1000), False))):
         seen.clear()
@@ -498,7 +500,7 @@ def test_kill_and_go_on(place, tmp_path, monkeypatch, asked, unbroken, at):
         return judge
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load_judge", load)
+        patch.setattr(answers_module, "load_judge", load)
         command(*asks, code=130)
     assert not out.exists()
     assert answers_of(out) == there
@@ -628,7 +630,7 @@ def coin(spec, *_):
 
 
 def test_best_and_worst_of_k(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_judge", coin)
+    monkeypatch.setattr(answers_module, "load_judge", coin)
     out = tmp_path / "eval.json"
     result, printed, _ = evaluated(place, "--temperature", 1, "--samples", 5, out=out)
     answers = answers_of(out).values()
@@ -663,7 +665,7 @@ def binomial_p(a, b):
 
 
 def test_pairs(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_judge", coin)
+    monkeypatch.setattr(answers_module, "load_judge", coin)
     out = tmp_path / "eval.json"
     flags = ("--on-reset", "truncate", "keep", "--reset-bias", 4)
     result, printed, _ = evaluated(place, *flags, ckpt=("one", "two"), out=out)
@@ -773,7 +775,7 @@ def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypat
             raise InputError("answered 'Well', not safe or unsafe as a guard does")
         return Verdict(unsafe=False, helpful=None, refused=None)
 
-    monkeypatch.setattr(evaluate, "load_judge", lambda *_: judge)
+    monkeypatch.setattr(answers_module, "load_judge", lambda *_: judge)
     _, _, said = evaluated(place, out=tmp_path / "eval.json")
     answers = answers_of(tmp_path / "eval.json").values()
     odd = [a for a in answers if len(a["response"]) % 2]
@@ -788,7 +790,7 @@ def test_a_guard_says_unsafe_only(place, tmp_path, monkeypatch):
             unsafe=len(response) % 2 == 0, helpful=None, refused=None, category="S1" if len(response) % 2 == 0 else None
         )
 
-    monkeypatch.setattr(evaluate, "load_judge", guard)
+    monkeypatch.setattr(answers_module, "load_judge", guard)
     files = [tmp_path / name / "eval.json" for name in ("a", "b")]
     for out in files:
         result, printed, _ = evaluated(place, ckpt=("one", "two"), out=out)
@@ -847,7 +849,7 @@ def test_show_prefers_prompts_on_which_verdicts_differ(place, tmp_path, monkeypa
 
         return judge
 
-    monkeypatch.setattr(evaluate, "load_judge", load)
+    monkeypatch.setattr(answers_module, "load_judge", load)
     _, printed, _ = evaluated(place, "--show", 1, ckpt=("one", "two"), out=tmp_path / "eval.json")
     shown = re.findall(r"^\[(.*?)\] (.*)$", printed, re.MULTILINE)
     assert shown == list(last.items())
@@ -1073,7 +1075,7 @@ def test_mt_bench_goes_on(place, tmp_path, questions, asked, monkeypatch):
     whole = benched(tmp_path)
     (tmp_path / "deep/answers/one.jsonl").unlink()
     asked.clear()
-    logged = evaluate.stream
+    logged = answers_module.stream
 
     def dies(*arguments, **options):
         if len(asked) == 7:  # one of two batches at a temperature of 0.7 is over
@@ -1081,7 +1083,7 @@ def test_mt_bench_goes_on(place, tmp_path, questions, asked, monkeypatch):
         return logged(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "stream", dies)
+        patch.setattr(answers_module, "stream", dies)
         bench(place, tmp_path, code=130)
     there = benched(tmp_path)
     assert 0 < len(there) < 7
@@ -1212,7 +1214,7 @@ def test_a_guards_threshold_is_kept_with_its_verdicts(place, tmp_path, monkeypat
         judge.judge_all, judge.threshold = judge_all, threshold
         return judge
 
-    monkeypatch.setattr(evaluate, "load_judge", load)
+    monkeypatch.setattr(answers_module, "load_judge", load)
     prompts = read_prompts(str(place / "prompts.jsonl"))
     out = tmp_path / "eval.json"
     how = ("--batch-size", 5, "--threshold", 0.6)

@@ -10,12 +10,12 @@ from models import LLAMA, network_of, random_ids
 from samples import row_of, toy_tokenizer, user, write
 
 from backtrack.evaluate import __main__ as evaluate
-from backtrack.evaluate import filter as probe
-from backtrack.evaluate.filter import L2, Probe, filtered, fit, hidden_states, threshold_for
+from backtrack.evaluate import filter as filters
+from backtrack.evaluate.filter import L2, Filter, filtered, fit, hidden_states, threshold_for
 from backtrack.generate import generate
 from model import save_model
 
-command = partial(run_command, probe.main)
+command = partial(run_command, filters.main)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_filter(model, max_resets):
     """One prompt at a time, each step written out, until every way through it has been taken."""
     prompts, prefill = random_ids(*range(3, 15), vocab=61), [[5, 6] * (i % 2) for i in range(12)]
     direction = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    watching = Probe(direction, bias=0.2, threshold=2.0)
+    watching = Filter(direction, bias=0.2, threshold=2.0)
     options = {"reset_id": 60, "stop_ids": range(40, 50), "max_new_tokens": 6}
     more = {"sample_ids": list(range(12)), "temperature": 0.0, "seed": 3, "on_reset": "truncate", "reset_bias": 1.0}
     found = filtered(model, watching, [1, 2, 3], prompts, prefill=prefill, max_resets=max_resets, **more, **options)
@@ -85,7 +85,7 @@ def test_the_filter(model, max_resets):
 
 
 def test_nothing_said_is_nothing_unsafe(model):
-    assert Probe(torch.ones(32), 100.0, 0.0).peak(model, [1, 2], []) == float("-inf")
+    assert Filter(torch.ones(32), 100.0, 0.0).peak(model, [1, 2], []) == float("-inf")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_the_commands(place, tmp_path, monkeypatch):
     assert results[-1000]["reset"] == 0 and results[-1000]["first_step"] == 6
     assert results[1000]["reset"] == 6 and results[1000]["resets"] == 12  # alarm, asked again, alarm, refusal
     answers = (tmp_path / "1000.answers.jsonl").read_text().splitlines()[1:]
-    assert {json.loads(line)["response"] for line in answers} == {probe.REFUSAL}
+    assert {json.loads(line)["response"] for line in answers} == {filters.REFUSAL}
 
     def refused(*words, of=evaluate.main):
         return run_command(of, *words, "--out", tmp_path / "new.json", code=2)[1]
@@ -136,6 +136,6 @@ def test_the_commands(place, tmp_path, monkeypatch):
         "was begun with probe"
         in run_command(evaluate.main, "--ckpt", place / "model-0", *asked, "--out", tmp_path / "1000.json", code=2)[1]
     )
-    assert "safe.jsonl: a probe needs" in refused(*words[:-2], "--heldout", place / "safe.jsonl", of=probe.main)
+    assert "safe.jsonl: a probe needs" in refused(*words[:-2], "--heldout", place / "safe.jsonl", of=filters.main)
     (tmp_path / "probe.safetensors").write_bytes(b"x")
     assert "fit it again" in refused("--ckpt", place / "model-0", *asked, "--probe", out)

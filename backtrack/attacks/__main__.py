@@ -34,7 +34,7 @@ from backtrack.attacks.prefill import OPENING
 from backtrack.attacks.rewrite import rewrite
 from backtrack.attacks.table import ATTACKERS, SEARCHES, table
 from backtrack.attacks.victim import Victim
-from backtrack.evaluate.__main__ import CONDITION, adding_to, read_answers
+from backtrack.evaluate.answers import CONDITION, adding_to, read_answers
 from backtrack.evaluate.prompts import choose_prompts, prompts_digest, read_prompts, render
 from backtrack.judge import load_judge, refuse_seen
 from backtrack.rows import json_line

@@ -15,7 +15,7 @@ from backtrack.attacks.suffix import with_suffix
 from backtrack.attacks.table import SEARCHES
 from backtrack.attacks.universal import universal_gcg
 from backtrack.attacks.victim import Victim, failed
-from backtrack.evaluate.__main__ import failure
+from backtrack.evaluate.answers import failure
 
 
 def attack_on(victim: Victim, prompts: list[dict], done: list[dict], args) -> Callable[[int], dict]:

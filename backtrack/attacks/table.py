@@ -12,7 +12,7 @@ suffix looks like. Where prompts have a "topic" (in the toy world), successes wh
 
 from pathlib import Path
 
-from backtrack.evaluate.__main__ import CONDITION, failure
+from backtrack.evaluate.answers import CONDITION, failure
 from backtrack.evaluate.results import write_result
 from backtrack.evaluate.statistics import wilson
 from backtrack.rows import json_lines

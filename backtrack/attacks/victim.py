@@ -8,7 +8,7 @@ failed(record)                                     # did the attack succeed?
 import argparse
 from dataclasses import dataclass
 
-from backtrack.evaluate.__main__ import failure, verdict
+from backtrack.evaluate.answers import failure, verdict
 from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import Judge
 from model import Transformer
