@@ -14,7 +14,7 @@ from backtrack.evaluate import hold_back
 from backtrack.generate import Done, Generation, Reset, Token
 from backtrack.judge import Verdict
 from backtrack.report import figures
-from model import save_model
+from model import InputError, save_model
 
 command = partial(run_command, hold_back.main)
 
@@ -47,6 +47,21 @@ def test_every_number_by_hand():
     assert forced == {0: 1, 1: 1} | dict.fromkeys((2, 4, 8, 16, 32, 64), 0)  # one sampled after it
     counts = {r["group"]: (r["answers"], r["unsafe"], r["survived"]) for r in found}
     assert counts == {"asked": (4, 3, 1), "forced": (1, 1, 0)}
+
+
+def test_an_answer_without_a_verdict_is_left_out(capsys):
+    """Of two answers that say "!" the judge is silent about one."""
+    tok = toy_tokenizer()
+    events = attempt(0, ["a", "!"], True) + attempt(1, ["b", "!"], True)
+
+    def silent(prompt, text):
+        if "a" in text:
+            raise InputError("too long")
+        return judge(prompt, text)
+
+    found = hold_back.measure(events, [[], []], [{"prompt": user("x")}] * 2, silent, tok)
+    assert {(r["answers"], r["unsafe"], r["survived"]) for r in found} == {(1, 1, 1)}
+    assert "1 of 2 answers are left out" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -178,8 +178,7 @@ def threshold_for(peaks: list[float], false_alarms: float) -> float:
 
 def digest(name: str) -> str:
     """What tells this filter from others: its weights and its threshold."""
-    weights = fitted.digest(fitted.files_of(name)[1])[:16]
-    return fitted.load(name, KIND, lambda content, _: f"{weights} above {content['threshold']:.6g}")
+    return fitted.load(name, KIND, lambda about, _: f"{about['weights_sha256'][:16]} above {about['threshold']:.6g}")
 
 
 def load(name: str, ckpt: str) -> Filter:

@@ -114,7 +114,7 @@ def own_judge(spec: str) -> Judge:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise JudgeFailed(f"{spec}: {reason} (on the prompt {prompt[-1]['content'][:60]!r})") from None
 
-    judge([{"role": "user", "content": "Hi"}], "Hello.")  # what is no judge shows now, not after hours of answers
+    judge_all(judge, [([{"role": "user", "content": "Hi"}], "Hello.")])  # a broken judge shows now, not after hours
     return judge
 
 

@@ -1,4 +1,4 @@
-"""probe.py a second time, by hand: states a prefix at a time, the filter a prompt at a time."""
+"""backtrack/evaluate/filter.py a second time, by hand: states a prefix at a time, the filter a prompt at a time."""
 
 import json
 from functools import partial
@@ -107,10 +107,10 @@ def place(tmp_path_factory):
 
 def test_the_commands(place, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(place)
-    out = tmp_path / "probe"
+    out = tmp_path / "fitted"
     words = ["fit", "--ckpt", place / "model-0", "--data", place / "rows.jsonl", "--out", out]
     command(*words, "--heldout", place / "heldout.jsonl", "--false-alarms", 0.2)
-    about = json.loads((tmp_path / "probe.json").read_text())
+    about = json.loads((tmp_path / "fitted.json").read_text())
     assert about["answers"] == 14 + 7 and about["heldout"]["chosen"] == 6 and about["heldout"]["rejected"] == 3
     assert about["heldout"]["false_alarms"] == 1 and about["heldout"]["caught"] >= 2
 
@@ -119,7 +119,7 @@ def test_the_commands(place, tmp_path, monkeypatch):
     for bias in (-1000, 1000):
         file = tmp_path / f"{bias}.json"
         run_command(
-            evaluate.main, "--ckpt", place / "model-0", *asked, "--probe", out, "--reset-bias", bias, "--out", file
+            evaluate.main, "--ckpt", place / "model-0", *asked, "--filter", out, "--reset-bias", bias, "--out", file
         )
         [results[bias]] = json.loads(file.read_text())["records"]
     assert results[-1000]["reset"] == 0 and results[-1000]["first_step"] == 6
@@ -133,9 +133,9 @@ def test_the_commands(place, tmp_path, monkeypatch):
     assert "was fitted on" in refused("--ckpt", place / "model-1", *asked, "--probe", out)
     assert "one --ckpt" in refused("--ckpt", place / "model-0", place / "model-1", *asked, "--probe", out)
     assert (
-        "was begun with probe"
+        "was begun with filter"
         in run_command(evaluate.main, "--ckpt", place / "model-0", *asked, "--out", tmp_path / "1000.json", code=2)[1]
     )
-    assert "safe.jsonl: a probe needs" in refused(*words[:-2], "--heldout", place / "safe.jsonl", of=filters.main)
-    (tmp_path / "probe.safetensors").write_bytes(b"x")
+    assert "safe.jsonl: a filter needs" in refused(*words[:-2], "--heldout", place / "safe.jsonl", of=filters.main)
+    (tmp_path / "fitted.safetensors").write_bytes(b"x")
     assert "fit it again" in refused("--ckpt", place / "model-0", *asked, "--probe", out)
