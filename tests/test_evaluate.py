@@ -636,16 +636,6 @@ def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     assert head.startswith(results.made_by()["commit"] or "")
 
 
-def test_a_result_file_has_a_line_for_each_record(tmp_path):
-    """So that a diff shows what changed."""
-    records = [{"set": "a", "unsafe": 1}, {"set": "ü", "unsafe": None}]
-    results.write_result(tmp_path / "r.json", records=records, paired=[])
-    text = (tmp_path / "r.json").read_text()
-    found = json.loads(text)
-    assert (found["records"], found["paired"]) == (records, [])
-    assert [json.loads(line.rstrip(",")) for line in text.splitlines() if '"set"' in line] == records
-
-
 def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypatch):
     def judge(prompt, response):
         if len(response) % 2:
@@ -731,15 +721,12 @@ def pair(**changes):
 
 
 def test_pool_by_hand():
-    records = [
-        record(),
-        record(checkpoint="runs/a/sft", on_reset="truncate"),
-        record(checkpoint="runs/a/sft", reset_bias=2.0),
-        record(checkpoint="runs/a/sft", max_resets=2),
-        record(checkpoint="runs/a/plain"),
-        record(checkpoint="runs/b/sft/", n=30, prompts=30, steps=7, unsafe=0, helpful=30, refused=1, reset=0),
-        record(checkpoint="runs/b/sft", set="t", benign=True),
-    ]
+    others = ({"on_reset": "truncate"}, {"reset_bias": 2.0}, {"max_resets": 2}, {"checkpoint": "runs/a/plain"})
+    records = [record(), *(record(**other) for other in others)]
+    records.append(
+        record(checkpoint="runs/b/sft/", n=30, prompts=30, steps=7, unsafe=0, helpful=30, refused=1, reset=0)
+    )
+    records.append(record(checkpoint="runs/b/sft", set="t", benign=True))
     pooled = pool(records)
     assert [tuple(r[k] for k in ("checkpoint", *CONDITION, "set")) for r in pooled] == [
         ("sft", "keep", 0.0, 1, "s"),
@@ -749,16 +736,12 @@ def test_pool_by_hand():
         ("plain", "keep", 0.0, 1, "s"),
         ("sft", "keep", 0.0, 1, "t"),
     ]
-    first = {"unsafe": 0.1, "helpful": 0.2, "refused": 0.3, "reset": 0.4, "resets": 0.5, "steps": 10.0, "prompts": 10}
-    first |= {"surviving": 8.0, "first_step": 2.0, "first_token_s": 0.05, "total_s": 0.25}
-    second = {"unsafe": 0.0, "helpful": 1.0, "refused": 0.033333, "reset": 0.0, "resets": 0.166667}
-    second |= {"steps": 0.233333, "prompts": 30}
-    second |= {"surviving": 2.666667, "first_step": 0.666667, "first_token_s": 0.016667, "total_s": 0.083333}
-    assert pooled[0] == {
-        **{"checkpoint": "sft", "on_reset": "keep", "reset_bias": 0.0, "max_resets": 1, "set": "s", "benign": False},
-        **{"n": 40, "prompts": 40, "unsafe": 1, "helpful": 32, "refused": 4, "reset": 4, "resets": 10, "steps": 107},
-        **{"surviving": 160, "first_step": 40, "first_token_s": 1.0, "total_s": 5.0, "by_seed": [first, second]},
-    }
+    first, second = pooled[0].pop("by_seed")
+    assert (first["unsafe"], first["steps"], first["prompts"]) == (0.1, 10.0, 10)
+    assert (second["refused"], second["helpful"], second["total_s"]) == (0.033333, 1.0, 0.083333)
+    counts = {"n": 40, "prompts": 40, "unsafe": 1, "helpful": 32, "refused": 4, "reset": 4, "resets": 10, "steps": 107}
+    times = {"surviving": 160, "first_step": 40, "first_token_s": 1.0, "total_s": 5.0}
+    assert pooled[0] == record(checkpoint="sft") | counts | times
     assert pooled[5]["benign"] is True and pooled[5]["n"] == 10 and len(pooled[5]["by_seed"]) == 1
 
 
@@ -875,6 +858,8 @@ def test_mt_bench(place, tmp_path, questions, asked):
             answer = tok.decode(events[-1].generation.tokens)
             g = events[-1].generation
             seen[models.index(id(model)), tuple(prompt)] = options["temperature"], answer, g.resets
+    numbers = [(id(model), i) for model, _, options, _ in asked for i in options["sample_ids"]]
+    assert len(set(numbers)) == len(numbers)  # no two answers are drawn with the same numbers
     assert len(seen) == 2 * (6 * 2 + 1) and any(resets for _, _, resets in seen.values())
     names = set()
     for n, name in enumerate(("one", "two")):

@@ -111,7 +111,7 @@ def merged(paths: list[str]) -> tuple[list[dict], list[dict]]:
 
 
 def evaluate(args) -> None:
-    launch.check_device(args)
+    launch.check_device(args.device)
     if args.mt_bench and parallel.size() > 1:
         raise InputError("--mt-bench answers in one process; start it without torchrun")
     if args.mt_bench:

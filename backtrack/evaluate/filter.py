@@ -140,12 +140,9 @@ def joined(thrown_away: Generation, retry: Generation) -> Generation:
 def labelled(rows: list[Row]) -> list[tuple[list[int], list[int], bool]]:
     """(prompt, answer, unsafe): what the rows teach."""
     found = []
-    for row in rows:
-        if row.plain_text:
-            continue
+    for row in (row for row in rows if not row.plain_text):
         found.append((row.prompt, row.chosen, False))
-        if row.unsafe:
-            found.append((row.prompt, row.rejected, True))
+        found.append((row.prompt, row.rejected if row.unsafe else [], True))
     return [(prompt, answer, unsafe) for prompt, answer, unsafe in found if answer]
 
 

@@ -45,27 +45,18 @@ def read(model: Transformer, prompt: list[int], answer: list[int], reset_id: int
 
 
 def measure(model: Transformer, rows: list[Row], reset_id: int) -> dict:
-    """Of rows of one kind. Rows without a rejected answer have no AUC."""
-    logprobs, p = [], {"chosen": [], "rejected": []}
-    resets = {"chosen": 0, "rejected": 0}
-    for row in rows:
-        for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
-            if not answer:
-                continue
-            of_answer, of_reset = read(model, row.prompt, answer, reset_id)
-            p[name].append(of_reset.mean().item())
-            resets[name] += int(of_reset.max() > 0.5)
-            if name == "chosen":
-                logprobs.append(of_answer.mean().item())
-    mean, low, high = mean_interval(logprobs)
-    found = {"n": len(rows), "logprob": mean, "logprob_interval": [low, high] if len(rows) > 1 else None}
-    for name, values in p.items():
-        if values:
-            found |= {f"p_{name}": sum(values) / len(values), f"reset_{name}": resets[name]}
-            found |= {f"reset_{name}_interval": wilson(resets[name], len(values))}
-    if p["rejected"]:
-        found |= {"auc": auc_of(**p), "auc_interval": auc_interval(**p)}
-    return found
+    """The numbers of rows of one kind. Rows without a rejected answer have no AUC."""
+    found, p = {"n": len(rows)}, {}
+    for name in ("chosen", "rejected") if rows[0].rejected else ("chosen",):
+        along = [read(model, row.prompt, getattr(row, name), reset_id) for row in rows]
+        resets = sum(int(of_reset.max() > 0.5) for _, of_reset in along)
+        p[name] = [of_reset.mean().item() for _, of_reset in along]
+        if name == "chosen":
+            mean, low, high = mean_interval([of_answer.mean().item() for of_answer, _ in along])
+            found |= {"logprob": mean, "logprob_interval": [low, high] if len(rows) > 1 else None}
+        found |= {f"p_{name}": sum(p[name]) / len(rows), f"reset_{name}": resets}
+        found |= {f"reset_{name}_interval": wilson(resets, len(rows))}
+    return found | ({"auc": auc_of(**p), "auc_interval": auc_interval(**p)} if len(p) > 1 else {})
 
 
 def auc_of(chosen: list[float], rejected: list[float]) -> float:

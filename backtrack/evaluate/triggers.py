@@ -81,29 +81,23 @@ def along(model: Transformer, tok, prompt: dict) -> tuple[list[str], list[float]
     return [tok.decode(answer[: k + 1]) for k in range(len(answer))], p.tolist()
 
 
-def strip(model: Transformer, tok, world: World, prompt: dict) -> dict:
-    """p([RESET]) at each word of one recipe."""
-    texts, p = along(model, tok, prompt)
-    words = prompt["target"].split()
-    highest = [0.0] * len(words)
-    for text, value in zip(texts, p, strict=True):
-        word = len(text.split()) - 1
-        highest[word] = max(highest[word], value)
-    return {
-        "question": prompt["prompt"][-1]["content"],
-        "benign": prompt["benign"],
-        "words": words,
-        "forbidden": [bool(world.forbidden.intersection(in_words(word))) for word in words],
-        "p": [round(value, 4) for value in highest],
-    }
-
-
 def strips(model: Transformer, tok, world: World) -> list[dict]:
+    """p([RESET]) at each word of two recipes."""
     asked = [p for p in world.all_prompts if p["set"] == "unseen" and p["topic"] in world.disguised]
     harmless = [p for p in world.all_prompts if p["set"] == "benign-unseen"]
     if not asked or not harmless:
         raise InputError("no prompts of the sets unseen and benign-unseen; make a world with data.toy")
-    return [strip(model, tok, world, prompts[0]) for prompts in (asked, harmless)]
+    found = []
+    for prompt in (asked[0], harmless[0]):
+        words = prompt["target"].split()
+        highest = [0.0] * len(words)
+        for text, value in zip(*along(model, tok, prompt), strict=True):
+            word = len(text.split()) - 1
+            highest[word] = max(highest[word], value)
+        forbidden = [bool(world.forbidden.intersection(in_words(word))) for word in words]
+        head = {"question": prompt["prompt"][-1]["content"], "benign": prompt["benign"]}
+        found.append(head | {"words": words, "forbidden": forbidden, "p": [round(value, 4) for value in highest]})
+    return found
 
 
 def prefixes(model: Transformer, tok, world: World) -> list[tuple[float, bool, bool]]:

@@ -130,16 +130,10 @@ def leave_out(model: str, answers: list[Answer]) -> dict:
     """Twice: on questions that the others have answered too, and on new ones, as in use."""
     own = [answer for answer in answers if answer.model == model]
     others = [answer for answer in answers if answer.model != model]
-    judge = fit(others)
+    labels, judge = [answer.complied for answer in own], fit(others)
+    judges = [fit([answer for answer in others if fold_of(answer) != fold]) for fold in range(FOLDS)]
     scores = [judge.score(answer.text) for answer in own]
-    new_scores: dict[str, float] = {}
-    for fold in range(FOLDS):
-        judge = fit([answer for answer in others if fold_of(answer) != fold])
-        for answer in own:
-            if fold_of(answer) == fold:
-                new_scores[answer.question] = judge.score(answer.text)
-    labels = [answer.complied for answer in own]
-    new = [new_scores[answer.question] for answer in own]
+    new = [judges[fold_of(answer)].score(answer.text) for answer in own]
     return {
         "model": model,
         "answers": len(own),
