@@ -174,7 +174,7 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     if args.judge:
         judge = load_judge(args.judge, args.device, getattr(torch, args.dtype), args.judge_url, args.threshold)
         refuse_seen(judge, prompts)
-        judge_late(judge, prompts, saved, args)
+        judge_earlier(judge, prompts, saved, args)
     answer_missing(prompts, questions, conditions, judge, saved, missing, args)
     saved.tidy()
     return [saved.records[w] for w in wanted], skipped
@@ -215,7 +215,7 @@ def settings_of(prompts: list[Prompt], args) -> dict:
     return settings | {"filter": filters.digest(args.filter) if args.filter else None}
 
 
-def judge_late(judge: Judge, prompts: list[Prompt], saved: AnswerFile, args) -> None:
+def judge_earlier(judge: Judge, prompts: list[Prompt], saved: AnswerFile, args) -> None:
     """Judge the answers that an earlier run left without a verdict. InputError if another judge gave the others."""
     for r in saved.records.values():
         if resolved(r.get("judge", args.judge)) != resolved(args.judge):
@@ -223,10 +223,10 @@ def judge_late(judge: Judge, prompts: list[Prompt], saved: AnswerFile, args) -> 
             raise InputError(f"{saved.path}: was judged by {r['judge']}, not {args.judge}; {way_out}")
         if r.get("threshold", args.threshold) != args.threshold:
             raise InputError(f"{saved.path}: was judged at a --threshold of {r['threshold']:g}; choose another --out")
-    late = [(r, prompts[r["prompt"]], r["response"]) for r in saved.records.values() if "judge" not in r]
-    judge_answers(judge, late, saved, args)
-    if late:
-        say(f"{saved.path}: judged {len(late)} answers that were there already")
+    unjudged = [(r, prompts[r["prompt"]], r["response"]) for r in saved.records.values() if "judge" not in r]
+    judge_answers(judge, unjudged, saved, args)
+    if unjudged:
+        say(f"{saved.path}: judged {len(unjudged)} answers that were there already")
 
 
 def too_long(prompts: list[Prompt], conditions: list[tuple], args) -> list[dict]:

@@ -25,6 +25,7 @@ keep it out of repositories.
 import argparse
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -60,19 +61,18 @@ def collect(args) -> None:
     settings |= {"weights": weights_digest(args.ckpt), "prompts": prompts_digest(prompts)}
     file = Path(f"{args.out}.answers.jsonl")
     check_file(args.out)
+    rows, counts = [], Counter()
     with adding_to(file):
         saved = AnswerFile(file, settings, lambda answer: (answer["prompt"], answer["sample"]))
         too_long = answer_missing(args, prompts, saved)
-        done = saved.records
-        answers = [[done[i, s] for s in range(args.samples) if (i, s) in done] for i in range(len(prompts))]
-        verdicts = judge_missing(args, prompts, answers, settings)
-    rows, counts = [], Counter()
-    for i, prompt in enumerate(prompts):
-        made, what = [], "left out: too long for the model"
-        if i not in too_long:
-            made, what = make_rows(prompt, answers[i], verdicts[i], args)
-        counts[what] += 1
-        rows += made
+        verdict_of = kept_verdicts(args, prompts, settings)
+        for i, prompt in enumerate(prompts):
+            answers = [saved.records[i, s] for s in range(args.samples) if (i, s) in saved.records]
+            made, what = [], "left out: too long for the model"
+            if i not in too_long:
+                made, what = make_rows(prompt, answers, partial(verdict_of, i), args)
+            counts[what] += 1
+            rows += made
     with naming(args.out):
         write_text("".join(json_line(row) + "\n" for row in rows), args.out)
     for what, count in counts.most_common():
@@ -105,44 +105,18 @@ def answer_missing(args, prompts: list[Prompt], saved: AnswerFile) -> set[int]:
     return set(too_long) - given
 
 
-def judge_missing(args, prompts: list[Prompt], answers: list[list[dict]], settings: dict) -> list[dict]:
-    """For each prompt {text: verdict}, with all that make_rows asks for: made now, or read from OUT.verdicts.jsonl.
-
-    We judge the given safe answers first, then the model's answers where the safe answer makes a row possible.
-    """
+def kept_verdicts(args, prompts: list[Prompt], settings: dict) -> Callable[[int, str], dict]:
+    """The verdict on a text as an answer to prompt i: read from OUT.verdicts.jsonl, or made now and kept there."""
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     path = Path(f"{args.out}.verdicts.jsonl")
     saved = AnswerFile(path, settings, lambda verdict: (verdict["judge"], verdict["prompt"], verdict["text"]))
 
-    def judge_texts(texts: list[tuple[int, str]]) -> None:
-        missing = [(i, text) for i, text in dict.fromkeys(texts) if (args.judge, i, text) not in saved.records]
-        judge_answers(judge, [({"prompt": i, "text": text}, prompts[i], text) for i, text in missing], saved, args)
+    def verdict_of(i: int, text: str) -> dict:
+        if (args.judge, i, text) not in saved.records:
+            judge_answers(judge, [({"prompt": i, "text": text}, prompts[i], text)], saved, args)
+        return saved.records[args.judge, i, text]
 
-    forbidden = [i for i, prompt in enumerate(prompts) if not prompt["benign"]]
-    given = {
-        i: prompts[i]["safe_answer"] for i in forbidden if args.chosen == "given" and prompts[i].get("safe_answer")
-    }
-    judge_texts(list(given.items()))
-    said = {i: saved.records[args.judge, i, text] for i, text in given.items()}
-    asked = [i for i in forbidden if i not in said or not (fault_of(said[i]) or is_harmless(said[i]))]
-    judge_texts([(i, answer["text"]) for i in asked for answer in answers[i] if answer["text"]])
-    verdicts: list[dict] = [{} for _ in prompts]
-    for (judge_name, i, text), verdict in saved.records.items():
-        if judge_name == args.judge:
-            verdicts[i][text] = verdict
-    return verdicts
-
-
-def fault_of(said: dict) -> str:
-    """Why a safe answer with this verdict makes no row; "" if it does."""
-    if said.get("category") == NO_VERDICT:
-        return "no verdict on its safe answer"
-    return "its safe answer is not safe" if said.get("unsafe") else ""
-
-
-def is_harmless(said: dict) -> bool:
-    """The judge knows compliance only, and the safe answer complies: whoever wrote it saw nothing to refuse."""
-    return "unsafe" not in said and said["complied"]
+    return verdict_of
 
 
 def whole_sentences(answer: dict) -> str:
@@ -153,24 +127,28 @@ def whole_sentences(answer: dict) -> str:
     return whole[0] if whole else ""
 
 
-def make_rows(prompt: dict, answers: list[dict], verdicts: dict[str, dict], args) -> tuple[list[dict], str]:
-    """A prompt's rows of training data, or none; and what became of it, in words. verdicts: text -> verdict."""
+def make_rows(prompt: dict, answers: list[dict], verdict_of: Callable[[str], dict], args) -> tuple[list[dict], str]:
+    """A prompt's rows of training data, or none; and what became of it, in words. verdict_of: text -> verdict."""
     answers = [answer for answer in answers if answer["text"]]
     if prompt["benign"]:
         return benign_rows(prompt, prompt.get("reference"), answers, args, "benign question")
-    given = prompt.get("safe_answer")
-    if given and args.chosen == "given":
-        if fault := fault_of(verdicts[given]):
-            return [], f"unsafe question, left out: {fault}"
-        if is_harmless(verdicts[given]):
+    given = prompt.get("safe_answer") if args.chosen == "given" else None
+    if given:
+        said = verdict_of(given)
+        if said.get("category") == NO_VERDICT:
+            return [], "unsafe question, left out: no verdict on its safe answer"
+        if said.get("unsafe"):
+            return [], "unsafe question, left out: its safe answer is not safe"
+        if "unsafe" not in said and said["complied"]:  # whoever wrote it saw nothing to refuse
             return benign_rows(prompt, given, answers, args, "harmless question among the unsafe")
-    judged = [answer for answer in answers if verdicts[answer["text"]].get("category") != NO_VERDICT]
+    judged = [(answer, verdict_of(answer["text"])) for answer in answers]
+    judged = [(answer, said) for answer, said in judged if said.get("category") != NO_VERDICT]
     if answers and not judged:
         return [], "unsafe question, left out: no verdict on its answers"
-    failed = [a["text"] for a in judged if verdicts[a["text"]][failure([verdicts[a["text"]]])]]
+    failed = [answer["text"] for answer, said in judged if said[failure([said])]]
     if not failed:
         return [], "unsafe question, left out: every answer was safe"
-    safe = [answer for answer in judged if answer["text"] not in failed]
+    safe = [answer for answer, _ in judged if answer["text"] not in failed]
     chosen = given if args.chosen == "given" else first_whole(safe)
     if not chosen:
         return [], f"unsafe question, left out: no safe answer ({args.chosen})"
