@@ -796,22 +796,6 @@ def test_merge(tmp_path):
     assert command("--merge", *files)[0] == printed
 
 
-def test_intervals_of_samples(tmp_path):
-    """Several answers to each prompt are not independent: what counts is prompts, and worlds."""
-    for name, share in (("a", 0.1), ("b", 0.6)):
-        curve = {"1": 10 * share, "2": 9.0}
-        some = record(checkpoint=f"runs/{name}/sft", n=40, unsafe=round(40 * share), worst_of_k=curve, best_of_k=curve)
-        (tmp_path / f"{name}.json").write_text(json.dumps({"records": [some], "paired": []}))
-    command("--merge", tmp_path / "a.json", tmp_path / "b.json", "--out", tmp_path / "pooled.json")
-    [r] = json.loads((tmp_path / "pooled.json").read_text())["records"]
-    low, high = wilson_of_worlds([(1, 10), (6, 10)])
-    assert r["unsafe_interval"] == r["worst_of_k_interval"]["1"] == pytest.approx([low, high], abs=5e-5)
-    assert r["best_of_k_interval"]["2"] == pytest.approx(wilson(18, 20), abs=5e-5)
-    command("--merge", tmp_path / "a.json", "--out", tmp_path / "one.json")
-    [r] = json.loads((tmp_path / "one.json").read_text())["records"]
-    assert r["unsafe_interval"] == pytest.approx(wilson(1, 10), abs=5e-5)
-
-
 # ── MT-Bench ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -382,7 +382,7 @@ def guard3(tmp_path_factory):
 def test_batches_give_the_verdicts_of_one_at_a_time(which, request, tmp_path, monkeypatch):
     """Of the guard, and of guards with noise in their weights, which say odd things to some conversations."""
     directory = request.getfixturevalue(which)
-    conversations, kinds = list(many(16)), set()
+    conversations, kinds = list(many(10)), set()
     for seed, noise in enumerate((0.0, 0.06)):
         shutil.copytree(directory, tmp_path / str(seed))
         model = transformers.LlamaForCausalLM.from_pretrained(directory)
