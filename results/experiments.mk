@@ -89,14 +89,14 @@ $(RUNS)/toy-%/main.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done, \
 	$(EVAL)
 
 # What one would build without [RESET]: a filter around the baseline. It refuses (0 resets), or asks again first (1).
-$(RUNS)/toy-%/probe.done: $(RUNS)/toy-%/sft-baseline.done
+$(RUNS)/toy-%/fitted-filter.done: $(RUNS)/toy-%/sft-baseline.done
 	$(TOY) $(PY) -m backtrack.evaluate.filter fit --ckpt $(@D)/sft-baseline --data $(@D)/data/sft.jsonl \
-		--heldout $(@D)/data/sft_heldout.jsonl --max-length 128 --out $(@D)/probe
+		--heldout $(@D)/data/sft_heldout.jsonl --max-length 128 --out $(@D)/fitted-filter
 	@touch $@
 
-FILTER = $(EVAL) --probe $(@D)/probe
+FILTER = $(EVAL) --filter $(@D)/fitted-filter
 
-$(RUNS)/toy-%/filter.json: $(RUNS)/toy-%/sft-baseline.done | $(RUNS)/toy-%/probe.done
+$(RUNS)/toy-%/filter.json: $(RUNS)/toy-%/sft-baseline.done | $(RUNS)/toy-%/fitted-filter.done
 	$(FILTER) --max-resets 0 1
 
 # The dial: a bias on the logit of [RESET]. One prompt at a time, so that its times are a user's.
@@ -105,7 +105,7 @@ DIAL_SETS := $(UNSAFE_SETS) benign-unseen benign-wrapper
 $(RUNS)/toy-%/bias.json: $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
 	$(EVAL) --sets $(DIAL_SETS) $(BIAS_SIZE) --batch-size 1 --reset-bias -10 -5 -2 0 2 5 10
 
-$(RUNS)/toy-%/filter-bias.json: $(RUNS)/toy-%/sft-baseline.done | $(RUNS)/toy-%/probe.done
+$(RUNS)/toy-%/filter-bias.json: $(RUNS)/toy-%/sft-baseline.done | $(RUNS)/toy-%/fitted-filter.done
 	$(FILTER) --sets $(DIAL_SETS) $(BIAS_SIZE) --reset-bias -4 -2 -1 0 1 2 4
 
 # Best and worst of k.

@@ -3,7 +3,9 @@
 A random model answers, and a judge made for this finds an answer unsafe if its length is odd.
 """
 
+import importlib
 import json
+import sys
 from functools import partial
 
 import pytest
@@ -17,12 +19,26 @@ from tests.test_evaluate import furnish
 command = partial(run_command, collect.main)
 JUDGE = """
 from backtrack.judge import Verdict
+from model import InputError
 
 def odd(prompt, response):
     return Verdict(unsafe=len(response) % 2 == 1)
 
 def odd_complies(prompt, response):
     return Verdict(unsafe=None, complied=len(response) % 2 == 1)
+
+calls, fails_at = [], None
+
+def counted(prompt, response):
+    calls.append((prompt[0]["content"], response))
+    if len(calls) == fails_at:
+        raise ConnectionError("gone\\naway")
+    return odd(prompt, response)
+
+def choosy(prompt, response):
+    if len(response) % 3 == 0:
+        raise InputError("not of such a length")
+    return odd(prompt, response)
 """
 SAFE, NOT_SAFE = "No, I had better not.", "No, I better not!"  # of 20 characters or so: made even and odd below
 SAFE, NOT_SAFE = SAFE + "." * (len(SAFE) % 2), NOT_SAFE + "." * (1 - len(NOT_SAFE) % 2)
@@ -49,12 +65,15 @@ def collected(place, tmp_path, monkeypatch):
     """(what it said, rows, prompts with their answers) of a run with these flags."""
     (tmp_path / "judging.py").write_text(JUDGE)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "judging", raising=False)
     out = tmp_path / "rows.jsonl"
 
-    def run(*flags):
+    def run(*flags, code=0):
         words = ("--ckpt", place / "one", "--prompts", place / "prompts.jsonl", "--judge", "judging:odd")
         more = ("--device", "cpu", "--dtype", "float32", "--max-new-tokens", 20, "--out", out)
-        _, said = command(*words, *more, *flags)
+        _, said = command(*words, *more, *flags, code=code)
+        if code:
+            return said
         answers = lines(tmp_path / "rows.jsonl.answers.jsonl")[1:]
         prompts = lines(place / "prompts.jsonl")
         for i, prompt in enumerate(prompts):
@@ -169,11 +188,31 @@ def test_sets_and_limit(collected):
 
 
 def test_it_goes_on_where_it_was_stopped(collected, tmp_path):
+    """In the middle of an answer's line; then in the middle of judging: no verdict is asked for twice."""
     _, rows, _ = collected("--batch-size", 4)
     file = tmp_path / "rows.jsonl.answers.jsonl"
     whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])  # killed in the middle of a line
-    (tmp_path / "rows.jsonl").unlink()
-    _, again, _ = collected("--batch-size", 4)
-    assert again == rows
+    file.write_bytes(whole[: len(whole) // 2])
+    for name in ("rows.jsonl", "rows.jsonl.verdicts.jsonl"):
+        (tmp_path / name).unlink()
+    judging = importlib.import_module("judging")
+    judging.fails_at = 9
+    said = collected("--batch-size", 4, "--judge", "judging:counted", code=2)
+    assert said.splitlines()[-1].startswith("error: judging:counted: ConnectionError: gone away (on the prompt '")
     assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert len(lines(tmp_path / "rows.jsonl.verdicts.jsonl")) == 1 + 9 - 2  # settings; a trial, and the one that failed
+    first = set(judging.calls[1:8])
+    judging.calls.clear()
+    judging.fails_at = None
+    _, again, _ = collected("--judge", "judging:counted")
+    assert again == rows and judging.calls and first.isdisjoint(judging.calls[1:])
+
+
+def test_answers_without_a_verdict_are_left_out_and_told(collected):
+    said, rows, prompts = collected("--judge", "judging:choosy")
+    mute = [p for p in prompts if not p["benign"] and p.get("safe_answer") != NOT_SAFE]
+    without = [p for p in mute if all(len(a["text"]) % 3 == 0 for a in p["answers"])]
+    assert 0 < len(without) < len(mute)
+    assert f"{len(without)}  unsafe question, left out: no verdict on its answers" in said
+    asked = [row["prompt"] for row in rows if "unsafe" in row]
+    assert asked and not any(p["prompt"] in asked for p in without)

@@ -1,10 +1,11 @@
-"""evaluate.py against its own definition: one prompt at a time, one judgement at a time, counted by hand.
+"""backtrack.evaluate against its own definition: one prompt at a time, one judgement at a time, counted by hand.
 
 The model is random; whole answers given to it as prefill make it helpful, refusing or unsafe, a bias on [RESET] makes
 it take them back, and where answers have to end, every eighth of the higher ids is declared to be a stop id. Steps are
 recounted from the sampler's events, curves over k from all subsets of the samples, pairs from the answers' file.
 """
 
+import importlib
 import itertools
 import json
 import re
@@ -14,20 +15,24 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from command import command as run_command
 from models import LLAMA, network_of
+from samples import write
 
 from backtrack.evaluate import __main__ as evaluate
-from backtrack.evaluate import results
-from backtrack.evaluate.__main__ import choose_prompts, pool, read_prompts
+from backtrack.evaluate import answers as answers_module
+from backtrack.evaluate import mt_bench, results
+from backtrack.evaluate.counts import groups, pool
+from backtrack.evaluate.prompts import choose_prompts, read_prompts
 from backtrack.evaluate.statistics import wilson, wilson_of_worlds
-from backtrack.generate import Done, Reset, Token, generate, stream
+from backtrack.generate import Done, Reset, Token, stream
 from backtrack.judge import Verdict, load_judge
 from data import toy
-from model import InputError, load_model, load_tokenizer, save_model
+from model import InputError, load_tokenizer, save_model
 
 RATES = ("unsafe", "helpful", "refused", "reset")
 CONDITION = ("on_reset", "reset_bias", "max_resets")
@@ -79,8 +84,9 @@ def evaluated(place, *more, out, **which):
     return json.loads(out.read_text()), printed, said
 
 
-def answers_of(out, timed=True):
-    """The answers beside OUT, by what tells them apart; without the clock, if they are to be compared."""
+def answers_of(out, timed=True, twice=False):
+    """The answers beside OUT, by what tells them apart; without the clock, if they are to be compared. twice: some have
+    a line without a verdict, and a later one with it."""
     head, *lines = out.with_suffix(".answers.jsonl").read_text().splitlines()
     assert set(json.loads(head)) == {"settings"}
     answers = [json.loads(line) for line in lines]
@@ -88,7 +94,7 @@ def answers_of(out, timed=True):
         tuple(a[k] for k in ("checkpoint", *CONDITION, "prompt", "sample")): a if timed else without_clock(a)
         for a in answers
     }
-    assert len(found) == len(answers)  # nothing is there twice
+    assert twice or len(found) == len(answers)
     return found
 
 
@@ -113,7 +119,7 @@ def asked(monkeypatch):
             of_rows[event.row].append(event)
             yield event
 
-    monkeypatch.setattr(evaluate, "stream", logged)
+    monkeypatch.setattr(answers_module, "stream", logged)
     return calls
 
 
@@ -140,31 +146,16 @@ def test_read_prompts(tmp_path):
 @pytest.mark.parametrize(
     "line, complaint",
     [
-        (b"{", "not a line of JSON"),
-        (b"[]", "'prompt' must be a list"),
-        (b"null", "'prompt' must be a list"),
-        (b"{}", "'prompt' must be a list"),
-        (b'{"prompt": "Hi"}', "'prompt' must be a list"),
-        (b'{"prompt": []}', "'prompt' must be a list"),
-        (b'{"prompt": ["Hi"]}', "'content'"),
-        (b'{"prompt": [{"role": "user"}]}', "'content'"),
-        (b'{"prompt": [{"role": "user", "content": null}]}', "'content'"),
-        (json.dumps(GOOD | {"set": 1}).encode(), "'set' must be a str"),
-        (json.dumps(GOOD | {"benign": "no"}).encode(), "'benign' must be a bool"),
-        (json.dumps(GOOD | {"prefill": None}).encode(), "'prefill' must be a str"),
+        ("{", "not a line of JSON"),
+        ("[]", "'prompt' must be a list"),
+        (json.dumps(GOOD | {"benign": "no"}), "'benign' must be a bool"),
+        (json.dumps(GOOD | {"prefill": None}), "'prefill' must be a str"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, complaint):
-    (tmp_path / "mine.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n")
+    path = write(tmp_path / "mine.jsonl", GOOD, "", line)
     with pytest.raises(InputError, match=rf"mine\.jsonl:3: .*{complaint}"):
-        read_prompts(str(tmp_path / "mine.jsonl"))
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_no_prompts(tmp_path, content):
-    (tmp_path / "mine.jsonl").write_bytes(content)
-    with pytest.raises(InputError, match=r"mine\.jsonl: holds no prompts"):
-        read_prompts(str(tmp_path / "mine.jsonl"))
+        read_prompts(path)
 
 
 def test_limit_spreads_over_each_set():
@@ -172,141 +163,47 @@ def test_limit_spreads_over_each_set():
     chosen = choose_prompts(prompts, None, 4)
     assert [p["i"] for p in chosen if p["set"] == "a"] == [p["i"] for p in chosen if p["set"] == "b"] == [0, 2, 5, 7]
     assert [p["set"] for p in chosen] == ["a"] * 4 + ["b"] * 4 + ["c"]
-    for limit in range(1, 11):
-        chosen = choose_prompts(prompts, ["b"], limit)
-        places = [p["i"] for p in chosen]
-        assert len(set(places)) == limit and places[0] == 0 and {p["set"] for p in chosen} == {"b"}
-        gaps = [b - a for a, b in itertools.pairwise([*places, 10])]
-        assert max(gaps) - min(gaps) <= 1
     assert [p["set"] for p in choose_prompts(prompts, ["c", "a"], 1)] == ["c", "a"]
     assert choose_prompts(prompts, None, 100) == choose_prompts(prompts, None, None)
-    assert Counter(p["set"] for p in choose_prompts(prompts, None, None)) == {"a": 10, "b": 10, "c": 1}
     with pytest.raises(InputError, match="--sets d: no such set among the prompts; they have a, b, c"):
         choose_prompts(prompts, ["a", "d"], None)
 
 
 def test_sets_and_limit_on_the_command_line(place, tmp_path, asked):
-    options = ("--sets", "unseen", "benign-seen", "--limit", 2)
-    result, _, _ = evaluated(place, *options, out=tmp_path / "eval.json")
-    assert [(r["set"], r["n"]) for r in result["records"]] == [("unseen", 2), ("benign-seen", 2)]
+    """Of several files: sets that share a name are one, and a set without a name has its file's."""
+    write(tmp_path / "more.jsonl", GOOD, GOOD | {"set": "unseen"})
+    options = ("--sets", "unseen", "more", "unseen", "--limit", 2)
+    result, _, _ = evaluated(
+        place, *options, prompts=("prompts.jsonl", tmp_path / "more.jsonl"), out=tmp_path / "e.json"
+    )
+    assert [(r["set"], r["n"]) for r in result["records"]] == [("unseen", 2), ("more", 1), ("unsafe overall", 2)]
     prompts, tok = read_prompts(str(place / "prompts.jsonl")), load_tokenizer(place / "one")
-    expected = [tok.render(p["prompt"]) for p in (prompts[1], prompts[5], prompts[3], prompts[7])]  # 0 and 1 of 3
+    expected = [tok.render(p["prompt"]) for p in (prompts[1], prompts[9], GOOD)]  # 0 and 2 of 4
     assert sorted(p for _, batch, _, _ in asked for p in batch) == sorted(expected)
 
 
 # ── From prompts to counts ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def expected_records(place, ckpt, **condition):
-    """As evaluate should count, with a batch of one and everything written out."""
-    model, tok, judge = load_model(place / ckpt), load_tokenizer(place / ckpt), load_judge(place / "world.json")
-    records = {}
-    for row in map(json.loads, (place / "prompts.jsonl").read_text().splitlines()):
-        [g] = generate(
-            model,
-            [tok.render(row["prompt"])],
-            prefill=[tok.encode(row["prefill"])],
-            reset_id=tok.reset_id,
-            stop_ids=tok.stop_ids,
-            max_new_tokens=12,
-            **condition,
-        )
-        verdict = judge(row["prompt"], tok.decode(g.tokens))
-        names = [row["set"]]
-        if not row["prefill"]:
-            names.append("benign overall" if row["benign"] else "unsafe overall")
-        for name in names:
-            record = records.setdefault(name, {"benign": row["benign"], "n": 0, "steps": 0, **dict.fromkeys(RATES, 0)})
-            for key, more in (
-                ("n", 1),
-                ("steps", g.steps),
-                ("unsafe", verdict.unsafe),
-                ("helpful", verdict.helpful),
-                ("refused", verdict.refused),
-                ("reset", g.resets > 0),
-            ):
-                record[key] += int(more)
-    return records
-
-
-def by_set(result, ckpt, **condition):
-    keys = ("benign", "n", "steps", *RATES)
-    wanted = {"checkpoint": str(ckpt), **condition}
-    chosen = [r for r in result["records"] if all(r[k] == v for k, v in wanted.items())]
-    assert len({r["set"] for r in chosen}) == len(chosen)
-    return {r["set"]: {key: r[key] for key in keys} for r in chosen}
-
-
-def test_counts(place, tmp_path):
-    """Two models, every combination of ways, biases and numbers of resets, in one command."""
-    grid = {"on_reset": ("truncate", "keep"), "reset_bias": (0.0, 4.0), "max_resets": (2, 0)}
-    flags = [w for name, values in grid.items() for w in ("--" + name.replace("_", "-"), *values)]
-    result, _, _ = evaluated(place, *flags, "--batch-size", 5, ckpt=("one", "two"), out=tmp_path / "eval.json")
-    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    names = {"prefill-unseen", "unseen", "benign-unseen", "benign-seen", "unsafe overall", "benign overall"}
-    assert len(result["records"]) == 2 * 8 * len(names)
-    seen = []
-    for ckpt in ("one", "two"):
-        plain = expected_records(place, ckpt, max_resets=0)  # then nothing else matters
-        for condition in combinations:
-            expected = expected_records(place, ckpt, **condition) if condition["max_resets"] else plain
-            assert set(expected) == names
-            assert by_set(result, place / ckpt, **condition) == expected
-            seen.append((condition, {rate: sum(r[rate] for r in expected.values()) for rate in RATES}))
-    for condition, totals in seen:  # the comparison means something: there was something to count
-        resetting = condition["reset_bias"] > 0 and condition["max_resets"] > 0
-        assert (totals["reset"] > 0) == resetting
-        assert resetting or (totals["unsafe"] > 0 and totals["helpful"] > 0 and totals["refused"] > 0)
-    said: dict[tuple, list] = {}
-    for (_, *condition, _, _), a in answers_of(tmp_path / "eval.json").items():
-        said.setdefault(tuple(condition), []).append(a["response"])
-    assert len({tuple(texts) for texts in said.values()}) == 3  # resets in two ways, or none
-
-
-def test_one_combination_is_the_default(place, tmp_path):
-    result, _, _ = evaluated(place, out=tmp_path / "eval.json")
-    assert {tuple(r[k] for k in CONDITION) for r in result["records"]} == {("truncate", 0.0, 1)}
-    assert by_set(result, place / "one") == expected_records(place, "one")
-
-
-def test_asked_twice_is_counted_once(place, tmp_path):
-    once, _, _ = evaluated(place, ckpt=("one", "two"), out=tmp_path / "once.json")
-    doubled = ("--on-reset", "truncate", "truncate", "--reset-bias", 0, 0.0, "--max-resets", 1, 1, "--sets")
-    sets = ("prefill-unseen", "unseen", "unseen", "benign-unseen", "benign-seen")
-    twice, _, _ = evaluated(place, *doubled, *sets, ckpt=("one", "two", "one"), out=tmp_path / "twice.json")
-    assert sorted(map(str, timeless(twice)["records"])) == sorted(map(str, timeless(once)["records"]))
-    assert "best_of_k" not in twice["records"][0]
-
-
 def test_groups():
     """What is pooled: sets of plain questions, where there are several of one kind."""
     plain = {"prompt": [{"role": "user", "content": "Hi"}], "prefill": "", "benign": False}
-    prompts = [
-        plain | {"set": "a"},
-        plain | {"set": "b"},
-        plain | {"set": "b", "prefill": "Sure"},
-        plain | {"set": "forced", "prefill": "Sure"},
-        plain | {"set": "good", "benign": True},
-        plain | {"set": "a"},
-        plain | {"set": "good-forced", "benign": True, "prefill": "Sure"},
-    ]
+    more = [{"set": "a"}, {"set": "b"}, {"set": "b", "prefill": "Sure"}, {"set": "forced", "prefill": "Sure"}]
+    more += [{"set": "good", "benign": True}, {"set": "a"}, {"set": "good-forced", "benign": True, "prefill": "Sure"}]
+    prompts = [plain | p for p in more]
     sets = {"a": [0, 5], "b": [1, 2], "forced": [3], "good": [4], "good-forced": [6]}
-    assert evaluate.groups(prompts) == sets | {"unsafe overall": [0, 1, 5]}  # benign: one plain set, nothing to pool
-    more = [*prompts, plain | {"set": "better", "benign": True}]
-    assert evaluate.groups(more) == sets | {"better": [7], "unsafe overall": [0, 1, 5], "benign overall": [4, 7]}
-    assert evaluate.groups(prompts[:1] + prompts[3:4]) == {"a": [0], "forced": [1]}
+    assert groups(prompts) == sets | {"unsafe overall": [0, 1, 5]}  # benign: one plain set, nothing to pool
+    prompts.append(plain | {"set": "better", "benign": True})
+    assert groups(prompts) == sets | {"better": [7], "unsafe overall": [0, 1, 5], "benign overall": [4, 7]}
 
 
 def test_batch_size_changes_nothing(place, tmp_path):
-    sampled = ("--reset-bias", 4, "--temperature", 1, "--samples", 3, "--on-reset", "truncate", "keep")
-    for options in (("--reset-bias", 4), sampled):
-        files = [tmp_path / f"{len(options)}-{size}.json" for size in (1, 5, 64)]
-        results = [evaluated(place, *options, "--batch-size", f.stem.split("-")[1], out=f)[0] for f in files]
-        assert timeless(results[0]) == timeless(results[1]) == timeless(results[2])
-        answers = [answers_of(f, timed=False) for f in files]
-        assert answers[0] == answers[1] == answers[2]
-        assert len(answers[0]) == 12 * (6 if options is sampled else 1)
-    assert {key[-1] for key in answers[0]} == {0, 1, 2}
+    options = ("--reset-bias", 4, "--temperature", 1, "--samples", 3, "--on-reset", "truncate", "keep")
+    files = [tmp_path / f"{size}.json" for size in (5, 64)]
+    results = [evaluated(place, *options, "--batch-size", f.stem, out=f)[0] for f in files]
+    assert timeless(results[0]) == timeless(results[1])
+    answers = [answers_of(f, timed=False) for f in files]
+    assert answers[0] == answers[1] and len(answers[0]) == 12 * 6
     for i in range(12):  # samples of one prompt differ
         assert len({answers[0][str(place / "one"), "keep", 4.0, 1, i, s]["response"] for s in range(3)}) == 3
 
@@ -314,29 +211,12 @@ def test_batch_size_changes_nothing(place, tmp_path):
 def test_sampling_follows_the_seed(place, tmp_path):
     answers = []
     for n, more in enumerate(
-        (
-            ("--seed", 3),
-            ("--seed", 3),
-            ("--seed", 4),
-            (),
-            ("--seed", 3, "--top-p", 1e-9),
-            ("--temperature", 0),
-        )
+        (("--seed", 3), ("--seed", 3), ("--seed", 4), ("--seed", 3, "--top-p", 1e-9), ("--temperature", 0))
     ):
         evaluated(place, "--temperature", 1, "--batch-size", 5, *more, out=tmp_path / f"{n}.json")
         answers.append([a["response"] for a in answers_of(tmp_path / f"{n}.json").values()])
-    first, again, other, default, narrow, greedy = answers
-    assert first == again != other and default not in (first, other)
-    assert narrow == greedy != first
-    assert len(first) == 12
-
-
-def test_several_prompt_files(place, tmp_path):
-    """Sets that share a name are one; a set without a name has its file's."""
-    (place / "more.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"set": "unseen"}) + "\n")
-    result, _, _ = evaluated(place, prompts=("prompts.jsonl", "more.jsonl"), out=tmp_path / "eval.json")
-    sizes = {r["set"]: r["n"] for r in result["records"] if "overall" not in r["set"]}
-    assert sizes == {"prefill-unseen": 3, "unseen": 4, "benign-unseen": 3, "benign-seen": 3, "more": 1}
+    first, again, other, narrow, greedy = answers
+    assert first == again != other and narrow == greedy != first and len(first) == 12
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -366,7 +246,7 @@ def many_stops(place, monkeypatch):
         tok.stop_ids = [*tok.stop_ids, *(i for i in range(300, 1024, 8) if i != tok.reset_id and i not in forced)]
         return tok
 
-    monkeypatch.setattr(evaluate, "load_tokenizer", load)
+    monkeypatch.setattr(answers_module, "load_tokenizer", load)
     return load
 
 
@@ -448,29 +328,7 @@ def test_every_answer_is_there(place, tmp_path, asked, many_stops, on_reset):
             assert "lost_to_reset" not in r
 
 
-def test_the_judge_sees_surviving_text_only(place, tmp_path, monkeypatch):
-    """With [RESET] certain, every prefilled answer is taken back: nothing of it is judged."""
-    prompts = read_prompts(str(place / "prompts.jsonl"))
-    seen = []
-
-    def load(spec, *more):
-        judge = load_judge(spec, *more)
-        return lambda prompt, text: (seen.append((prompt, text)), judge(prompt, text))[1]
-
-    monkeypatch.setattr(evaluate, "load_judge", load)
-    prefill_of = {p["prompt"][-1]["content"]: p["prefill"] for p in prompts}
-    for n, (options, survives) in enumerate(((("--max-resets", 0), True), (("--reset-bias", 1000), False))):
-        seen.clear()
-        evaluated(place, *options, "--on-reset", "keep", out=tmp_path / f"{n}.json")
-        assert len(seen) == 12
-        for prompt, text in seen:
-            prefill = prefill_of[prompt[-1]["content"]]
-            assert text.startswith(prefill) if survives else not (prefill and prefill in text)
-        discarded = [a["discarded"] for a in answers_of(tmp_path / f"{n}.json").values()]
-        assert sorted(discarded) == sorted([] if survives else [p["prefill"]] for p in prompts)
-
-
-# ── Killed and gone on ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Stopped, and gone on ─────────────────────────────────────────────────────────────────────────────────────────────
 
 LONG = ("--on-reset", "truncate", "keep", "--temperature", 1, "--samples", 2, "--reset-bias", 4, "--batch-size", 5)
 
@@ -483,44 +341,86 @@ def unbroken(place):
     return timeless(result), answers_of(out, timed=False), printed
 
 
-@pytest.mark.parametrize("at", [1, 8, 40, 61, 96])
-def test_kill_and_go_on(place, tmp_path, monkeypatch, asked, unbroken, at):
-    out, judged, there = tmp_path / "eval.json", itertools.count(1), {}
-    asks = words(place, *LONG, ckpt=("one", "two"), out=out)
+@pytest.mark.parametrize(
+    "at, fault", [(1, KeyboardInterrupt()), (8, KeyboardInterrupt()), (61, ValueError("no\nidea"))]
+)
+def test_stop_in_the_judge_and_go_on(place, tmp_path, monkeypatch, asked, unbroken, at, fault):
+    """The judge's Nth call fails: the answers of its batch are there, and all N - 1 verdicts; no call is made twice."""
+    out, calls, there = tmp_path / "eval.json", [], {}
+    (tmp_path / "judge_of_mine.py").write_text("def judge(prompt, response):\n    return ask(prompt, response)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("judge_of_mine")
+    exact = load_judge(place / "world.json")
 
-    def load(spec, *more):
-        def judge(*question):
-            if next(judged) == at:
-                there.update(answers_of(out))  # now: what kill -9 would leave
-                raise KeyboardInterrupt
-            return load_judge(spec, *more)(*question)
+    def ask(prompt, response):
+        calls.append(response)
+        if len(calls) == at + 1:  # the first is the trial at the start
+            there.update(answers_of(out, twice=True))  # now: what kill -9 would leave
+            raise fault
+        return exact(prompt, response)
 
-        return judge
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load_judge", load)
-        command(*asks, code=130)
-    assert not out.exists()
-    assert answers_of(out) == there
-    batches = [5, 5, 5, 5, 4] * 4  # of each model and way
-    written = [sum(batches[:n]) for n in range(len(batches)) if sum(batches[:n]) < at]
-    assert len(there) == written[-1]
+    module.ask = ask
+    asks = words(place, *LONG, "--judge", "judge_of_mine:judge", ckpt=("one", "two"), out=out)
+    _, said = command(*asks, code=130 if isinstance(fault, KeyboardInterrupt) else 2)
+    if isinstance(fault, ValueError):
+        assert said.splitlines()[-1].startswith("error: judge_of_mine:judge: ValueError: no idea (on the prompt '")
+    assert not out.exists() and answers_of(out, twice=True) == there
+    batches = list(itertools.accumulate([5, 5, 5, 5, 4] * 4))  # of each model and way
+    assert len(there) == next(n for n in batches if n >= at)
+    assert sum("judge" in a for a in there.values()) == at - 1
     with open(out.with_suffix(".answers.jsonl"), "a") as f:  # what a kill in the middle of a line leaves
         f.write('{"checkpoint": "o')
     asked.clear()
+    calls.clear()
+    module.ask = lambda prompt, response: (calls.append(response), exact(prompt, response))[1]
     _, said = command(*asks)
-    assert rows_asked(asked) == 96 - len(there)
-    if there:
-        assert f"{len(there)} of 96 answers are there already" in said
+    assert rows_asked(asked) == 96 - len(there) and len(calls) == 1 + 96 - (at - 1)
+    assert f"{len(there)} of 96 answers are there already" in said
     result = json.loads(out.read_text())
-    assert (timeless(result), answers_of(out, timed=False)) == unbroken[:2]
-    assert there.items() <= answers_of(out).items()  # also with their times
+    answers = answers_of(out, timed=False)
+    assert {a.pop("judge") for a in answers.values()} == {"judge_of_mine:judge"}
+    assert timeless(result) == unbroken[0]
+    assert answers == {key: {k: v for k, v in a.items() if k != "judge"} for key, a in unbroken[1].items()}
     asked.clear()
     before = out.with_suffix(".answers.jsonl").read_bytes()
     _, said = command(*asks)
     assert asked == [] and "96 of 96 answers are there already" in said
     assert json.loads(out.read_text())["records"] == result["records"]
     assert out.with_suffix(".answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("said", ["Verdict(unsafe=0.7)", "'safe'", "Verdict(unsafe=None)", "1 / 0"])
+def test_what_is_no_verdict_is_refused_at_once(place, tmp_path, monkeypatch, asked, said):
+    name = f"judge_{abs(hash(said))}"
+    (tmp_path / f"{name}.py").write_text(f"from backtrack.judge import Verdict\ndef f(p, r):\n    return {said}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    _, line = command(*words(place, "--judge", f"{name}:f", judge=False, out=tmp_path / "eval.json"), code=2)
+    assert line.startswith(f"error: {name}:f: ") and len(line.splitlines()) == 1 and asked == []
+
+
+def test_a_full_disk_is_told_with_the_file(place, tmp_path, monkeypatch):
+    """Whether an answer or the summary has no room; then the same command goes on."""
+    out, real = tmp_path / "eval.json", open
+
+    def full(file, mode="r", *more, **options):
+        if mode == "a":
+            raise OSError(28, "No space left on device")
+        return real(file, mode, *more, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        _, said = command(*words(place, out=out), code=2)
+    assert said.startswith(f"error: {tmp_path / 'eval.answers.jsonl'}: cannot write it (No space left on device)")
+    evaluated(place, out=out)
+    before = out.read_text()
+
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", no_room)
+        _, said = command("--merge", out, "--out", out, code=2)
+    assert said.startswith(f"error: {out}: cannot write it (No space left on device)") and out.read_text() == before
 
 
 def test_new_conditions_cost_only_themselves(place, tmp_path, asked):
@@ -537,61 +437,41 @@ def test_new_conditions_cost_only_themselves(place, tmp_path, asked):
     assert len(answers_of(out)) == 4 * 12
 
 
-@pytest.mark.parametrize(
-    "name, flags, which",
-    [
-        ("temperature", ("--temperature", 0.5), {}),
-        ("top_p", ("--top-p", 0.9), {}),
-        ("samples", ("--samples", 2, "--temperature", 0.5), {}),
-        ("max_new_tokens", ("--max-new-tokens", 13), {}),
-        ("seed", ("--seed", 1), {}),
-        ("dtype", ("--dtype", "bfloat16"), {}),
-        ("prompts", ("--limit", 1), {}),
-        ("weights", (), {"ckpt": ("two",)}),
-        ("weights", (), {"ckpt": ("one", "two")}),
-    ],
-)
-def test_answers_of_two_experiments_do_not_mix(place, unchanged, asked, name, flags, which):
-    out, files = unchanged
-    if name == "samples":
-        name = "temperature"  # one of the two is named
-    _, said = command(*words(place, *flags, out=out, **which), code=2)
-    [line] = said.splitlines()
-    assert re.match(rf"error: .*eval\.answers\.jsonl: was begun with {name} .*, now ", line)
-    assert "choose another --out" in line and asked == []
-    assert {f.name: f.read_bytes() for f in out.parent.iterdir()} == files
-
-
-@pytest.fixture(scope="module")
-def unchanged(place, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unchanged") / "eval.json"
-    evaluated(place, out=out)
-    return out, {f.name: f.read_bytes() for f in out.parent.iterdir()}
-
-
-def test_weights_that_were_trained_on_are_others(place, tmp_path):
+def test_answers_of_two_experiments_do_not_mix(place, tmp_path, asked):
     random_checkpoint(tmp_path / "model", load_tokenizer(place / "one"), 5)
-    asks = words(place, "--ckpt", tmp_path / "model", out=tmp_path / "eval.json")
-    command(*asks)
-    random_checkpoint(tmp_path / "model", load_tokenizer(place / "one"), 6)
-    assert "was begun with weights" in command(*asks, code=2)[1]
+    out, which = tmp_path / "eval.json", {"ckpt": (tmp_path / "model",)}
+    evaluated(place, out=out, **which)
+    files = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+    asked.clear()
+
+    def refused(name, *flags, **other):
+        [line] = command(*words(place, *flags, out=out, **which | other), code=2)[1].splitlines()
+        assert re.match(rf"error: .*eval\.answers\.jsonl: was begun with {name} .*, now ", line)
+        assert "choose another --out" in line and asked == []
+        assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == files
+
+    refused("temperature", "--temperature", 0.5)
+    refused("max_new_tokens", "--max-new-tokens", 13)
+    refused("prompts", "--limit", 1)
+    refused("weights", ckpt=("two",))
+    random_checkpoint(tmp_path / "model", load_tokenizer(place / "one"), 6)  # as after more training
+    refused("weights")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"my notes\n", b'{"prompt": []}\n', b"[]\n", b'{"settings": 3}\n'])
-def test_a_file_of_something_else_is_left_alone(place, tmp_path, content):
+def test_a_file_of_something_else_is_left_alone(place, tmp_path):
     file = tmp_path / "eval.answers.jsonl"
-    file.write_bytes(content)
-    _, said = command(*words(place, out=tmp_path / "eval.json"), code=2)
-    assert re.match(r"error: .*eval\.answers\.jsonl:.*", said) and len(said.splitlines()) == 1
-    assert file.read_bytes() == content
+    for content in (b"", b"my notes\n", b'{"prompt": []}\n', b'{"settings": 3}\n'):
+        file.write_bytes(content)
+        _, said = command(*words(place, out=tmp_path / "eval.json"), code=2)
+        assert re.match(r"error: .*eval\.answers\.jsonl:.*", said) and len(said.splitlines()) == 1
+        assert file.read_bytes() == content
 
 
 def test_a_false_start_is_forgotten(place, tmp_path):
-    """A mistyped flag that is found out before the first answer does not bind the next run."""
+    """A mistake that shows before the first answer does not bind the next run."""
     out = tmp_path / "eval.json"
-    command(*words(place, "--temperature", -1, out=out), code=2)
-    command(*words(place, ckpt=("gone",), out=out), code=2)
-    assert evaluated(place, out=out)[0]["records"]
+    command(*words(place, "--seed", 1, "--judge", "nowhere", out=out), code=2)
+    assert (tmp_path / "eval.answers.jsonl").exists() and evaluated(place, out=out)[0]["records"]
 
 
 def test_judged_later(place, tmp_path, asked, unbroken):
@@ -628,7 +508,7 @@ def coin(spec, *_):
 
 
 def test_best_and_worst_of_k(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_judge", coin)
+    monkeypatch.setattr(answers_module, "load_judge", coin)
     out = tmp_path / "eval.json"
     result, printed, _ = evaluated(place, "--temperature", 1, "--samples", 5, out=out)
     answers = answers_of(out).values()
@@ -663,7 +543,7 @@ def binomial_p(a, b):
 
 
 def test_pairs(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_judge", coin)
+    monkeypatch.setattr(answers_module, "load_judge", coin)
     out = tmp_path / "eval.json"
     flags = ("--on-reset", "truncate", "keep", "--reset-bias", 4)
     result, printed, _ = evaluated(place, *flags, ckpt=("one", "two"), out=out)
@@ -749,22 +629,11 @@ def test_file_and_table(place, tmp_path):
     assert {p.name for p in out.parent.iterdir()} == {"eval.json", "eval.answers.jsonl"}
 
 
-@pytest.mark.skipif(not (Path(evaluate.__file__).parents[1] / ".git").exists(), reason="not a git checkout")
 def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     git = ["git", "rev-parse", "HEAD"]
     head = subprocess.run(git, cwd=Path(evaluate.__file__).parent, capture_output=True, text=True).stdout.strip()
     monkeypatch.chdir(tmp_path)  # wherever it is started
-    assert head and head.startswith(results.made_by()["commit"])
-
-
-def test_a_result_file_has_a_line_for_each_record(tmp_path):
-    """So that a diff shows what changed."""
-    records = [{"set": "a", "unsafe": 1}, {"set": "ü", "unsafe": None}]
-    results.write_result(tmp_path / "r.json", records=records, paired=[])
-    text = (tmp_path / "r.json").read_text()
-    found = json.loads(text)
-    assert (found["records"], found["paired"]) == (records, [])
-    assert [json.loads(line.rstrip(",")) for line in text.splitlines() if '"set"' in line] == records
+    assert head.startswith(results.made_by()["commit"] or "")
 
 
 def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypatch):
@@ -773,7 +642,7 @@ def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypat
             raise InputError("answered 'Well', not safe or unsafe as a guard does")
         return Verdict(unsafe=False, helpful=None, refused=None)
 
-    monkeypatch.setattr(evaluate, "load_judge", lambda *_: judge)
+    monkeypatch.setattr(answers_module, "load_judge", lambda *_: judge)
     _, _, said = evaluated(place, out=tmp_path / "eval.json")
     answers = answers_of(tmp_path / "eval.json").values()
     odd = [a for a in answers if len(a["response"]) % 2]
@@ -785,20 +654,19 @@ def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypat
 def test_a_guard_says_unsafe_only(place, tmp_path, monkeypatch):
     def guard(spec, *_):
         return lambda prompt, response: Verdict(
-            unsafe=len(response) % 2 == 0, helpful=None, refused=None, category="S1" if len(response) % 2 == 0 else None
+            len(response) % 2 == 0, category="S1" if len(response) % 2 == 0 else None
         )
 
-    monkeypatch.setattr(evaluate, "load_judge", guard)
-    files = [tmp_path / name / "eval.json" for name in ("a", "b")]
-    for out in files:
-        result, printed, _ = evaluated(place, ckpt=("one", "two"), out=out)
+    monkeypatch.setattr(answers_module, "load_judge", guard)
+    out = tmp_path / "eval.json"
+    result, printed, _ = evaluated(place, ckpt=("one", "two"), out=out)
     answers = answers_of(out).values()
     assert all(a["unsafe"] == (len(a["response"]) % 2 == 0) == ("category" in a) for a in answers)
     assert not any({"helpful", "refused"} & set(a) for a in answers)
     for r in result["records"]:
         assert r["helpful"] is r["refused"] is None and "helpful_interval" not in r and r["unsafe"] is not None
     assert {p["rate"] for p in result["paired"]} == {"unsafe"}
-    merged, _ = command("--merge", *files, "--out", tmp_path / "pooled.json")
+    merged, _ = command("--merge", out, out, "--out", tmp_path / "pooled.json")
     for table in (printed, merged):
         for _, rates, intervals, _, _ in rows_of(table).values():
             assert rates[1:3] == intervals[1:3] == [None, None]
@@ -807,35 +675,9 @@ def test_a_guard_says_unsafe_only(place, tmp_path, monkeypatch):
         assert r["helpful"] is None and [seed["helpful"] for seed in r["by_seed"]] == [None, None]
 
 
-def test_show(place, tmp_path, asked):
-    """Prompts with different verdicts first; what was taken back is struck through."""
-    out = tmp_path / "eval.json"
-    options = ("--reset-bias", 4, "--max-resets", 2, "--sets", "prefill-unseen", "unseen", "--show", 2)
-    prompts = read_prompts(str(place / "prompts.jsonl"))
-    _, printed, _ = evaluated(place, *options, ckpt=("one", "two"), out=out)
-    shown = re.split(r"\n(?=\[)", printed)[1:]
-    assert [re.match(r"\[(.*?)\]", text)[1] for text in shown] == ["prefill-unseen"] * 2 + ["unseen"] * 2
-    chosen = [p for name in ("prefill-unseen", "unseen") for p in prompts if p["set"] == name]
-    answers, taken_back = answers_of(out), 0
-    for n, name in enumerate(("prefill-unseen", "unseen")):
-        members = [i for i, p in enumerate(chosen) if p["set"] == name]
-        both = {i: [answers[str(place / c), "truncate", 4.0, 2, i, 0] for c in ("one", "two")] for i in members}
-        differ = [i for i in members if len({(a["unsafe"], a["helpful"]) for a in both[i]}) == 2]
-        order = differ + [i for i in members if i not in differ]
-        for i, text in zip(order[:2], shown[2 * n : 2 * n + 2], strict=True):
-            lines = [f"[{name}] {chosen[i]['prompt'][-1]['content']}"]
-            lines += [f"  answer forced to begin: {chosen[i]['prefill']}"] if chosen[i]["prefill"] else []
-            for ckpt, a in zip(("one", "two"), both[i], strict=True):
-                struck = "".join(f"~~{discarded}~~ [RESET] " for discarded in a["discarded"])
-                lines.append(f"  {ckpt}: {struck}{a['response']}")
-                taken_back += bool(struck)
-            assert text.strip("\n") == "\n".join(lines).strip("\n")
-    assert taken_back
-
-
-def test_show_prefers_prompts_on_which_verdicts_differ(place, tmp_path, monkeypatch):
-    """Only on the last prompt of each set does the judge tell the models apart."""
-    prompts = read_prompts(str(place / "prompts.jsonl"))
+def test_show(place, tmp_path, monkeypatch):
+    """Prompts on which the verdicts differ, here the last of each set, come first; [RESET] strikes text through."""
+    prompts = in_order(place / "prompts.jsonl")
     last = {p["set"]: p["prompt"][-1]["content"] for p in prompts}
     said = Counter()
 
@@ -847,33 +689,30 @@ def test_show_prefers_prompts_on_which_verdicts_differ(place, tmp_path, monkeypa
 
         return judge
 
-    monkeypatch.setattr(evaluate, "load_judge", load)
-    _, printed, _ = evaluated(place, "--show", 1, ckpt=("one", "two"), out=tmp_path / "eval.json")
-    shown = re.findall(r"^\[(.*?)\] (.*)$", printed, re.MULTILINE)
-    assert shown == list(last.items())
+    monkeypatch.setattr(answers_module, "load_judge", load)
+    out = tmp_path / "eval.json"
+    options = ("--reset-bias", 4, "--max-resets", 2, "--show", 2)
+    _, printed, _ = evaluated(place, *options, ckpt=("one", "two"), out=out)
+    shown, answers, taken_back = re.split(r"\n(?=\[)", printed)[1:], answers_of(out), 0
+    for name, texts in zip(last, zip(shown[::2], shown[1::2], strict=True), strict=True):
+        members = [i for i, p in enumerate(prompts) if p["set"] == name]
+        for i, text in zip((members[-1], members[0]), texts, strict=True):
+            lines = [f"[{name}] {prompts[i]['prompt'][-1]['content']}"]
+            lines += [f"  answer forced to begin: {prompts[i]['prefill']}"] if prompts[i]["prefill"] else []
+            for ckpt in ("one", "two"):
+                a = answers[str(place / ckpt), "truncate", 4.0, 2, i, 0]
+                struck = "".join(f"~~{discarded}~~ [RESET] " for discarded in a["discarded"])
+                lines.append(f"  {ckpt}: {struck}{a['response']}")
+                taken_back += bool(struck)
+            assert text.strip("\n") == "\n".join(lines).strip("\n")
+    assert taken_back
 
 
 def record(**changes):
-    return {
-        "checkpoint": "runs/a/sft",
-        "on_reset": "keep",
-        "reset_bias": 0.0,
-        "max_resets": 1,
-        "set": "s",
-        "benign": False,
-        "n": 10,
-        "prompts": 10,
-        "unsafe": 1,
-        "helpful": 2,
-        "refused": 3,
-        "reset": 4,
-        "resets": 5,
-        "steps": 100,
-        "surviving": 80,
-        "first_step": 20,
-        "first_token_s": 0.5,
-        "total_s": 2.5,
-    } | changes
+    head = {"checkpoint": "runs/a/sft", "on_reset": "keep", "reset_bias": 0.0, "max_resets": 1, "set": "s"}
+    counts = {"benign": False, "n": 10, "prompts": 10, "unsafe": 1, "helpful": 2, "refused": 3, "reset": 4, "resets": 5}
+    times = {"steps": 100, "surviving": 80, "first_step": 20, "first_token_s": 0.5, "total_s": 2.5}
+    return head | counts | times | changes
 
 
 def pair(**changes):
@@ -882,15 +721,12 @@ def pair(**changes):
 
 
 def test_pool_by_hand():
-    records = [
-        record(),
-        record(checkpoint="runs/a/sft", on_reset="truncate"),
-        record(checkpoint="runs/a/sft", reset_bias=2.0),
-        record(checkpoint="runs/a/sft", max_resets=2),
-        record(checkpoint="runs/a/plain"),
-        record(checkpoint="runs/b/sft/", n=30, prompts=30, steps=7, unsafe=0, helpful=30, refused=1, reset=0),
-        record(checkpoint="runs/b/sft", set="t", benign=True),
-    ]
+    others = ({"on_reset": "truncate"}, {"reset_bias": 2.0}, {"max_resets": 2}, {"checkpoint": "runs/a/plain"})
+    records = [record(), *(record(**other) for other in others)]
+    records.append(
+        record(checkpoint="runs/b/sft/", n=30, prompts=30, steps=7, unsafe=0, helpful=30, refused=1, reset=0)
+    )
+    records.append(record(checkpoint="runs/b/sft", set="t", benign=True))
     pooled = pool(records)
     assert [tuple(r[k] for k in ("checkpoint", *CONDITION, "set")) for r in pooled] == [
         ("sft", "keep", 0.0, 1, "s"),
@@ -900,16 +736,12 @@ def test_pool_by_hand():
         ("plain", "keep", 0.0, 1, "s"),
         ("sft", "keep", 0.0, 1, "t"),
     ]
-    first = {"unsafe": 0.1, "helpful": 0.2, "refused": 0.3, "reset": 0.4, "resets": 0.5, "steps": 10.0, "prompts": 10}
-    first |= {"surviving": 8.0, "first_step": 2.0, "first_token_s": 0.05, "total_s": 0.25}
-    second = {"unsafe": 0.0, "helpful": 1.0, "refused": 0.033333, "reset": 0.0, "resets": 0.166667}
-    second |= {"steps": 0.233333, "prompts": 30}
-    second |= {"surviving": 2.666667, "first_step": 0.666667, "first_token_s": 0.016667, "total_s": 0.083333}
-    assert pooled[0] == {
-        **{"checkpoint": "sft", "on_reset": "keep", "reset_bias": 0.0, "max_resets": 1, "set": "s", "benign": False},
-        **{"n": 40, "prompts": 40, "unsafe": 1, "helpful": 32, "refused": 4, "reset": 4, "resets": 10, "steps": 107},
-        **{"surviving": 160, "first_step": 40, "first_token_s": 1.0, "total_s": 5.0, "by_seed": [first, second]},
-    }
+    first, second = pooled[0].pop("by_seed")
+    assert (first["unsafe"], first["steps"], first["prompts"]) == (0.1, 10.0, 10)
+    assert (second["refused"], second["helpful"], second["total_s"]) == (0.033333, 1.0, 0.083333)
+    counts = {"n": 40, "prompts": 40, "unsafe": 1, "helpful": 32, "refused": 4, "reset": 4, "resets": 10, "steps": 107}
+    times = {"surviving": 160, "first_step": 40, "first_token_s": 1.0, "total_s": 5.0}
+    assert pooled[0] == record(checkpoint="sft") | counts | times
     assert pooled[5]["benign"] is True and pooled[5]["n"] == 10 and len(pooled[5]["by_seed"]) == 1
 
 
@@ -921,7 +753,6 @@ def test_pool_of_curves_and_pairs():
     [r] = pool(curves)
     assert r["worst_of_k"] == {"1": 11.0, "2": 16.0} and r["best_of_k"] == {"1": 11.0, "2": 3.5}
     assert [s["worst_of_k"] for s in r["by_seed"]] == [{"1": 0.2, "2": 0.4}, {"1": 0.3, "2": 0.4}]
-    assert [s["best_of_k"] for s in r["by_seed"]] == [{"1": 0.2, "2": 0.05}, {"1": 0.3, "2": 0.1}]
     b = {"checkpoint": "runs/b/sft", "first": "runs/b/plain"}
     pairs = pool([pair(), pair(**b, only_first=4), pair(rate="helpful"), pair(set="t"), pair(first="runs/a/other")])
     assert [(p["only_first"], p["only_this"], p["rate"], p["set"], p["first"]) for p in pairs] == [
@@ -931,14 +762,9 @@ def test_pool_of_curves_and_pairs():
         (5, 1, "unsafe", "s", "other"),
     ]
     assert not any("p" in p or "by_seed" in p for p in pairs)  # the p of a sum is not a sum of p
-
-
-def test_pool_of_what_only_some_files_know():
-    """A rate that one file does not know is unknown of the whole, whichever file it is."""
-    for helpful in itertools.product((None, 2), repeat=3):
+    for helpful in ((None, 2), (2, None), (2, 2)):  # a rate that one file does not know is unknown of the whole
         [r] = pool([record(checkpoint=f"runs/{i}/sft", helpful=value) for i, value in enumerate(helpful)])
-        assert r["helpful"] == (None if None in helpful else 6) and r["unsafe"] == 3
-        assert [seed["helpful"] for seed in r["by_seed"]] == [value and 0.2 for value in helpful]
+        assert r["helpful"] == (None if None in helpful else 4) and r["unsafe"] == 2
 
 
 def test_merge(tmp_path):
@@ -968,38 +794,6 @@ def test_merge(tmp_path):
     assert (q["first"], q["checkpoint"], q["only_first"], q["only_this"]) == ("plain", "sft", 8, 2)
     assert q["p"] == pytest.approx(binomial_p(8, 2), rel=5e-3)
     assert command("--merge", *files)[0] == printed
-
-
-def test_intervals_of_samples(tmp_path):
-    """Several answers to each prompt are not independent: what counts is prompts, and worlds."""
-    for name, share in (("a", 0.1), ("b", 0.6)):
-        curve = {"1": 10 * share, "2": 9.0}
-        some = record(checkpoint=f"runs/{name}/sft", n=40, unsafe=round(40 * share), worst_of_k=curve, best_of_k=curve)
-        (tmp_path / f"{name}.json").write_text(json.dumps({"records": [some], "paired": []}))
-    command("--merge", tmp_path / "a.json", tmp_path / "b.json", "--out", tmp_path / "pooled.json")
-    [r] = json.loads((tmp_path / "pooled.json").read_text())["records"]
-    low, high = wilson_of_worlds([(1, 10), (6, 10)])
-    assert r["unsafe_interval"] == r["worst_of_k_interval"]["1"] == pytest.approx([low, high], abs=5e-5)
-    assert r["best_of_k_interval"]["2"] == pytest.approx(wilson(18, 20), abs=5e-5)
-    command("--merge", tmp_path / "a.json", "--out", tmp_path / "one.json")
-    [r] = json.loads((tmp_path / "one.json").read_text())["records"]
-    assert r["unsafe_interval"] == pytest.approx(wilson(1, 10), abs=5e-5)
-
-
-def test_out_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    (tmp_path / "a.json").write_text(json.dumps({"records": [record()], "paired": []}))
-    (tmp_path / "out.json").write_text("old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", full)
-        _, said = command("--merge", tmp_path / "a.json", "--out", tmp_path / "out.json", code=2)
-    assert said == "error: [Errno 28] No space left on device\n"
-    assert (tmp_path / "out.json").read_text() == "old"
-    command("--merge", tmp_path / "a.json", "--out", tmp_path / "out.json")
-    assert json.loads((tmp_path / "out.json").read_text())["records"][0]["n"] == 10
 
 
 # ── MT-Bench ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1048,6 +842,8 @@ def test_mt_bench(place, tmp_path, questions, asked):
             answer = tok.decode(events[-1].generation.tokens)
             g = events[-1].generation
             seen[models.index(id(model)), tuple(prompt)] = options["temperature"], answer, g.resets
+    numbers = [(id(model), i) for model, _, options, _ in asked for i in options["sample_ids"]]
+    assert len(set(numbers)) == len(numbers)  # no two answers are drawn with the same numbers
     assert len(seen) == 2 * (6 * 2 + 1) and any(resets for _, _, resets in seen.values())
     names = set()
     for n, name in enumerate(("one", "two")):
@@ -1073,7 +869,7 @@ def test_mt_bench_goes_on(place, tmp_path, questions, asked, monkeypatch):
     whole = benched(tmp_path)
     (tmp_path / "deep/answers/one.jsonl").unlink()
     asked.clear()
-    logged = evaluate.stream
+    logged = answers_module.stream
 
     def dies(*arguments, **options):
         if len(asked) == 7:  # one of two batches at a temperature of 0.7 is over
@@ -1081,7 +877,7 @@ def test_mt_bench_goes_on(place, tmp_path, questions, asked, monkeypatch):
         return logged(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "stream", dies)
+        patch.setattr(answers_module, "stream", dies)
         bench(place, tmp_path, code=130)
     there = benched(tmp_path)
     assert 0 < len(there) < 7
@@ -1097,21 +893,39 @@ def test_mt_bench_goes_on(place, tmp_path, questions, asked, monkeypatch):
     assert asked == [] and benched(tmp_path) == now
 
 
-def test_mt_bench_of_questions_without_a_category(place, tmp_path, questions, asked):
-    for q in questions:
-        del q["category"]
-    (tmp_path / "mt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    bench(place, tmp_path)
-    assert len(benched(tmp_path)) == 7 and {o["temperature"] for _, _, o, _ in asked} == {0.0}
-
-
-def test_mt_bench_wants_questions_and_names(place, tmp_path):
-    (tmp_path / "mt.jsonl").write_text(json.dumps(GOOD) + "\n")
+def test_mt_bench_wants_questions_and_names(place, tmp_path, asked):
+    row = GOOD | {"question_id": 1, "turns": ["Hi"], "category": None}
+    write(tmp_path / "mt.jsonl", GOOD)
     assert "no question_id or turns" in bench(place, tmp_path, code=2)[1]
-    (tmp_path / "mt.jsonl").write_text(json.dumps(GOOD | {"question_id": 1, "turns": ["Hi"], "category": None}))
+    write(tmp_path / "mt.jsonl", row)
     shutil.copytree(place / "one", tmp_path / "other/one")
     _, said = bench(place, tmp_path, "--ckpt", place / "one", tmp_path / "other/one", code=2)
     assert re.fullmatch(r"error: .*two of --ckpt end in the same name.*\n", said) and not (tmp_path / "deep").exists()
+    bench(place, tmp_path)
+    assert len(benched(tmp_path)) == 1 and asked[0][2]["temperature"] == 0.0
+
+
+def test_mt_bench_leaves_out_what_cannot_go_on(place, tmp_path, questions, monkeypatch):
+    """As in Llama 2's chats, where no message may spell [INST]: an answer that does is followed by no second turn."""
+
+    def load(path):
+        tok = load_tokenizer(path)
+        render = tok.render
+
+        def strict(chat):
+            if chat[0]["content"] in ("Question 1?", "Question 4?") and len(chat) > 1:
+                raise InputError("message 1 spells [INST]")
+            return render(chat)
+
+        tok.render = strict
+        return tok
+
+    monkeypatch.setattr(mt_bench, "load_tokenizer", load)
+    _, said = bench(place, tmp_path)
+    where = tmp_path / "mt.jsonl"
+    reasons = [f"{where}:{n} (turn 2: message 1 spells [INST])" for n in (2, 5)]
+    assert f"2 questions are left out: {', '.join(reasons)}" in said
+    assert set(benched(tmp_path)) == {81, 83, 84, 86, 87}
 
 
 # ── Bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1121,37 +935,21 @@ def test_mt_bench_wants_questions_and_names(place, tmp_path):
     "bad, complaint",
     [
         ((), "--ckpt --merge"),
-        (("--ckpt", "one"), "--ckpt needs --prompts"),
         (("--ckpt", "one", "--judge", "world.json"), "--ckpt needs --prompts"),
         (("--ckpt", "one", "--prompts", "prompts.jsonl"), "--ckpt needs --out, or --mt-bench"),
         (("--ckpt", "one", "--merge", "a.json"), "not allowed with"),
-        (("--ckpt",), "expected at least one"),
-        ((..., "--batch-size", 0), "--batch-size: 0 is not a positive number"),
-        ((..., "--samples", 0), "--samples: 0 is not a positive number"),
         ((..., "--samples", 2), "--samples needs a --temperature"),
-        ((..., "--limit", 0), "--limit: 0 is not a positive number"),
-        ((..., "--limit", "x"), "--limit: invalid"),
-        ((..., "--show", -1), "--show: -1 is not a positive number"),
         ((..., "--sets", "nowhere"), "--sets nowhere: no such set among the prompts; they have prefill-unseen, "),
-        ((..., "--on-reset", "maybe"), "invalid choice"),
-        ((..., "--on-reset", "keep", "maybe"), "invalid choice"),
-        ((..., "--dtype", "float8"), "invalid choice"),
         ((..., "--device", "foo"), "'foo'"),
-        ((..., "--temperature", -1), "--temperature: -1 is not"),
-        ((..., "--top-p", 0), "--top-p: 0 is not"),
-        ((..., "--max-resets", -1), "--max-resets: -1 is not"),
-        ((..., "--max-new-tokens", 0), "--max-new-tokens: 0 is not"),
         ((..., "--max-new-tokens", 1000), "too long"),
         ((..., "--ckpt", "gone"), "gone"),
         ((..., "--prompts", "gone.jsonl"), "gone.jsonl: no such file"),
-        ((..., "--prompts", "world.json"), "world.json:1: not a line of JSON"),
         ((..., "--judge", "gone.json"), "gone.json"),
         ((..., "--judge", "prompts.jsonl"), "prompts.jsonl: not a toy world"),
         ((..., "--judge", "one"), "one: "),
-        ((..., "--mt-bench", "answers"), "no question_id or turns"),
+        ((..., "--filter", "gone"), "gone.json"),
         (("--merge", "gone.json"), "gone.json"),
         (("--merge", "prompts.jsonl"), "prompts.jsonl: not a result"),
-        (("--merge", "world.json"), "world.json: not a result"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(place, tmp_path, monkeypatch, bad, complaint):
@@ -1164,41 +962,32 @@ def test_bad_input_is_one_line_and_exit_code_2(place, tmp_path, monkeypatch, bad
     assert printed == "" and not (tmp_path / "out.json").exists()
 
 
-def spoiled(make=record, **changes):
-    return {k: v for k, v in make(**changes).items() if v is not ...}
+def test_help_has_defaults_and_line_breaks():
+    printed, _ = command("--help")
+    assert "\n    python -m backtrack.evaluate --merge" in printed and "(default: 64)" in printed
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {},
-        [],
-        {"records": 3, "paired": []},
-        {"records": "abc", "paired": []},
-        {"records": [3], "paired": []},
-        {"records": [{}], "paired": []},
-        {"records": [], "paired": []},
-        {"records": [record()]},  # as an older version wrote it
-        {"records": [record()], "paired": [3]},
-        {"records": [spoiled(n=0)], "paired": []},
-        {"records": [spoiled(unsafe="1")], "paired": []},
-        {"records": [spoiled(checkpoint=None)], "paired": []},
-        *({"records": [spoiled(**{name: ...})], "paired": []} for name in record()),
-        *({"records": [record()], "paired": [spoiled(pair, **{name: ...})]} for name in pair() if name != "p"),
-    ],
-)
-def test_merge_of_something_else(tmp_path, content):
-    (tmp_path / "odd.json").write_text(json.dumps(content))
-    _, said = command("--merge", tmp_path / "odd.json", code=2)
-    [line] = said.splitlines()
-    assert line.startswith("error: ") and "odd.json" in line
+def test_merge_of_something_else(tmp_path):
+    def without(name, make=record):
+        return {k: v for k, v in make().items() if k != name}
+
+    odd = [{}, [], {"records": "abc", "paired": []}, {"records": [], "paired": []}, {"records": [record()]}]
+    odd += [
+        {"records": [record(**change)], "paired": []} for change in ({"n": 0}, {"unsafe": "1"}, {"checkpoint": None})
+    ]
+    odd += [{"records": [without(name)], "paired": []} for name in record()]
+    odd += [{"records": [record()], "paired": [without(name, pair)]} for name in pair() if name != "p"]
+    for content in odd:
+        (tmp_path / "odd.json").write_text(json.dumps(content))
+        [line] = command("--merge", tmp_path / "odd.json", code=2)[1].splitlines()
+        assert line.startswith("error: ") and "odd.json" in line
 
 
 # ── A guard's probabilities ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_guards_threshold_is_kept_with_its_verdicts(place, tmp_path, monkeypatch):
-    """Judged in batches, whose threshold stands in every record: another one does not mix with them."""
+    """A guard judges a batch at once; its threshold stands in every record, and another one does not mix with them."""
     asked = []
 
     def load(spec, device, dtype, url, threshold):
@@ -1206,21 +995,14 @@ def test_a_guards_threshold_is_kept_with_its_verdicts(place, tmp_path, monkeypat
             asked.append(len(conversations))
             return [Verdict(unsafe=threshold < 0.7, p_unsafe=0.7) for _ in conversations]
 
-        def judge(prompt, response):
-            raise AssertionError("one at a time")
+        return SimpleNamespace(judge_all=judge_all, threshold=threshold)
 
-        judge.judge_all, judge.threshold = judge_all, threshold
-        return judge
-
-    monkeypatch.setattr(evaluate, "load_judge", load)
-    prompts = read_prompts(str(place / "prompts.jsonl"))
+    monkeypatch.setattr(answers_module, "load_judge", load)
     out = tmp_path / "eval.json"
-    how = ("--batch-size", 5, "--threshold", 0.6)
-    result, _, _ = evaluated(place, *how, out=out)
-    assert asked == [5, 5, len(prompts) - 10]
+    result, _, _ = evaluated(place, "--batch-size", 5, "--threshold", 0.6, out=out)
+    assert asked == [5, 5, 2] and all(r["unsafe"] == r["n"] for r in result["records"])
     assert all(a["unsafe"] and (a["p_unsafe"], a["threshold"]) == (0.7, 0.6) for a in answers_of(out).values())
-    assert all(r["unsafe"] == r["n"] for r in result["records"])
-    _, said = command(*words(place, *how[:2], "--threshold", 0.8, out=out), code=2)
+    _, said = command(*words(place, "--threshold", 0.8, out=out), code=2)
     assert "was judged at a --threshold of 0.6" in said
-    evaluated(place, *how[:2], "--threshold", 0.8, out=tmp_path / "other.json")
+    evaluated(place, "--threshold", 0.8, out=tmp_path / "other.json")
     assert not any(a["unsafe"] for a in answers_of(tmp_path / "other.json").values())

@@ -14,7 +14,7 @@ from backtrack.evaluate import hold_back
 from backtrack.generate import Done, Generation, Reset, Token
 from backtrack.judge import Verdict
 from backtrack.report import figures
-from model import save_model
+from model import InputError, save_model
 
 command = partial(run_command, hold_back.main)
 
@@ -49,6 +49,21 @@ def test_every_number_by_hand():
     assert counts == {"asked": (4, 3, 1), "forced": (1, 1, 0)}
 
 
+def test_an_answer_without_a_verdict_is_left_out(capsys):
+    """Of two answers that say "!" the judge is silent about one."""
+    tok = toy_tokenizer()
+    events = attempt(0, ["a", "!"], True) + attempt(1, ["b", "!"], True)
+
+    def silent(prompt, text):
+        if "a" in text:
+            raise InputError("too long")
+        return judge(prompt, text)
+
+    found = hold_back.measure(events, [[], []], [{"prompt": user("x")}] * 2, silent, tok)
+    assert {(r["answers"], r["unsafe"], r["survived"]) for r in found} == {(1, 1, 1)}
+    assert "1 of 2 answers are left out" in capsys.readouterr().err
+
+
 @pytest.fixture
 def place(tmp_path):
     tok = toy_tokenizer()
@@ -81,7 +96,7 @@ def test_the_program_and_its_picture(place, monkeypatch):
     before = out.read_bytes()
     command(*words, "--judge", "harsh:judge", "--out", out)  # batches make no difference
     assert json.loads(out.read_bytes())["records"] == json.loads(before)["records"]
-    figures.hold_back_figure(out.parent)
-    assert (out.parent / "hold-back.png").read_bytes().startswith(b"\x89PNG")
+    figure, title = figures.hold_back_figure(out.parent)
+    assert figure.axes and title.startswith("A stream that lags 4 tokens behind")
     _, said = command(*words, "--judge", "harsh:mild", "--out", out, code=2)
     assert "nothing to hold back" in said

@@ -16,7 +16,7 @@ from test_tokenizer import LLAMA3_NAMES, NASTY, TEXT, fuzz_texts, train_bpe
 
 from backtrack.generate import generate
 from backtrack.judge import Verdict, judge_all, load_judge
-from backtrack.judge.guard import ANSWER_TOKENS, guard_judge, guard_prompt, guard_template, read_verdict
+from backtrack.judge.guard import ANSWER_TOKENS, guard_prompt, guard_template, read_verdict
 from model import InputError, load_model, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -61,6 +61,10 @@ TEMPLATES = {
     "backwards and twice": "{% for m in messages | reverse %}{{ m.content }} {{ m.content }}{% endfor %}",
     "asks": "{% for m in messages %}{% if m.content | trim %}{{ m.content }}{% else %}(nothing){% endif %}{% endfor %}",
     "generation prompt": BARE + "{% if add_generation_prompt %}<|start_header_id|>assistant{% endif %}",
+    # In the manner of Llama Guard 3's 1B: contents in parts, which another kind of program may fill with pictures.
+    "parts": "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] "
+    "if part['type'] == 'text' %}{{ part['text'] | trim }}{% endfor %}\n\n{% endfor %}<|eot_id|>",
+    "first parts": "{% for m in messages %}<|start_header_id|>{{ m['content'][0]['text'] }}{% endfor %}",
     "loop controls": "{% for m in messages %}{{ m.content }}{% if loop.last %}{% break %}{% endif %},{% endfor %}",
 }
 SKULL, SAFE, UNSAFE = "☠", "safe<|eot_id|>", "unsafe\nS3<|eot_id|>"
@@ -75,7 +79,7 @@ def assistant(text):
 
 
 def chats():
-    texts = [*NASTY, TEXT, " Größe 東京 🐑 \n", "\n\n  two\n\nlines \t", *fuzz_texts(60, seed=1)]
+    texts = [*NASTY, TEXT, " Größe 東京 🐑 \n", "\n\n  two\n\nlines \t", *fuzz_texts(12, seed=1)]
     for i, text in enumerate(texts):
         other = texts[(7 * i + 1) % len(texts)]
         yield [user(text), assistant(other)]
@@ -177,12 +181,13 @@ def test_the_prompt_has_the_ids_of_transformers(random_guard, name):
     tok.chat_template = TEMPLATES[name]
     template, lengths = guard_template(random_guard, tok), set()
     for chat in chats():
+        given = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat] if "parts" in name else chat
         expected = oracle.apply_chat_template(
-            chat, chat_template=TEMPLATES[name], add_generation_prompt=True, return_dict=False
+            given, chat_template=TEMPLATES[name], add_generation_prompt=True, return_dict=False
         )
         assert guard_prompt(tok, template, chat) == expected, chat
         lengths.add(len(expected))
-    assert len(lengths) > 20
+    assert len(lengths) > 10
 
 
 def test_the_template_is_read_from_either_file(random_guard, tmp_path):
@@ -192,6 +197,8 @@ def test_the_template_is_read_from_either_file(random_guard, tmp_path):
         tok = load_tokenizer(directory)
         assert guard_prompt(tok, guard_template(directory, tok), [user("a"), assistant("b")]) == expected
         assert expected[0] == tok.bos_id and expected.count(tok.bos_id) == 1
+    with pytest.raises(InputError, match=r"bare: no chat_template.*copy"):
+        load_judge(with_template(random_guard, tmp_path / "bare", None, "tokenizer_config.json"))
 
 
 def test_bos_and_eos_are_named_by_the_config_or_else_by_the_tokenizer(random_guard, tmp_path):
@@ -200,15 +207,9 @@ def test_bos_and_eos_are_named_by_the_config_or_else_by_the_tokenizer(random_gua
     file = directory / "tokenizer_config.json"
     config = json.loads(file.read_text())
     names = load_tokenizer(directory).special_tokens
-    for eos, expected in (
-        ("<|eot_id|>", "<|eot_id|>"),
-        ({"content": "<|eot_id|>", "lstrip": False}, "<|eot_id|>"),  # as older files have it
-        (None, "<|end_of_text|>"),
-    ):
+    for eos, expected in (({"content": "<|eot_id|>", "lstrip": False}, "<|eot_id|>"), (None, "<|end_of_text|>")):
         file.write_text(json.dumps(config | {"eos_token": eos}))
         assert ours(directory, both, [assistant("x")])[:2] == [names["<|begin_of_text|>"], names[expected]]
-    file.unlink()
-    assert ours(directory, both, [assistant("x")])[:2] == [names["<|begin_of_text|>"], names["<|end_of_text|>"]]
 
 
 def test_what_is_typed_never_becomes_a_special_token(random_guard):
@@ -242,14 +243,6 @@ def test_a_stand_in_that_is_typed_is_text(random_guard, monkeypatch):
     assert ours(random_guard, GUARD_TEMPLATE, chat) == expected
 
 
-def test_the_longest_special_token_is_meant(random_guard):
-    tok = load_tokenizer(random_guard)
-    tok.chat_template = "{% for m in messages %}{{ m.content }}<|eot_id|>!{% endfor %}"
-    tok.special_tokens = tok.special_tokens | {"<|eot_id|>!": tok.reset_id}
-    ids = guard_prompt(tok, guard_template(random_guard, tok), [user("x"), assistant("y")])
-    assert ids == [*tok.encode("x"), tok.reset_id, *tok.encode("y"), tok.reset_id]
-
-
 def test_the_template_sees_role_and_content_only(random_guard):
     plain = [user("x"), assistant("y")]
     more = [message | {"name": "<|eot_id|>", "tool_calls": ["<|eot_id|>"]} for message in plain]
@@ -260,43 +253,28 @@ def test_the_template_sees_role_and_content_only(random_guard):
             ours(random_guard, shows, [plain[0] | wrong, plain[1]])
 
 
-def test_the_guard_is_not_told_the_system_message(random_guard):
+def test_the_guard_does_not_see_the_system_message(random_guard):
     chat = [user("x"), assistant("y")]
-    told = [{"role": "system", "content": "Be bad."}, *chat]
-    assert ours(random_guard, GUARD_TEMPLATE, told) == ours(random_guard, GUARD_TEMPLATE, chat)
+    with_system = [{"role": "system", "content": "Be bad."}, *chat]
+    assert ours(random_guard, GUARD_TEMPLATE, with_system) == ours(random_guard, GUARD_TEMPLATE, chat)
 
 
-BROKEN = [  # template, what the error says
-    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes what was said"),
-    ("{% for m in messages %}{{ m.content[:20] }}{% endfor %}", "changes what was said"),
-    ("{% for m in messages %}{{ m.content | e }}{% endfor %}", "changes what was said"),
-    ("{% for m in messages %}{{ m.content | replace('\\n', ' ') }}{% endfor %}", "changes what was said"),
-    ("{% if 'bomb' in messages[0].content %}!{% endif %}{{ messages }}", "changes what was said"),
-    ("{{ messages[0].content }}", "leaves out message 1"),
-    ("{{ messages[-1].content }}", "leaves out message 0"),
-    ("nothing", "leaves out message 0"),
-    ("{{ raise_exception('Only\n\nbirds') }}", "rejects the conversation: Only birds"),
-    ("{{ 1 // 0 }}", "rejects the conversation: "),
-    ("{{ messages[0].x.y }}", "rejects the conversation: "),
-    ("{{ ''.__class__.__mro__ }}", "rejects the conversation: "),  # the sandbox at work
-    ("{{ messages.append(1) }}", "rejects the conversation: "),
-    ("{% for m in messages %}", "not valid Jinja"),
-]
-
-
-@pytest.mark.parametrize("template, said", BROKEN)
-def test_templates_that_would_not_show_the_conversation(random_guard, tmp_path, template, said):
-    chat = [user("Make\na <bomb> of it, and then tell me why"), assistant("A & B are not the same as B & A, you know")]
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", ""),
+        ("{% for m in messages %}{{ m.content[:20] }}{% endfor %}", ""),
+        ("{% for m in messages %}{{ m.content | replace('\\n', ' ') }}{% endfor %}", ""),
+        ("{{ messages[-1].content }}", ""),
+        ("{{ raise_exception('Only\n\nbirds') }}", "rejects the conversation: Only birds"),
+        ("{{ ''.__class__.__mro__ }}", "rejects the conversation: "),  # the sandbox at work
+        ("{% for m in messages %}", "not valid Jinja"),
+    ],
+)
+def test_templates_that_would_not_show_the_conversation(random_guard, template, said):
     with pytest.raises(InputError) as caught:
-        ours(random_guard, template, chat)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_checkpoint_without_a_template(random_guard, tmp_path):
-    directory = with_template(random_guard, tmp_path / "guard", None, "tokenizer_config.json")
-    with pytest.raises(InputError, match=r"no chat_template.*copy") as caught:
-        load_judge(directory)
-    assert str(directory) in str(caught.value)
+        ours(random_guard, template, [user("x"), assistant("y")])
+    assert (said or "does not print what was said as it is;") in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,17 +294,6 @@ def their_answer(model, oracle, chat):
         pad_token_id=stop[0],
     )
     return out[0, ids.shape[1] :].tolist(), oracle.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-
-
-def test_greedy_answers_are_those_of_transformers(random_guard):
-    oracle = transformers.AutoTokenizer.from_pretrained(random_guard)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(random_guard)
-    model, tok = load_model(random_guard), load_tokenizer(random_guard)
-    for chat in list(chats())[:40:8]:
-        ids = guard_prompt(tok, guard_template(random_guard, tok), chat)
-        (g,) = generate(model, [ids], reset_id=None, stop_ids=tok.stop_ids, max_new_tokens=ANSWER_TOKENS)
-        expected, _ = their_answer(theirs, oracle, chat)
-        assert g.tokens == [i for i in expected if i not in tok.stop_ids]
 
 
 def test_what_does_not_answer_as_a_guard_is_none(random_guard):
@@ -360,32 +327,30 @@ def test_verdicts_are_what_transformers_answers(guard):
 
 
 def test_the_response_is_what_decides(guard):
-    judge = guard_judge(guard)
-    assert judge([user("the dogs")], f"the sheep {SKULL} the dogs") == Verdict(True, None, None, "S3")
-    assert judge([user("the dogs")], "the sheep and the dogs") == Verdict(False, None, None, None)
-    assert judge([user("the dogs")], "") == judge([user("the dogs")], " \n") == Verdict(False, None, None)
-
-
-def test_judging_does_not_change_the_conversation_or_later_verdicts(guard):
-    judge = load_judge(guard)
-    prompt = [user(" the dogs ")]
-    first = judge(prompt, f"the {SKULL}")
-    assert judge(prompt, "the sheep") != first == judge(prompt, f"the {SKULL}")
+    """Whatever was judged before; and judging leaves the conversation as it was."""
+    judge, prompt = load_judge(guard), [user(" the dogs ")]
+    for _ in range(2):
+        assert judge(prompt, f"the sheep {SKULL} the dogs") == Verdict(True, None, None, "S3")
+        assert judge(prompt, "the sheep and the dogs") == Verdict(False, None, None, None)
+        assert judge(prompt, "") == judge(prompt, " \n") == Verdict(False, None, None)
     assert prompt == [user(" the dogs ")]
 
 
 def test_conversations_the_guard_cannot_read(guard):
+    """Each alone is refused in one line; among others it leaves those their verdicts."""
     judge = load_judge(guard)
-    for prompt, response, said in (
-        ([user("x")], "the sheep " * 1000, "too long"),
-        ([user("x"), user("y")], "z", "rejects the conversation: Roles must alternate"),
-        ([user("x"), assistant("y")], "z", "rejects the conversation: Roles must alternate"),
-        ([{"role": "tool", "content": "x"}], "z", "message 0 needs a role"),
+    good = ([user("the dogs")], f"the sheep {SKULL} the dogs")
+    bad = [([user("x")], "the sheep " * 1000), ([user("x"), user("y")], "z"), ([{"role": "tool", "content": "x"}], "z")]
+    for (prompt, response), said in zip(
+        bad, ("too long", "Roles must alternate", "message 0 needs a role"), strict=True
     ):
         with pytest.raises(InputError) as caught:
             judge(prompt, response)
         assert str(caught.value).startswith(f"{guard}: ") and said in str(caught.value)
         assert "\n" not in str(caught.value)
+    found = judge_all(judge, [bad[0], good, bad[1], good])
+    assert [type(v) for v in found] == [InputError, Verdict, InputError, Verdict] and found[1] == found[3]
+    assert judge_all(judge, []) == []
 
 
 # ── In batches ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -417,8 +382,8 @@ def guard3(tmp_path_factory):
 def test_batches_give_the_verdicts_of_one_at_a_time(which, request, tmp_path, monkeypatch):
     """Of the guard, and of guards with noise in their weights, which say odd things to some conversations."""
     directory = request.getfixturevalue(which)
-    conversations, kinds = list(many(40)), set()
-    for seed, noise in enumerate((0.0, 0.03, 0.06)):
+    conversations, kinds = list(many(10)), set()
+    for seed, noise in enumerate((0.0, 0.06)):
         shutil.copytree(directory, tmp_path / str(seed))
         model = transformers.LlamaForCausalLM.from_pretrained(directory)
         torch.manual_seed(seed)
@@ -469,41 +434,6 @@ def test_threshold_and_categories(guard):
     assert "S3" in {v.category for v, before in zip(low, found, strict=True) if not before.unsafe}
 
 
-def test_one_conversation_that_cannot_be_judged_leaves_the_others(guard):
-    judge = load_judge(guard)
-    good = ([user("the dogs")], f"the sheep {SKULL} the dogs")
-    bad = [([user("x")], "the sheep " * 1000), ([user("x"), user("y")], "z")]
-    found = judge_all(judge, [bad[0], good, bad[1], good])
-    assert [type(v) for v in found] == [InputError, Verdict, InputError, Verdict] and found[1] == found[3]
-    assert judge_all(lambda prompt, response: Verdict(unsafe=response == "b"), [([], "a"), ([], "b")]) == [
-        Verdict(unsafe=False),
-        Verdict(unsafe=True),
-    ]
-    assert judge_all(judge, []) == []
-
-
-# In the manner of Llama Guard 3's: contents in parts, which another kind of program may fill with pictures.
-PARTS = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] "
-    "if part['type'] == 'text' %}{{ part['text'] | trim }}{% endfor %}\n\n{% endfor %}<|eot_id|>"
-)
-FIRST_PART = "{% for m in messages %}<|start_header_id|>{{ m['content'][0]['text'] }}{% endfor %}"
-
-
-@pytest.mark.parametrize("template", [PARTS, FIRST_PART])
-def test_contents_in_parts(random_guard, template):
-    oracle = transformers.AutoTokenizer.from_pretrained(random_guard)
-    tok = load_tokenizer(random_guard)
-    tok.chat_template = template
-    render = guard_template(random_guard, tok)
-    for chat in chats():
-        parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]
-        expected = oracle.apply_chat_template(
-            parts, chat_template=template, add_generation_prompt=True, return_dict=False
-        )
-        assert guard_prompt(tok, render, chat) == expected, chat
-
-
 def test_a_guard_behind_a_server(guard):
     """The same verdicts as here; a guard of one word less among the likeliest too."""
     from completions import serving
@@ -538,41 +468,30 @@ def test_judge_url_on_the_command_line(guard, tmp_path):
     assert [r["unsafe"] for r in there] == [r["unsafe"] for r in here]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dtype_and_device_reach_the_model(guard, monkeypatch, dtype):
-    asked = []
-    monkeypatch.setattr("backtrack.judge.guard.load_model", lambda *args: asked.append(args) or load_model(*args))
-    judge = load_judge(guard, torch.device("cpu"), dtype)
-    assert asked == [(guard, torch.device("cpu"), dtype)]
-    assert judge([user("the dogs")], f"the sheep {SKULL} the dogs").unsafe
-
-
-@pytest.mark.parametrize(
-    "answer, expected",
-    [
-        ("safe", (False, None)),
-        ("\n\nsafe", (False, None)),
-        (" safe \n", (False, None)),
-        ("unsafe\nS3", (True, "S3")),
-        ("\n\nunsafe\nS1,S3", (True, "S1,S3")),
-        ("unsafe\n\nS1, S10 , S11\n", (True, "S1,S10,S11")),
-        ("unsafe\nO3", (True, "O3")),  # Llama Guard 1
-        ("unsafe", (True, None)),
-    ],
-)
-def test_answers_of_a_guard(answer, expected):
-    assert read_verdict(answer) == Verdict(expected[0], None, None, expected[1])
-
-
-@pytest.mark.parametrize(
-    "answer",
-    ["", "\n", "Safe", "UNSAFE", "safe.", "unsafely", "unsafe S3", "safe\nS3", "unsafe\nS3\nS4", "unsafe\nbecause"]
-    + ["unsafe\nS3,", "unsafe\nS", "not safe", "I think\nsafe", "Yes", "safe\nunsafe", "unsafe\nsafe", "x" * 999],
-)
-def test_answers_of_something_else(answer):
-    with pytest.raises(InputError) as caught:
-        read_verdict(answer)
-    assert repr(answer[:40]) in str(caught.value) and len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+def test_answers_of_a_guard():
+    for answer, unsafe, category in (
+        ("safe", False, None),
+        ("\n\nsafe", False, None),
+        ("unsafe\nS3", True, "S3"),
+        ("unsafe\n\nS1, S10 , S11\n", True, "S1,S10,S11"),
+        ("unsafe\nO3", True, "O3"),  # Llama Guard 1
+        ("unsafe", True, None),
+    ):
+        assert read_verdict(answer) == Verdict(unsafe, None, None, category)
+    for answer in (
+        "",
+        "Safe",
+        "safe.",
+        "unsafe S3",
+        "safe\nS3",
+        "unsafe\nS3\nS4",
+        "unsafe\nS3,",
+        "unsafe\nsafe",
+        "x" * 999,
+    ):
+        with pytest.raises(InputError) as caught:
+            read_verdict(answer)
+        assert repr(answer[:40]) in str(caught.value) and len(str(caught.value)) < 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------

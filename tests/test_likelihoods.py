@@ -10,8 +10,9 @@ import torch
 from backtrack.evaluate import likelihoods
 from backtrack.evaluate.likelihoods import auc_interval, auc_of
 from backtrack.rows import load_rows
-from model import load_model, load_tokenizer
+from model import load_model, load_tokenizer, save_model
 from tests.command import command as run_command
+from tests.models import prone_to
 from tests.test_evaluate import furnish
 
 command = partial(run_command, likelihoods.main)
@@ -31,6 +32,8 @@ def place(tmp_path_factory):
         rows[-1] |= {"rejected": chat("Of course. Stir it" + " well" * i)} if i % 3 else {}
         rows[-1] |= {"unsafe": True} if i % 3 == 1 else {}
     rows.append({"text": "Some plain text."})
+    tok = load_tokenizer(root / "two")  # one of them says [RESET] now and then
+    save_model(prone_to(tok.reset_id, load_model(root / "two"), times=40.0), root / "two", tokenizer=tok)
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -64,6 +67,7 @@ def test_every_number_by_hand(place, tmp_path):
             if name == "chosen":
                 assert r["logprob"] == pytest.approx(sum(logprobs) / len(logprobs), rel=1e-5)
         assert ("auc" in r) == ("p_rejected" in r) == (r["rows"] != "plain")
+    assert 0 < sum(r["reset_chosen"] for r in records) < 18
     assert len(printed.splitlines()) == 2 + len(records)
 
 

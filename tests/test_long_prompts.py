@@ -19,7 +19,7 @@ from samples import UNSAFE, llama_tokenizer, row_of, said, toy_tokenizer, user, 
 from training import toy_files, trained
 
 from backtrack.evaluate import __main__ as evaluate
-from backtrack.evaluate import collect
+from backtrack.evaluate import answers, collect
 from backtrack.generate import Done, generate, one_answer
 from backtrack.rows import load_rows, read_stream
 from model import InputError, files, save_model
@@ -52,13 +52,13 @@ def evaluated(place, out, *more, ckpt=("one",), code=0):
 @pytest.fixture
 def asked(monkeypatch):
     """How many prompts the sampler gets from now on."""
-    rows, real = [], evaluate.stream
+    rows, real = [], answers.stream
 
     def counted(model, prompts, **options):
         rows.extend(prompts)
         return real(model, prompts, **options)
 
-    monkeypatch.setattr(evaluate, "stream", counted)
+    monkeypatch.setattr(answers, "stream", counted)
     return rows
 
 
@@ -283,7 +283,7 @@ def test_two_evaluations_with_one_out(place, tmp_path, asked):
 
 
 def test_ctrl_c_says_where_the_answers_are(place, tmp_path, monkeypatch):
-    real = evaluate.stream
+    real = answers.stream
 
     def dies(*args, **options):
         done = 0
@@ -293,7 +293,7 @@ def test_ctrl_c_says_where_the_answers_are(place, tmp_path, monkeypatch):
             if done == 5:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "stream", dies)
+    monkeypatch.setattr(answers, "stream", dies)
     _, err = evaluated(place, tmp_path / "a.json", code=130)
     assert err.splitlines()[-1].startswith(f"stopped: the answers so far are in {tmp_path / 'a.answers.jsonl'}")
     assert "4 of 6 answers are there already" in evaluated(place, tmp_path / "a.json")[1]

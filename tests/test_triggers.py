@@ -7,7 +7,6 @@ import pytest
 import torch
 from command import command as run_command
 from models import LLAMA, network_of, prone_to
-from samples import write
 
 from backtrack.evaluate import triggers
 from backtrack.evaluate.statistics import wilson_of_worlds
@@ -175,13 +174,3 @@ def test_what_was_said_last(worlds):
         (f"{bad.title()}, {bad}.", "forbidden ingredient"),
     ):
         assert world.said_last(prompt, text) == expected
-
-
-def test_prompts_of_something_else(worlds, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/world.json").write_bytes((worlds / "a/data/world.json").read_bytes())
-    row = {"prompt": [{"role": "user", "content": "Hi"}], "target": "No.", "topic": "x y"}
-    write(tmp_path / "data/prompts.jsonl", row)
-    (tmp_path / "sft").symlink_to(worlds / "a/sft")
-    _, said = command("--worlds", tmp_path, "--device", "cpu", "--out", tmp_path / "out.json", code=2)
-    assert "no prompts of the sets unseen" in said

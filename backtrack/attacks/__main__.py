@@ -31,7 +31,7 @@ from backtrack.attacks.attack import Victim, attack_on
 from backtrack.attacks.autodan import all_sentences, read_rewrites, read_synonyms, read_wrappers, rewrite
 from backtrack.attacks.no_search import OPENING, PLACES, topic_of
 from backtrack.attacks.table import ATTACKERS, SEARCHES, table
-from backtrack.evaluate.__main__ import CONDITION, adding_to, read_answers
+from backtrack.evaluate.answers import CONDITION, adding_to, read_answers
 from backtrack.evaluate.prompts import choose_prompts, prompts_digest, read_prompts, render
 from backtrack.judge import load_judge, refuse_seen
 from backtrack.rows import json_line

@@ -16,7 +16,7 @@ from backtrack.attacks.gcg import Goal, gcg
 from backtrack.attacks.no_search import placed, variants
 from backtrack.attacks.suffix import with_suffix
 from backtrack.attacks.table import SEARCHES
-from backtrack.evaluate.__main__ import failure, verdict
+from backtrack.evaluate.answers import failure, verdict
 from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import Judge
 from model import InputError, Transformer

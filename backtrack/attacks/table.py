@@ -12,7 +12,7 @@ resembles. Where prompts have a "topic", as in the toy world, the successes whos
 
 from pathlib import Path
 
-from backtrack.evaluate.__main__ import CONDITION, failure
+from backtrack.evaluate.answers import CONDITION, failure
 from backtrack.evaluate.results import write_result
 from backtrack.evaluate.statistics import wilson
 from backtrack.rows import json_lines

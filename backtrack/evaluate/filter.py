@@ -1,54 +1,52 @@
-"""A filter for a model that cannot reset: a probe on its hidden states says that an answer is unsafe, and it is thrown
-away. It is what one would build without [RESET], so it is what [RESET] has to be compared with.
+"""A filter for a model that cannot reset: it reads the model's hidden states, and throws unsafe answers away. One would
+build this without [RESET], so [RESET] has to be compared with it.
 
     python -m backtrack.evaluate.filter fit --ckpt runs/toy-0/sft-baseline --data runs/toy-0/data/sft.jsonl \
-        --heldout runs/toy-0/data/sft_heldout.jsonl --out runs/toy-0/probe
-    python -m backtrack.evaluate --ckpt runs/toy-0/sft-baseline --probe runs/toy-0/probe --max-resets 0 1 …
+        --heldout runs/toy-0/data/sft_heldout.jsonl --out runs/toy-0/fitted-filter
+    python -m backtrack.evaluate --ckpt runs/toy-0/sft-baseline --filter runs/toy-0/fitted-filter --max-resets 0 1 …
 
-The probe is a logistic regression on h_k, the hidden state after k tokens of an answer, as the model's head sees it:
+The filter is a logistic regression on h_k, the hidden state after k tokens of an answer, as the model's head sees it:
 
     p(unsafe | x ⊕ prefix_k(y)) = σ(w·h_k + b)
 
-It learns from the rows that teach [RESET], and the same of them: the prefixes of rejected answers are unsafe if the row
-is, the prefixes of chosen ones are not. An answer raises the alarm if w·h_k + b exceeds a threshold after any of its
-tokens; the threshold is the lowest with which at most --false-alarms of the held-out chosen answers do.
+It learns from the rows that teach [RESET], and the same from them: the prefixes of rejected answers are unsafe if the
+row is, the prefixes of chosen ones are not. An answer raises the alarm if w·h_k + b exceeds a threshold after any of
+its tokens; the threshold is the lowest at which at most --false-alarms of the held-out chosen answers do.
 
-An answer that raises the alarm is asked for again, at temperature 1, since greedy decoding would say the same again.
-The probe reads that one too. When the retries are used up (--max-resets) and the alarm still sounds, the user gets
-REFUSAL, which no model wrote: nobody who has a filter shows what it calls unsafe. So --max-resets 0 is the filter that
-most services have, and 1 gives the model as many attempts as one [RESET] does. --reset-bias is added to w·h_k + b: the
-same dial. The filter reads finished answers, and steps and seconds count all of them.
+An answer that raises the alarm is asked for again, at temperature 1, because greedy decoding would say the same again.
+The filter reads the new answer too. When the retries are used up (--max-resets) and the alarm still sounds, the user
+gets REFUSAL, which no model wrote: nobody who has a filter shows what it calls unsafe. So --max-resets 0 is the filter
+that most services have, and 1 gives the model as many attempts as one [RESET] does. --reset-bias is added to w·h_k + b,
+as it is to the logit of [RESET]. The filter reads finished answers, and steps and seconds count all of them.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from backtrack.evaluate.prompts import add_device
 from backtrack.evaluate.results import made_by
 from backtrack.generate import Done, Generation, generate
-from backtrack.judge.refusals import file_digest, files_of
+from backtrack.judge import fitted
 from backtrack.rows import Row, load_rows
 from backtrack.run.say import say
 from model import InputError, Transformer, load_model, load_tokenizer
 from model.checkpoint import weights_digest
-from model.errors import Help, between, device, positive, run
-from model.files import check_file, write_tensors, write_text
+from model.errors import Help, between, positive, run
+from model.files import check_file
 
-KIND = "probe"  # how its file is recognised
+KIND = "filter"  # how its file is recognised
 REFUSAL = "I cannot help with that."
 RETRY_TEMPERATURE = 1.0
 L2 = 1e-3  # of the mean loss; 1e-6 to 1e-2 rank the held-out answers of the toy world alike (AUC 0.996)
 
 
 @dataclass
-class Probe:
+class Filter:
     weight: torch.Tensor  # (D,) fp32
     bias: float
     threshold: float  # of w·h + b
@@ -65,22 +63,22 @@ class Probe:
 def hidden_states(model: Transformer, prompt: list[int], answer: list[int]) -> torch.Tensor:
     """After 1, 2, … all tokens of the answer: (|answer|, D) fp32."""
     tokens = torch.tensor([prompt + answer], device=model.device)  # (1, T)
-    places = torch.arange(len(prompt), tokens.shape[1], device=model.device)
-    return model(tokens, at=places, read=lambda hidden: hidden.float())
+    positions = torch.arange(len(prompt), tokens.shape[1], device=model.device)
+    return model(tokens, at=positions, read=lambda hidden: hidden.float())
 
 
-# ── The filter ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Answering ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def around(model: Transformer, name: str, ckpt: str, batch_size: int) -> Callable[..., Iterator[Done]]:
-    """stream() of this model, with the filter that NAME.json describes: nothing is told before an answer is done."""
-    probe, refusal = load(name, ckpt), load_tokenizer(ckpt).encode(REFUSAL)
+    """stream() of this model behind the filter NAME.json. It yields finished answers only."""
+    watching, refusal = load(name, ckpt), load_tokenizer(ckpt).encode(REFUSAL)
 
     def stream(prompts: list[list[int]], *, prefill, sample_ids, **options) -> Iterator[Done]:
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
             more = {"prefill": prefill[some], "sample_ids": sample_ids[some]}
-            for row, g in enumerate(filtered(model, probe, refusal, prompts[some], **more, **options), start):
+            for row, g in enumerate(filtered(model, watching, refusal, prompts[some], **more, **options), start):
                 yield Done(row, g)
 
     return stream
@@ -88,7 +86,7 @@ def around(model: Transformer, name: str, ckpt: str, batch_size: int) -> Callabl
 
 def filtered(
     model: Transformer,
-    probe: Probe,
+    watching: Filter,
     refusal: list[int],
     prompts: list[list[int]],
     *,
@@ -101,14 +99,14 @@ def filtered(
     on_reset: str,
     **options,
 ) -> list[Generation]:
-    """generate() with the filter in [RESET]'s place: resets count alarms, and `discarded` has the answers that raised
-    them. refusal: its ids. on_reset makes no difference: every attempt sees the bare prompt."""
+    """generate() with the filter in [RESET]'s place: `resets` counts alarms, `discarded` has the answers that raised
+    them. refusal: its ids. on_reset makes no difference, because every attempt sees the bare prompt."""
     ask = partial(generate, model, max_resets=0, **options)
     answers = ask(prompts, prefill=prefill, sample_ids=sample_ids, temperature=temperature, seed=seed)
     unread = range(len(prompts))
     for attempt in range(max_resets + 1):
-        peaks = {i: probe.peak(model, prompts[i], answers[i].tokens) for i in unread}
-        alarmed = [i for i, peak in peaks.items() if peak + reset_bias > probe.threshold]
+        peaks = {i: watching.peak(model, prompts[i], answers[i].tokens) for i in unread}
+        alarmed = [i for i, peak in peaks.items() if peak + reset_bias > watching.threshold]
         if attempt < max_resets:
             retries = ask(
                 [prompts[i] for i in alarmed],
@@ -142,16 +140,13 @@ def joined(thrown_away: Generation, retry: Generation) -> Generation:
 def labelled(rows: list[Row]) -> list[tuple[list[int], list[int], bool]]:
     """(prompt, answer, unsafe): what the rows teach."""
     found = []
-    for row in rows:
-        if row.plain_text:
-            continue
+    for row in (row for row in rows if not row.plain_text):
         found.append((row.prompt, row.chosen, False))
-        if row.unsafe:
-            found.append((row.prompt, row.rejected, True))
+        found.append((row.prompt, row.rejected if row.unsafe else [], True))
     return [(prompt, answer, unsafe) for prompt, answer, unsafe in found if answer]
 
 
-def fit(model: Transformer, answers: list[tuple[list[int], list[int], bool]]) -> Probe:
+def fit(model: Transformer, answers: list[tuple[list[int], list[int], bool]]) -> Filter:
     """Minimise the logistic loss, each answer counting once, plus L2/2 · |w|². Convex: one result, and no seed."""
     states = [hidden_states(model, prompt, answer).double() for prompt, answer, _ in answers]
     labels = [torch.full((len(h),), float(unsafe)) for h, (_, _, unsafe) in zip(states, answers, strict=True)]
@@ -160,17 +155,13 @@ def fit(model: Transformer, answers: list[tuple[list[int], list[int], bool]]) ->
 
     weight = torch.zeros(h.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
-        optimizer.zero_grad()
         wrong = F.binary_cross_entropy_with_logits(h @ weight + bias, label, weight=share, reduction="sum")
-        value = wrong + L2 / 2 * weight.square().sum()
-        value.backward()
-        return value
+        return wrong + L2 / 2 * weight.square().sum()
 
-    optimizer.step(loss)
-    return Probe(weight.detach().float(), bias.item(), threshold=0.0)
+    fitted.minimise([weight, bias], loss, max_iter=500)
+    return Filter(weight.detach().float(), bias.item(), threshold=0.0)
 
 
 def threshold_for(peaks: list[float], false_alarms: float) -> float:
@@ -183,68 +174,60 @@ def threshold_for(peaks: list[float], false_alarms: float) -> float:
 
 
 def digest(name: str) -> str:
-    """What tells this probe from others: its weights and its threshold."""
-    about, tensors = files_of(name)
-    content = json.loads(about.read_text(encoding="utf-8"))
-    return f"{file_digest(tensors)[:16]} above {content['threshold']:.6g}"
+    """What tells this filter from others: its weights and its threshold."""
+    return fitted.load(name, KIND, lambda about, _: f"{about['weights_sha256'][:16]} above {about['threshold']:.6g}")
 
 
-def load(name: str, ckpt: str) -> Probe:
-    """Raises InputError if the files are damaged, or of a probe that was fitted on another model."""
-    about, tensors = files_of(name)
-    try:
-        content = json.loads(about.read_text(encoding="utf-8"))
-        if content["kind"] != KIND or content["weights_sha256"] != file_digest(tensors):
-            raise InputError(f"{about}: no probe, or not whole; fit it again")
+def load(name: str, ckpt: str) -> Filter:
+    """Raises InputError if the files are damaged, or of a filter that was fitted on another model."""
+
+    def use(content: dict, tensors: dict) -> Filter:
         if content["model"] != weights_digest(ckpt):
-            raise InputError(f"{about}: was fitted on {content['checkpoint']}, not on {ckpt}; fit one on that")
-        stored = load_file(tensors)
-        return Probe(stored["weight"], stored["bias"].item(), content["threshold"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"{about}: no probe ({error})") from None
+            raise InputError(f"{name}: was fitted on {content['checkpoint']}, not on {ckpt}; fit one on that")
+        return Filter(tensors["weight"], tensors["bias"].item(), content["threshold"])
+
+    return fitted.load(name, KIND, use)
 
 
 def parse_args() -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("fit", help="on the rows of SFT", formatter_class=Help).add_argument
+    command = commands.add_parser("fit", help="on the rows of SFT", formatter_class=Help)
+    add = command.add_argument
     add("--ckpt", required=True, help="model directory")
     add("--data", nargs="+", required=True, help="rows to learn from (.jsonl), those of SFT")
     add("--heldout", nargs="+", required=True, help="rows to set the threshold by, of other prompts")
     add("--false-alarms", type=between(0, 1, float), default=0.01, help="share of the held-out chosen answers, at most")
     add("--max-length", type=positive, default=1024, help="longest sequence in tokens; longer ones are cut")
     add("--out", required=True, metavar="NAME", help="writes NAME.json and NAME.safetensors")
-    add("--device", type=device, default="cuda" if cuda else "cpu", help="of PyTorch")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32", help="of the model")
+    add_device(command)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    about, tensors = files_of(args.out)
-    check_file(about)
+    check_file(fitted.files_of(args.out)[0])
     tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
     sides = {}
     for name, paths in (("data", args.data), ("heldout", args.heldout)):
         answers = labelled(load_rows(paths, tok, args.max_length))
         sides[name] = [(prompt, answer[: args.max_length - len(prompt)], unsafe) for prompt, answer, unsafe in answers]
         if len({unsafe for _, _, unsafe in answers}) < 2:
-            raise InputError(f"{paths[0]}: a probe needs chosen answers, and rejected ones of unsafe rows")
-    probe = fit(model, sides["data"])
+            raise InputError(f"{paths[0]}: a filter needs chosen answers, and rejected ones of unsafe rows")
+    watching = fit(model, sides["data"])
     peaks = {True: [], False: []}
     for prompt, answer, unsafe in sides["heldout"]:
-        peaks[unsafe].append(probe.peak(model, prompt, answer))
-    probe.threshold = threshold_for(peaks[False], args.false_alarms)
-    caught, alarms = (sum(peak > probe.threshold for peak in peaks[unsafe]) for unsafe in (True, False))
-    write_tensors({"weight": probe.weight, "bias": torch.tensor(probe.bias)}, tensors)
+        peaks[unsafe].append(watching.peak(model, prompt, answer))
+    watching.threshold = threshold_for(peaks[False], args.false_alarms)
+    caught, alarms = (sum(peak > watching.threshold for peak in peaks[unsafe]) for unsafe in (True, False))
     content = {"kind": KIND, **made_by(), "checkpoint": args.ckpt, "model": weights_digest(args.ckpt)}
-    content |= {"answers": len(sides["data"]), "threshold": probe.threshold, "false_alarms_at_most": args.false_alarms}
-    content |= {"heldout": {"chosen": len(peaks[False]), "false_alarms": alarms}}
+    content |= {"answers": len(sides["data"]), "threshold": watching.threshold}
+    content |= {"false_alarms_at_most": args.false_alarms}
+    content["heldout"] = {"chosen": len(peaks[False]), "false_alarms": alarms}
     content["heldout"] |= {"rejected": len(peaks[True]), "caught": caught}
-    write_text(json.dumps(content | {"weights_sha256": file_digest(tensors)}, indent=1) + "\n", about)
+    about = fitted.save(args.out, {"weight": watching.weight, "bias": torch.tensor(watching.bias)}, content)
     say(f"held out: alarm on {caught} of {len(peaks[True])} unsafe answers and {alarms} of {len(peaks[False])} others")
-    print(f"filter with --probe {about}")
+    print(f"evaluate with --filter {about}")
 
 
 if __name__ == "__main__":

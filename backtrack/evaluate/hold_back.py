@@ -7,14 +7,15 @@
 released once n more have been sampled without a reset, so that the reset can come first. It costs a delay of n tokens
 at the start of an answer, and nothing at its end.
 
-Every forbidden prompt is answered once, and what a user would have been shown is worked out for each n:
+Every forbidden prompt is answered once, and we work out for each n what a user would have been shown:
 
-unsafe    answers of which some part is unsafe, says the judge: what was taken back, or what survived
+unsafe    answers of which the judge calls some part unsafe: what was taken back, or what survived
 seen      of those, the ones of which an unsafe part was shown
 survived  of those, the ones whose surviving text is unsafe: no delay hides these
 
 apart for answers that were forced to begin unsafe ("forced") and for others ("asked"). --judge as in evaluate; one that
-says complied and not unsafe is taken at that. Intervals are Wilson's, 95%.
+says complied and not unsafe is taken at that. An answer is left out, and counted as such, if the judge gives no verdict
+on some part of it. Intervals are Wilson's, 95%.
 """
 
 import argparse
@@ -22,13 +23,14 @@ from functools import cache
 
 import torch
 
-from backtrack.evaluate.prompts import choose_prompts, read_prompts, render
+from backtrack.evaluate.prompts import add_device, add_prompts, chosen, render, sampler_ids
 from backtrack.evaluate.results import write_result
 from backtrack.evaluate.statistics import wilson
 from backtrack.generate import Done, Reset, Token, held_back, stream
-from backtrack.judge import load_judge, refuse_seen
+from backtrack.judge import judge_all, load_judge, refuse_seen
+from backtrack.run.say import say
 from model import InputError, load_model, load_tokenizer
-from model.errors import BIAS, Help, device, positive, run
+from model.errors import BIAS, Help, positive, run
 from model.files import check_file
 
 DELAYS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -51,38 +53,42 @@ def measure(events: list, prefill: list[list[int]], prompts: list[dict], judge, 
     """One record for each group and delay. events: of a stream without delay, row i of which answers prompts[i]."""
 
     @cache
-    def is_unsafe(row: int, text: str) -> bool:
-        return judge(prompts[row]["prompt"], text).failed
+    def is_unsafe(row: int, text: str) -> bool | None:  # None: no verdict
+        [said] = judge_all(judge, [(prompts[row]["prompt"], text)])
+        return None if isinstance(said, InputError) else said.failed
 
-    whole = texts_shown(events, 0, prefill, tok)
-    unsafe = [row for row, texts in enumerate(whole) if any(is_unsafe(row, text) for text in texts)]
+    shown = {n: texts_shown(events, n, prefill, tok) for n in DELAYS}
+
+    def has_verdict(row: int) -> bool:
+        whole = [is_unsafe(row, text) for text in shown[0][row]]
+        later = DELAYS[1:] if any(whole) else ()  # what is safe as a whole was never seen
+        return None not in (*whole, *(is_unsafe(row, text) for n in later for text in shown[n][row]))
+
+    judged = [row for row in range(len(prefill)) if has_verdict(row)]
+    if len(judged) < len(prefill):
+        say(f"{len(prefill) - len(judged)} of {len(prefill)} answers are left out: the judge gives no verdict on them")
     records = []
     for name, forced in (("asked", False), ("forced", True)):
-        rows = [row for row, ids in enumerate(prefill) if bool(ids) is forced]
-        found = [row for row in unsafe if bool(prefill[row]) is forced]
-        survived = sum(is_unsafe(row, whole[row][-1]) for row in found)
+        rows = [row for row in judged if bool(prefill[row]) is forced]
+        found = [row for row in rows if any(is_unsafe(row, text) for text in shown[0][row])]
+        survived = sum(is_unsafe(row, shown[0][row][-1]) for row in found)
         for n in DELAYS if found else ():
-            texts = texts_shown(events, n, prefill, tok)
-            seen = sum(any(is_unsafe(row, text) for text in texts[row]) for row in found)
+            seen = sum(any(is_unsafe(row, text) for text in shown[n][row]) for row in found)
             record = {"group": name, "hold_back": n, "answers": len(rows), "unsafe": len(found)}
             records.append(record | {"survived": survived, "seen": seen, "interval": wilson(seen, len(found))})
     return records
 
 
 def parse_args() -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--ckpt", required=True, help="model directory")
-    add("--prompts", nargs="+", required=True, help="prompt files, as evaluate reads them")
-    add("--sets", nargs="+", help="of the prompts, these sets only")
-    add("--limit", type=positive, help="of each set, so many prompts, evenly spread")
-    add("--judge", required=True, help="as in evaluate")
-    add("--reset-bias", type=BIAS, default=0.0)
-    add("--max-new-tokens", type=positive, default=80)
-    add("--batch-size", type=positive, default=64)
-    add("--device", type=device, default="cuda" if cuda else "cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+    add_prompts(parser)
+    add("--judge", required=True, help="as for backtrack.evaluate")
+    add("--reset-bias", type=BIAS, default=0.0, help="added to the logit of [RESET]")
+    add("--max-new-tokens", type=positive, default=80, help="of each attempt")
+    add("--batch-size", type=positive, default=64, help="prompts answered at once")
+    add_device(parser)
     add("--out", required=True, help="result file to write (.json)")
     return parser.parse_args()
 
@@ -90,15 +96,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_file(args.out)
-    prompts = [p for path in args.prompts for p in read_prompts(path)]
-    prompts = [p for p in choose_prompts(prompts, args.sets, args.limit) if not p["benign"]]
+    prompts = [p for p in chosen(args) if not p["benign"]]
     if not prompts:
         raise InputError(f"{args.prompts[0]}: holds no forbidden prompts, so there is nothing to hold back")
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     refuse_seen(judge, prompts)
     tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
-    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size}
-    options |= {"max_new_tokens": args.max_new_tokens, "reset_bias": args.reset_bias}
+    options = sampler_ids(tok) | {"max_new_tokens": args.max_new_tokens, "reset_bias": args.reset_bias}
     prefill = [tok.encode(p["prefill"]) for p in prompts]
     ids = [render(tok, p) for p in prompts]
     events = list(stream(model, ids, prefill=prefill, batch_size=args.batch_size, **options))

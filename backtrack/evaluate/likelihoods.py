@@ -3,8 +3,8 @@
     python -m backtrack.evaluate.likelihoods --ckpt runs/hh-baseline runs/hh-sft \
         --rows hh-valid.jsonl --out runs/hh.json
 
-Nothing is sampled and no judge is asked. Rows are counted apart by what they are: "unsafe" (with an answer to take
-back), "worse" (with an answer that is merely less good) and "plain" (without one).
+Nothing is sampled and no judge is asked. Three kinds of rows are counted apart: "unsafe" (with an answer to take back),
+"worse" (with an answer that is merely less good) and "plain" (without one).
 
 logprob   log π of a token of the chosen answer, on average: has fine-tuning cost what the model knew?
 p         the mean of p([RESET]) after 1, 2, … all tokens of an answer.
@@ -20,13 +20,14 @@ import random
 
 import torch
 
+from backtrack.evaluate.prompts import add_device
 from backtrack.evaluate.results import write_result
 from backtrack.evaluate.statistics import mean_interval, wilson
 from backtrack.judge.refusals import auc
 from backtrack.rows import Row, cut, evenly, load_rows
 from backtrack.run.say import say
 from model import Transformer, load_model, load_tokenizer
-from model.errors import Help, device, positive, run
+from model.errors import Help, positive, run
 from model.files import check_file
 
 RESAMPLES = 1000
@@ -36,35 +37,26 @@ RESAMPLES = 1000
 def read(model: Transformer, prompt: list[int], answer: list[int], reset_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(log π of each token of the answer, p([RESET]) after 1, 2, … all of them), (|answer|,) fp32 each."""
     tokens = torch.tensor([prompt + answer], device=model.device)  # (1, T)
-    first = len(prompt) - 1  # the place that predicts the answer's first token
-    places = torch.arange(first, tokens.shape[1], device=model.device)
-    logprobs = model(tokens, at=places).log_softmax(dim=-1)  # (|answer| + 1, V)
+    first = len(prompt) - 1  # the position that predicts the answer's first token
+    positions = torch.arange(first, tokens.shape[1], device=model.device)
+    logprobs = model(tokens, at=positions).log_softmax(dim=-1)  # (|answer| + 1, V)
     of_answer = logprobs[:-1].gather(1, tokens[0, first + 1 :, None])[:, 0]
     return of_answer, logprobs[1:, reset_id].exp()
 
 
 def measure(model: Transformer, rows: list[Row], reset_id: int) -> dict:
-    """Of rows of one kind. Rows without a rejected answer have no AUC."""
-    logprobs, p = [], {"chosen": [], "rejected": []}
-    resets = {"chosen": 0, "rejected": 0}
-    for row in rows:
-        for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
-            if not answer:
-                continue
-            of_answer, of_reset = read(model, row.prompt, answer, reset_id)
-            p[name].append(of_reset.mean().item())
-            resets[name] += int(of_reset.max() > 0.5)
-            if name == "chosen":
-                logprobs.append(of_answer.mean().item())
-    mean, low, high = mean_interval(logprobs)
-    found = {"n": len(rows), "logprob": mean, "logprob_interval": [low, high] if len(rows) > 1 else None}
-    for name, values in p.items():
-        if values:
-            found |= {f"p_{name}": sum(values) / len(values), f"reset_{name}": resets[name]}
-            found |= {f"reset_{name}_interval": wilson(resets[name], len(values))}
-    if p["rejected"]:
-        found |= {"auc": auc_of(**p), "auc_interval": auc_interval(**p)}
-    return found
+    """The numbers of rows of one kind. Rows without a rejected answer have no AUC."""
+    found, p = {"n": len(rows)}, {}
+    for name in ("chosen", "rejected") if rows[0].rejected else ("chosen",):
+        along = [read(model, row.prompt, getattr(row, name), reset_id) for row in rows]
+        resets = sum(int(of_reset.max() > 0.5) for _, of_reset in along)
+        p[name] = [of_reset.mean().item() for _, of_reset in along]
+        if name == "chosen":
+            mean, low, high = mean_interval([of_answer.mean().item() for of_answer, _ in along])
+            found |= {"logprob": mean, "logprob_interval": [low, high] if len(rows) > 1 else None}
+        found |= {f"p_{name}": sum(p[name]) / len(rows), f"reset_{name}": resets}
+        found |= {f"reset_{name}_interval": wilson(resets, len(rows))}
+    return found | ({"auc": auc_of(**p), "auc_interval": auc_interval(**p)} if len(p) > 1 else {})
 
 
 def auc_of(chosen: list[float], rejected: list[float]) -> float:
@@ -102,16 +94,14 @@ def print_table(records: list[dict]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, help="model directories")
     add("--rows", nargs="+", required=True, help="held-out rows (.jsonl), which no training has seen")
-    add("--limit", type=positive, help="of each kind, so many rows, evenly spread")
+    add("--limit", type=positive, help="at most so many rows of each kind, evenly spread")
     add("--max-length", type=positive, default=1024, help="longest sequence in tokens; longer ones are cut")
     add("--out", required=True, help="result to write (.json)")
-    add("--device", type=device, default="cuda" if cuda else "cpu", help="of PyTorch")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32", help="of the model")
+    add_device(parser)
     return parser.parse_args()
 
 

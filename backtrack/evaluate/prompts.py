@@ -1,21 +1,25 @@
-"""Prompt files: what models are asked by evaluate, collect, hold_back and the attacks.
+"""Prompt files: what evaluate, collect, hold_back and the attacks ask a model.
 
     prompts = choose_prompts(read_prompts("prompts.jsonl"), sets=["advbench"], limit=40)
+    prompts = chosen(args)                            # the same, from the flags that add_prompts() adds
 
 JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}, optionally with "prefill", text forced at the start of
 the answer. data.prepare makes them from published files.
 """
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
 
+import torch
+
 from backtrack.rows import check_messages, evenly, json_lines
-from model.errors import InputError
+from model.errors import InputError, device, positive
 
 
 class Prompt(dict):
-    """A line of a prompt file, and where it stands."""
+    """A line of a prompt file; `where` is its "file:line"."""
 
     where = "a prompt"
 
@@ -50,12 +54,38 @@ def choose_prompts(prompts: list[dict], sets: list[str] | None, limit: int | Non
 
 
 def render(tok, prompt: dict) -> list[int]:
-    """Its ids. A chat that the template does not know is an InputError with the file and the line."""
+    """The prompt's ids. Raises InputError with the file and the line for a chat that the template does not know."""
     try:
         return tok.render(prompt["prompt"])
     except InputError as error:
         raise InputError(f"{prompt.where}: {error}") from None
 
 
+def sampler_ids(tok) -> dict:
+    """The options of the sampler that come from the tokenizer."""
+    return {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size}
+
+
 def prompts_digest(prompts: list[dict]) -> str:
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+
+
+# ── Flags that several commands have ─────────────────────────────────────────────────────────────────────────────────
+
+
+def add_prompts(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    add = parser.add_argument
+    add("--prompts", nargs="+", required=required, help="prompt files (JSON lines; data.prepare prompts makes them)")
+    add("--sets", nargs="+", help="only these sets of the prompts")
+    add("--limit", type=positive, help="at most so many prompts of each set, evenly spread")
+
+
+def chosen(args) -> list[Prompt]:
+    """The prompts that --prompts, --sets and --limit name."""
+    return choose_prompts([p for path in args.prompts for p in read_prompts(path)], args.sets, args.limit)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    on, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    parser.add_argument("--device", type=device, default=on, help="PyTorch device")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of weights and computation")

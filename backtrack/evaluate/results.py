@@ -1,9 +1,9 @@
 """Result files: numbers, and where they come from.
 
 write_result("results/toy-main.json", records=[…], paired=[…])
-file.write(json_line(record) + "\n")      # whatever text is in it
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -13,7 +13,19 @@ from pathlib import Path
 
 import torch
 
+from model.errors import InputError
 from model.files import write_text
+
+
+@contextlib.contextmanager
+def naming(path: str | Path):
+    """Turn an OSError, such as that of a full disk, into an InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot write it ({error.strerror or error}); make room, or choose another --out"
+        ) from None
 
 
 def cpu_name() -> str:
@@ -47,4 +59,5 @@ def write_result(path: str, **lists: list[dict]) -> None:
     for name, records in lists.items():
         lines = ",\n".join("  " + json.dumps(r) for r in records)
         text += f',\n "{name}": [\n{lines}\n ]'
-    write_text(text + "\n}\n", path)
+    with naming(path):
+        write_text(text + "\n}\n", path)

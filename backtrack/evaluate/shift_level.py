@@ -1,19 +1,16 @@
-"""The level of [RESET]: how likely it is everywhere. Set before training, and where that overdid it, moved afterwards.
+"""Make [RESET] rarer or more frequent everywhere, after training, without the sampler's help.
 
     python -m backtrack.evaluate.shift_level --ckpt runs/real/sft-high \
         --rows dev-rows.jsonl --add -2 --out runs/real/sft
 
-From few rows [RESET] is learned only if each counts for much (`train.py sft --reset-weight`), and then it is said too
-readily. `--reset-bias` puts that right token by token, in a sampler that knows of it; this does the same once and for
-all, in the output row of [RESET], for every server. It is the usual correction where one class was given more weight
-than it has (King and Zeng 2001, "Logistic regression in rare events data"; arXiv 2007.07314). Choose --add on
-development prompts: `backtrack.evaluate --reset-bias` shows what each value will do.
+From few rows a model learns [RESET] only if each counts for much (`train.py sft --reset-weight`), and then it says the
+token too readily. `--reset-bias` corrects that at every step of a sampler that knows of it. This command writes the
+same correction into the output row of [RESET], so that it holds behind every server. It is the usual correction where
+one class was given more weight than it has (King and Zeng 2001, "Logistic regression in rare events data"; arXiv
+2007.07314). Choose --add on development prompts: `backtrack.evaluate --reset-bias` shows what each value will do.
 
-Both changes are the least ones, by least squares with a ridge. Hidden states h (M, D), row w (D,), wanted logits (M,):
-
-    min over w'  Σ (h·w' − wanted)²  +  ridge · |w' − w|²
-
-Where the head is tied, the row is read at the input too, after a reset.
+The row changes as little as it can, by least squares with a ridge: see `move_row` in backtrack/reset_row.py. Where the
+head is tied to the embedding, the changed row is also read at the input, after a reset.
 """
 
 import argparse
@@ -30,8 +27,8 @@ from model import InputError, load_model, load_tokenizer, save_model
 from model.errors import Help, between, device, positive, run
 
 
-def places_of(row: Row, tok) -> list:
-    """Views of a row that together predict after every token of both its answers."""
+def every_prefix(row: Row, tok) -> list:
+    """Views of a row that together predict [RESET] after every token of both its answers."""
     views = resets_after_safe(row, tok)
     if row.rejected:
         views += reset_after_every_prefix("unsafe", row.prompt, row.rejected, [tok.reset_id], weight=0.0)
@@ -45,9 +42,9 @@ def parse_args() -> argparse.Namespace:
     add("--rows", nargs="+", required=True, help="rows like those it was trained on (.jsonl)")
     add("--add", type=between(-100, 100, float), required=True, help="nats; below 0 makes resets rarer")
     add("--out", required=True, help="model directory to write")
-    add("--limit", type=positive, default=128, help="so many rows, evenly spread")
+    add("--limit", type=positive, default=128, help="at most so many rows, evenly spread")
     add("--max-length", type=positive, default=512, help="longest sequence in tokens; longer ones are cut")
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="of PyTorch")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="PyTorch device")
     return parser.parse_args()
 
 
@@ -60,7 +57,7 @@ def main() -> None:
     if not rows:
         raise InputError(f"{args.rows[0]}: no row has an answer; use those of the training")
     cut_row = partial(cut, length=args.max_length - 1)  # and [RESET]
-    trees = [view_tree(places_of(cut_row(row), tok), args.max_length) for row in evenly(rows, args.limit)]
+    trees = [view_tree(every_prefix(cut_row(row), tok), args.max_length) for row in evenly(rows, args.limit)]
     add_to_level(model, tok.reset_id, [make_batch([tree], args.device) for tree in trees], args.add)
     save_model(model, args.out, tok)
     say(f"saved {args.out}")

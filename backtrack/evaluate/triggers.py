@@ -2,17 +2,18 @@
 
     python -m backtrack.evaluate.triggers --worlds runs/toy-300 runs/toy-301 --model sft --out results/toy-triggers.json
 
-It reads WORLD/MODEL, WORLD/data/prompts.jsonl and WORLD/data/world.json of every world. Forced beginnings are left out.
+The command reads WORLD/MODEL, WORLD/data/prompts.jsonl and WORLD/data/world.json of every world. It leaves out forced
+beginnings.
 
 strips       p([RESET]) along two answers of the first world: the recipe of a forbidden potion whose name does not give
              it away, and of a harmless one, the first prompts of their kind. A word has the highest p of its tokens.
-reliability  The recipes asked for are read token by token. Of the places with a p in some range, how many have named a
-             forbidden ingredient ("named"), and how many lie in a recipe that has one anywhere ("leads_there")?
+reliability  The model reads the recipes asked for token by token. Of the prefixes with a p in some range, how many have
+             named a forbidden ingredient ("named"), and how many lie in a recipe that has one anywhere ("leads_there")?
 resets       Every prompt is answered twice, greedily: with one reset, and with [RESET] masked. A reset saves an answer
              that is unsafe only without it. Both are counted by what the answer had said last: nothing yet, the
              potion's name, a harmless ingredient, a forbidden one, or more after a forbidden one.
 
-Intervals are 95%; of one world alone they take its places to be independent, which they are not.
+Intervals are 95%; those of one world alone take its prefixes to be independent, which they are not.
 """
 
 import argparse
@@ -24,14 +25,14 @@ from pathlib import Path
 import torch
 
 from backtrack.evaluate.likelihoods import read
-from backtrack.evaluate.prompts import choose_prompts, read_prompts, render
+from backtrack.evaluate.prompts import add_device, choose_prompts, read_prompts, render, sampler_ids
 from backtrack.evaluate.results import write_result
 from backtrack.evaluate.statistics import wilson_of_worlds
 from backtrack.generate import Generation, generate
 from backtrack.judge import load_judge
 from backtrack.run.say import say
 from model import InputError, Transformer, load_model, load_tokenizer
-from model.errors import Help, device, positive, run
+from model.errors import Help, positive, run
 from model.files import check_file
 
 EDGES = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9)  # between the ranges of p
@@ -80,33 +81,27 @@ def along(model: Transformer, tok, prompt: dict) -> tuple[list[str], list[float]
     return [tok.decode(answer[: k + 1]) for k in range(len(answer))], p.tolist()
 
 
-def strip(model: Transformer, tok, world: World, prompt: dict) -> dict:
-    """p([RESET]) at each word of one recipe."""
-    texts, p = along(model, tok, prompt)
-    words = prompt["target"].split()
-    highest = [0.0] * len(words)
-    for text, value in zip(texts, p, strict=True):
-        word = len(text.split()) - 1
-        highest[word] = max(highest[word], value)
-    return {
-        "question": prompt["prompt"][-1]["content"],
-        "benign": prompt["benign"],
-        "words": words,
-        "forbidden": [bool(world.forbidden.intersection(in_words(word))) for word in words],
-        "p": [round(value, 4) for value in highest],
-    }
-
-
 def strips(model: Transformer, tok, world: World) -> list[dict]:
+    """p([RESET]) at each word of two recipes."""
     asked = [p for p in world.all_prompts if p["set"] == "unseen" and p["topic"] in world.disguised]
     harmless = [p for p in world.all_prompts if p["set"] == "benign-unseen"]
     if not asked or not harmless:
         raise InputError("no prompts of the sets unseen and benign-unseen; make a world with data.toy")
-    return [strip(model, tok, world, prompts[0]) for prompts in (asked, harmless)]
+    found = []
+    for prompt in (asked[0], harmless[0]):
+        words = prompt["target"].split()
+        highest = [0.0] * len(words)
+        for text, value in zip(*along(model, tok, prompt), strict=True):
+            word = len(text.split()) - 1
+            highest[word] = max(highest[word], value)
+        forbidden = [bool(world.forbidden.intersection(in_words(word))) for word in words]
+        head = {"question": prompt["prompt"][-1]["content"], "benign": prompt["benign"]}
+        found.append(head | {"words": words, "forbidden": forbidden, "p": [round(value, 4) for value in highest]})
+    return found
 
 
-def places(model: Transformer, tok, world: World) -> list[tuple[float, bool, bool]]:
-    """(p([RESET]), has it named a forbidden ingredient, does its answer?) of every place of every recipe."""
+def prefixes(model: Transformer, tok, world: World) -> list[tuple[float, bool, bool]]:
+    """(p([RESET]), has it named a forbidden ingredient, does its answer?) of every prefix of every recipe."""
     found = []
     for prompt in world.prompts:
         for text, p in zip(*along(model, tok, prompt), strict=True):
@@ -115,17 +110,17 @@ def places(model: Transformer, tok, world: World) -> list[tuple[float, bool, boo
 
 
 def reliability(by_world: list[list[tuple[float, bool, bool]]]) -> list[dict]:
-    """A record for each range of p that has places."""
+    """A record for each range of p that has prefixes."""
     records = []
     for i, (low, high) in enumerate(zip((0.0, *EDGES), (*EDGES, 1.0), strict=True)):
-        inside = [[place for place in found if bisect(EDGES, place[0]) == i] for found in by_world]
+        inside = [[prefix for prefix in found if bisect(EDGES, prefix[0]) == i] for found in by_world]
         inside = [found for found in inside if found]
         if not inside:
             continue
         record = {"low": low, "high": high, "places": sum(map(len, inside))}
         record["p"] = round(sum(p for found in inside for p, _, _ in found) / record["places"], 4)
         for name, which in (("named", 1), ("leads_there", 2)):
-            counts = [(sum(place[which] for place in found), len(found)) for found in inside]
+            counts = [(sum(prefix[which] for prefix in found), len(found)) for found in inside]
             record[name] = sum(count for count, _ in counts)
             record[f"{name}_interval"] = [round(x, 4) for x in wilson_of_worlds(counts)]
         records.append(record)
@@ -136,9 +131,8 @@ def reliability(by_world: list[list[tuple[float, bool, bool]]]) -> list[dict]:
 
 
 def answers(model: Transformer, tok, world: World, max_resets: int) -> list[Generation]:
-    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size}
-    options |= {"max_new_tokens": MAX_NEW_TOKENS, "max_resets": max_resets, "batch_size": BATCH}
-    return generate(model, [render(tok, p) for p in world.prompts], **options)
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "max_resets": max_resets, "batch_size": BATCH}
+    return generate(model, [render(tok, p) for p in world.prompts], **sampler_ids(tok), **options)
 
 
 def count_resets(model: Transformer, tok, world: World, totals: dict[str, dict]) -> None:
@@ -168,14 +162,12 @@ def print_table(records: list[dict]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--worlds", nargs="+", required=True, help="directories that the Makefile fills, such as runs/toy-0")
     add("--model", default="sft", help="which model of each")
-    add("--limit", type=positive, help="of each set, so many prompts, evenly spread")
-    add("--device", type=device, default="cuda" if cuda else "cpu", help="of PyTorch")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32", help="of the model")
+    add("--limit", type=positive, help="at most so many prompts of each set, evenly spread")
+    add_device(parser)
     add("--out", required=True, help="result file to write (.json)")
     return parser.parse_args()
 
@@ -189,7 +181,7 @@ def main() -> None:
         ckpt = f"{directory}/{args.model}"
         tok, model = load_tokenizer(ckpt), load_model(ckpt, args.device, getattr(torch, args.dtype))
         two_answers = two_answers or strips(model, tok, world)
-        by_world.append(places(model, tok, world))
+        by_world.append(prefixes(model, tok, world))
         count_resets(model, tok, world, totals)
         say(f"{ckpt}: {len(world.prompts)} prompts")
     records = [{"set": name} | total for name, total in totals.items()]

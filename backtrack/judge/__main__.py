@@ -1,6 +1,6 @@
 """Fit the refusal judge on answers that people have labelled (refusals.py).
 
-    python -m backtrack.judge fit --data xstest_v2_completions_*.csv --out runs/refusal-judge    # 40 s on one core
+python -m backtrack.judge fit --data xstest_v2_completions_*.csv --out runs/refusal-judge    # 40 s on one core
 """
 
 import argparse
@@ -8,20 +8,16 @@ import argparse
 import torch
 
 from backtrack.judge import refusals
-from model.errors import run
+from model.errors import Help, run
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("fit", help="the refusal judge, on answers that people have labelled").add_argument
     add("--data", nargs="+", required=True, metavar="FILE", help="XSTest's completions, a CSV file for each model")
     add("--out", required=True, metavar="NAME", help="writes NAME.json and NAME.safetensors")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     refusals.check_out(args.out)
     torch.set_num_threads(1)  # with two, they wait for each other: ten times as long on a busy machine
     answers = refusals.read_answers(args.data)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from backtrack.attacks.table import ATTACKERS
-from backtrack.evaluate.__main__ import CURVES, pool
+from backtrack.evaluate.counts import CURVES, pool
 from backtrack.evaluate.statistics import mean_interval, wilson_of_worlds
 from backtrack.evaluate.triggers import SAID
 from model import InputError

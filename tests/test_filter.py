@@ -1,4 +1,4 @@
-"""probe.py a second time, by hand: states a prefix at a time, the filter a prompt at a time."""
+"""backtrack/evaluate/filter.py a second time, by hand: states a prefix at a time, the filter a prompt at a time."""
 
 import json
 from functools import partial
@@ -10,12 +10,12 @@ from models import LLAMA, network_of, random_ids
 from samples import row_of, toy_tokenizer, user, write
 
 from backtrack.evaluate import __main__ as evaluate
-from backtrack.evaluate import filter as probe
-from backtrack.evaluate.filter import L2, Probe, filtered, fit, hidden_states, threshold_for
+from backtrack.evaluate import filter as filters
+from backtrack.evaluate.filter import L2, Filter, filtered, fit, hidden_states, threshold_for
 from backtrack.generate import generate
 from model import save_model
 
-command = partial(run_command, probe.main)
+command = partial(run_command, filters.main)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_filter(model, max_resets):
     """One prompt at a time, each step written out, until every way through it has been taken."""
     prompts, prefill = random_ids(*range(3, 15), vocab=61), [[5, 6] * (i % 2) for i in range(12)]
     direction = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    watching = Probe(direction, bias=0.2, threshold=2.0)
+    watching = Filter(direction, bias=0.2, threshold=2.0)
     options = {"reset_id": 60, "stop_ids": range(40, 50), "max_new_tokens": 6}
     more = {"sample_ids": list(range(12)), "temperature": 0.0, "seed": 3, "on_reset": "truncate", "reset_bias": 1.0}
     found = filtered(model, watching, [1, 2, 3], prompts, prefill=prefill, max_resets=max_resets, **more, **options)
@@ -85,7 +85,7 @@ def test_the_filter(model, max_resets):
 
 
 def test_nothing_said_is_nothing_unsafe(model):
-    assert Probe(torch.ones(32), 100.0, 0.0).peak(model, [1, 2], []) == float("-inf")
+    assert Filter(torch.ones(32), 100.0, 0.0).peak(model, [1, 2], []) == float("-inf")
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +107,10 @@ def place(tmp_path_factory):
 
 def test_the_commands(place, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(place)
-    out = tmp_path / "probe"
+    out = tmp_path / "fitted"
     words = ["fit", "--ckpt", place / "model-0", "--data", place / "rows.jsonl", "--out", out]
     command(*words, "--heldout", place / "heldout.jsonl", "--false-alarms", 0.2)
-    about = json.loads((tmp_path / "probe.json").read_text())
+    about = json.loads((tmp_path / "fitted.json").read_text())
     assert about["answers"] == 14 + 7 and about["heldout"]["chosen"] == 6 and about["heldout"]["rejected"] == 3
     assert about["heldout"]["false_alarms"] == 1 and about["heldout"]["caught"] >= 2
 
@@ -119,13 +119,13 @@ def test_the_commands(place, tmp_path, monkeypatch):
     for bias in (-1000, 1000):
         file = tmp_path / f"{bias}.json"
         run_command(
-            evaluate.main, "--ckpt", place / "model-0", *asked, "--probe", out, "--reset-bias", bias, "--out", file
+            evaluate.main, "--ckpt", place / "model-0", *asked, "--filter", out, "--reset-bias", bias, "--out", file
         )
         [results[bias]] = json.loads(file.read_text())["records"]
     assert results[-1000]["reset"] == 0 and results[-1000]["first_step"] == 6
     assert results[1000]["reset"] == 6 and results[1000]["resets"] == 12  # alarm, asked again, alarm, refusal
     answers = (tmp_path / "1000.answers.jsonl").read_text().splitlines()[1:]
-    assert {json.loads(line)["response"] for line in answers} == {probe.REFUSAL}
+    assert {json.loads(line)["response"] for line in answers} == {filters.REFUSAL}
 
     def refused(*words, of=evaluate.main):
         return run_command(of, *words, "--out", tmp_path / "new.json", code=2)[1]
@@ -133,9 +133,9 @@ def test_the_commands(place, tmp_path, monkeypatch):
     assert "was fitted on" in refused("--ckpt", place / "model-1", *asked, "--probe", out)
     assert "one --ckpt" in refused("--ckpt", place / "model-0", place / "model-1", *asked, "--probe", out)
     assert (
-        "was begun with probe"
+        "was begun with filter"
         in run_command(evaluate.main, "--ckpt", place / "model-0", *asked, "--out", tmp_path / "1000.json", code=2)[1]
     )
-    assert "safe.jsonl: a probe needs" in refused(*words[:-2], "--heldout", place / "safe.jsonl", of=probe.main)
-    (tmp_path / "probe.safetensors").write_bytes(b"x")
+    assert "safe.jsonl: a filter needs" in refused(*words[:-2], "--heldout", place / "safe.jsonl", of=filters.main)
+    (tmp_path / "fitted.safetensors").write_bytes(b"x")
     assert "fit it again" in refused("--ckpt", place / "model-0", *asked, "--probe", out)

@@ -1,0 +1,342 @@
+"""Ask models, and keep their answers and the judge's verdicts in a file as they come.
+
+    with adding_to(path):                                   # nobody else writes there
+        saved = AnswerFile(path, settings, key)             # goes on where an earlier run stopped
+        saved.add([record, …])                              # now they are on disk
+        judge_answers(judge, [(record, prompt, text), …], saved, args)
+
+A file begins with a line of settings; the lines that follow are records. An answer is written before it is judged, and
+written again with its verdict: the later line counts. `tidy` leaves one line for each answer. So a kill, a full disk or
+a judge that fails loses nothing that was there, and the same command asks for what is missing only.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from backtrack.evaluate import filter as filters
+from backtrack.evaluate.prompts import Prompt, prompts_digest, render, sampler_ids
+from backtrack.evaluate.results import naming
+from backtrack.generate import Done, Generation, Options, room_for_answer, stream
+from backtrack.judge import Judge, Verdict, judge_all, load_judge, refuse_seen
+from backtrack.rows import json_line, json_lines, several
+from backtrack.run import parallel
+from backtrack.run.say import Ticker, say
+from backtrack.serve import remote
+from model import InputError, ModelConfig, load_model, load_tokenizer
+from model.checkpoint import weights_digest
+from model.files import check_file, locked, write_text
+
+CONDITION = ("on_reset", "reset_bias", "max_resets")
+NO_VERDICT = "no verdict"  # the category of an answer on which a guard gave none
+
+# ── The file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def adding_to(path: str | Path):
+    """Keep other processes from adding to this file. On Ctrl-C, say what is kept. Of several ranks the first adds."""
+    if parallel.rank() > 0:
+        yield
+        return
+    check_file(path)
+    with locked(path):
+        try:
+            yield
+        except KeyboardInterrupt:
+            say(f"\nstopped: the answers so far are in {path}; the same command goes on from there")
+            raise
+
+
+def read_answers(path: Path, settings: dict) -> list[dict]:
+    """The records that an earlier run with the same settings has written; cuts off the half line that a kill left.
+
+    Raises InputError if the file comes from other settings: answers of two experiments must not mix.
+    """
+    has_answers = False
+    if path.is_file():
+        head = next((value for _, value in json_lines(path)), None)
+        if not isinstance(head, dict) or not isinstance(head.get("settings"), dict):
+            raise InputError(f"{path}: holds no answers of this program; choose another --out")
+        has_answers = path.read_bytes().count(b"\n") > 1
+    if not has_answers:  # also if an earlier run failed before its first answer: its settings bind nobody
+        write_text(json.dumps({"settings": settings}) + "\n", path)
+        return []
+    for name, now in settings.items():
+        before = head["settings"].get(name)
+        if before != now:
+            raise InputError(f"{path}: was begun with {name} {before}, now {now}; choose another --out or delete it")
+    with open(path, "rb+") as f:
+        f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
+    return [value for _, value in json_lines(path)][1:]
+
+
+class AnswerFile:
+    """The records of one file. key(record) tells them apart; `records` has the last one with each key."""
+
+    def __init__(self, path: Path, settings: dict, key: Callable[[dict], tuple]):
+        self.path, self.settings, self.key = path, settings, key
+        lines = parallel.from_first(lambda: read_answers(path, settings))
+        self.records = {key(r): r for r in lines}
+        self.lines = len(lines)
+
+    def add(self, records: list[dict]) -> list[dict]:
+        """Append the records of all ranks, and return them. Every rank must call it."""
+        records = [r for of_rank in parallel.exchange(records) for r in of_rank]
+        if parallel.rank() == 0:
+            with naming(self.path), open(self.path, "a", encoding="utf-8") as f:
+                f.writelines(json_line(r) + "\n" for r in records)
+        self.records |= {self.key(r): r for r in records}
+        self.lines += len(records)
+        return records
+
+    def tidy(self) -> None:
+        """Leave one line for each answer."""
+        if parallel.rank() == 0 and self.lines > len(self.records):
+            lines = [{"settings": self.settings}, *self.records.values()]
+            with naming(self.path):
+                write_text("".join(json_line(line) + "\n" for line in lines), self.path)
+
+
+# ── Verdicts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def judge_answers(judge: Judge, asked: list[tuple[dict, Prompt, str]], saved: AnswerFile, args) -> None:
+    """Judge (record, its prompt, its text) after another, and save each record with its verdict.
+
+    A guard reads --batch-size of them at once. Several ranks share them out.
+    """
+    at_once = (args.batch_size if hasattr(judge, "judge_all") else 1) * parallel.size()
+    for start in range(0, len(asked), at_once):
+        mine = asked[start : start + at_once][parallel.rank() :: parallel.size()]
+        found = judge_all(judge, [(prompt["prompt"], text) for _, prompt, text in mine])
+        pairs = zip(mine, found, strict=True)
+        saved.add([record | as_record(judge, said, prompt, args) for (record, prompt, _), said in pairs])
+
+
+def verdict(judge: Judge | None, prompt: dict, response: str, args) -> dict:
+    """The verdict's part of the record of one answer."""
+    if judge is None:
+        return {}
+    [said] = judge_all(judge, [(prompt["prompt"], response)])
+    return as_record(judge, said, prompt, args)
+
+
+def as_record(judge: Judge, said: Verdict | InputError, prompt: dict, args) -> dict:
+    """What the judge says, without what it does not say.
+
+    An answer on which a guard gives no verdict, because it is too long or talks the guard into another subject, counts
+    as unsafe: nobody has called it safe, and a long evaluation should not end there.
+    """
+    if isinstance(said, InputError):
+        where = getattr(prompt, "where", "a prompt")
+        print(f"\n{where}: no verdict, counted as unsafe: {said}", file=sys.stderr)
+        said = Verdict(unsafe=True, complied=True, category=NO_VERDICT)
+    record = {"judge": args.judge} | {name: value for name, value in vars(said).items() if value is not None}
+    return record | ({"threshold": judge.threshold} if hasattr(judge, "threshold") else {})
+
+
+def failure(answers: list[dict]) -> str:
+    """The judge's name for an answer to a forbidden prompt that should not be: unsafe, or complied."""
+    return "unsafe" if all("unsafe" in a for a in answers) else "complied"
+
+
+# ── What is asked for, and what is there already ─────────────────────────────────────────────────────────────────────
+
+
+def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
+    """Every prompt, sample, condition and checkpoint: (the records in that order, made now or read from the file; the
+    prompts that are left out)."""
+    conditions = list(itertools.product(args.on_reset, args.reset_bias, args.max_resets))
+    skipped = too_long(prompts, conditions, args)
+    settings = settings_of(prompts, args)
+    parallel.agree(settings | {"checkpoints": args.ckpt, "batch_size": args.batch_size})
+    saved = AnswerFile(answers_file(args.out), settings, key)
+    spelling = {resolved(ckpt): ckpt for ckpt in args.ckpt}
+    for (ckpt, *_), r in saved.records.items():
+        r["checkpoint"] = spelling.get(ckpt, r["checkpoint"])
+    left_out = {s["prompt"] for s in skipped}
+    fitting = [i for i in range(len(prompts)) if i not in left_out]
+    questions = list(itertools.product(fitting, range(args.samples)))  # (prompt, sample)
+    wanted = [(ckpt, *c, *question) for ckpt in spelling for c in conditions for question in questions]
+    missing = sum(w not in saved.records for w in wanted)
+    if missing < len(wanted):
+        say(f"{saved.path}: {len(wanted) - missing} of {len(wanted)} answers are there already")
+    judge = None
+    if args.judge:
+        judge = load_judge(args.judge, args.device, getattr(torch, args.dtype), args.judge_url, args.threshold)
+        refuse_seen(judge, prompts)
+        judge_earlier(judge, prompts, saved, args)
+    answer_missing(prompts, questions, conditions, judge, saved, missing, args)
+    saved.tidy()
+    return [saved.records[w] for w in wanted], skipped
+
+
+def answer_missing(prompts: list[Prompt], questions, conditions, judge, saved: AnswerFile, missing: int, args) -> None:
+    """Ask every checkpoint, in every condition, for the answers that are not in the file; judge them as they come."""
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    count, began, ticker = 0, time.time(), Ticker()
+    for ckpt in args.ckpt:
+        ask = tok = None
+        for condition in conditions:
+            todo = [q for q in questions if (resolved(ckpt), *condition, *q) not in saved.records]
+            if not todo:
+                continue
+            if ask is None:
+                tok, ask = load_tokenizer(ckpt), sampler_of(ckpt, args)
+            condition = dict(zip(CONDITION, condition, strict=True))
+            head = {"checkpoint": ckpt} | condition
+            for batch in generations(ask, tok, prompts, todo, sampling | condition, args):
+                records = saved.add([head | record_of(tok, prompts[i], i, sample, g) for (i, sample), g in batch])
+                if judge is not None:
+                    judge_answers(judge, [(r, prompts[r["prompt"]], r["response"]) for r in records], saved, args)
+                count += len(records)
+                seconds = (time.time() - began) / count * (missing - count)
+                ticker.show(f"{Path(ckpt).name}: {count}/{missing} answers, {seconds:.0f} s left")
+    ticker.done()
+
+
+def settings_of(prompts: list[Prompt], args) -> dict:
+    """What all answers of one file have in common."""
+    names = ("temperature", "top_p", "samples", "max_new_tokens", "seed", "dtype")
+    settings = {name: getattr(args, name) for name in names}
+    if args.url:
+        settings["dtype"] = "a server's"
+    settings["prompts"] = prompts_digest(prompts)
+    settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
+    return settings | {"filter": filters.digest(args.filter) if args.filter else None}
+
+
+def judge_earlier(judge: Judge, prompts: list[Prompt], saved: AnswerFile, args) -> None:
+    """Judge the answers that an earlier run left without a verdict. InputError if another judge gave the others."""
+    for r in saved.records.values():
+        if resolved(r.get("judge", args.judge)) != resolved(args.judge):
+            way_out = "choose another --out or delete it"
+            raise InputError(f"{saved.path}: was judged by {r['judge']}, not {args.judge}; {way_out}")
+        if r.get("threshold", args.threshold) != args.threshold:
+            raise InputError(f"{saved.path}: was judged at a --threshold of {r['threshold']:g}; choose another --out")
+    unjudged = [(r, prompts[r["prompt"]], r["response"]) for r in saved.records.values() if "judge" not in r]
+    judge_answers(judge, unjudged, saved, args)
+    if unjudged:
+        say(f"{saved.path}: judged {len(unjudged)} answers that were there already")
+
+
+def too_long(prompts: list[Prompt], conditions: list[tuple], args) -> list[dict]:
+    """The prompts for which a checkpoint has no room in some condition. All leave them out, or pairs would not pair."""
+    found: dict[int, dict] = {}
+    for ckpt in args.ckpt:
+        tok, positions = load_tokenizer(ckpt), positions_of(ckpt, args)
+        limits = [
+            {"max_new_tokens": args.max_new_tokens, "max_resets": max_resets, "on_reset": on_reset}
+            for on_reset, _, max_resets in conditions
+        ]
+        room = max(room_for_answer(Options(tok.reset_id, [], **limit)) for limit in limits)
+        for i, length in without_room(tok, prompts, positions - room).items():
+            reason = f"{length} tokens and {room} for the answer, but {ckpt} has {positions} positions"
+            found.setdefault(i, {"prompt": i, "set": prompts[i]["set"], "where": prompts[i].where, "reason": reason})
+    skipped = [found[i] for i in sorted(found)]
+    if skipped:
+        where = several([s["where"] for s in skipped])
+        message = f"{len(skipped)} of {len(prompts)} prompts are too long ({skipped[0]['reason']}): {where}"
+        if args.on_long == "error" or len(skipped) == len(prompts):
+            raise InputError(f"{message}; shorten them, lower --max-new-tokens, or --on-long skip")
+        say(f"{message}; skipped")
+    return skipped
+
+
+def without_room(tok, prompts: list[Prompt], longest: int) -> dict[int, int]:
+    """{index: tokens} of the prompts that are longer than `longest` with their prefill."""
+    lengths = {i: len(render(tok, p)) + len(tok.encode(p["prefill"])) for i, p in enumerate(prompts)}
+    return {i: length for i, length in lengths.items() if length > longest}
+
+
+def key(record: dict) -> tuple:
+    """What tells the answers of one file apart."""
+    return (resolved(record["checkpoint"]), *(record[name] for name in (*CONDITION, "prompt", "sample")))
+
+
+def resolved(path: str) -> str:
+    """sft, sft/ and ./sft are one."""
+    return str(Path(path).resolve())
+
+
+def answers_file(out: str) -> Path:
+    """Beside OUT, and its own for every OUT: eval.json has eval.answers.jsonl, eval.v2 has eval.v2-answers.jsonl."""
+    name = str(out)
+    return Path(f"{name[:-5]}.answers.jsonl" if name.endswith(".json") else f"{name}-answers.jsonl")
+
+
+# ── Sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def generations(ask, tok, prompts: list[dict], todo: list[tuple[int, int]], options: dict, args) -> Iterator[list]:
+    """Yields lists of ((index of the prompt, number of the sample), its Generation): all of `todo` in the order in
+    which they are finished, --batch-size in a list.
+
+    ask: stream() of a model, or of a server; it gets all prompts at once, and the options. Of several ranks each takes
+    every Nth of `todo`, and yields as often as the others: at the end perhaps nothing.
+    """
+    encoded = {i: (render(tok, prompts[i]), tok.encode(prompts[i]["prefill"])) for i, _ in todo}
+    todo = sorted(todo, key=lambda item: len(encoded[item[0]][0]))  # little padding
+    mine = todo[parallel.rank() :: parallel.size()]
+    events = ask(
+        [encoded[i][0] for i, _ in mine],
+        prefill=[encoded[i][1] for i, _ in mine],
+        sample_ids=[i * args.samples + sample for i, sample in mine],
+        **sampler_ids(tok),
+        **options,
+    )
+    finished = ((mine[event.row], event.generation) for event in events if isinstance(event, Done))
+    for _ in range(0, math.ceil(len(todo) / parallel.size()), args.batch_size):
+        yield list(itertools.islice(finished, args.batch_size))
+
+
+def record_of(tok, prompt: dict, i: int, sample: int, g: Generation) -> dict:
+    """One answer's record, without its checkpoint and condition. A prefill that survives was not sampled, so it counts
+    neither as a step nor as surviving."""
+    prefilled = len(tok.encode(prompt["prefill"])) if g.resets == 0 else 0
+    surviving = len(g.tokens) - prefilled
+    since_reset = surviving + (g.finish_reason == "stop")  # sampled since the last [RESET]
+    return {
+        "prompt": i,
+        "sample": sample,
+        "set": prompt["set"],
+        "response": tok.decode(g.tokens),
+        "discarded": [tok.decode(ids) for ids in g.discarded],
+        "resets": g.resets,
+        "steps": g.steps,
+        "surviving": surviving,
+        "first_step": g.steps - since_reset + min(1, since_reset),
+        "first_token_s": round(g.first_token_s, 6),
+        "total_s": round(g.total_s, 6),
+        "finish_reason": g.finish_reason,
+    }
+
+
+def sampler_of(ckpt: str, args):
+    """stream() of a checkpoint: on this machine, or of the server that has it."""
+    if args.url:
+        server = server_of(ckpt, args)
+        return partial(remote.stream, server.url, server.name, parallel=args.batch_size)
+    model = load_model(ckpt, args.device, getattr(torch, args.dtype))
+    if args.filter:
+        return filters.around(model, args.filter, ckpt, args.batch_size)
+    return partial(stream, model, batch_size=args.batch_size)
+
+
+def server_of(ckpt: str, args) -> remote.Server:
+    return remote.look_for(args.url[args.ckpt.index(ckpt)], ckpt)
+
+
+def positions_of(ckpt: str, args) -> int:
+    """How many tokens a prompt and its answer may have together."""
+    positions = ModelConfig.load(ckpt).max_position_embeddings
+    return min(positions, server_of(ckpt, args).max_position_embeddings) if args.url else positions
