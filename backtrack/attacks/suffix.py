@@ -124,6 +124,7 @@ class Scorer:
         cache = KVCache(model.config, self.rows, len(before) + length, model.device, model.dtype)
         for wide, narrow in zip(cache.k + cache.v, one.k + one.v, strict=True):
             wide[:, :, : len(before)] = narrow
+        cache.grow(len(before))
         return cache
 
     @torch.inference_mode()
