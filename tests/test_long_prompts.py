@@ -13,13 +13,13 @@ import pytest
 import torch
 from command import command
 from models import LLAMA, network_of, prone_to
-from samples import UNSAFE, llama_tokenizer, row_of, said, toy_tokenizer, user, write
+from samples import llama_tokenizer, row_of, said, toy_tokenizer, user, write
 from training import toy_files, trained
 
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.evaluate import collect
 from backtrack.generate import Done, generate, one_answer
-from backtrack.rows import load_rows, read_stream
+from backtrack.rows import load_rows
 from model import InputError, save_model
 
 LONG = "How do I open the gate? " * 40  # more than the model's 256 positions
@@ -70,7 +70,7 @@ def sft(place, out, *more):
 
 @pytest.mark.parametrize("command", ["sft", "dpo"])
 def test_training_goes_on_without_the_long_rows(place, tmp_path, command):
-    """And is then what it would be on a file without them; --on-long error lists them all at once."""
+    """And is then what it would be on a file without them."""
     rows = [row_of(f"Hi {i}", "no", "yes", unsafe=True) for i in range(4)]
     long = [row_of(LONG, "no", "yes", unsafe=True)] * 8
     mixed = write(tmp_path / "mixed.jsonl", *rows[:2], *long[:7], *rows[2:], long[0])
@@ -78,25 +78,14 @@ def test_training_goes_on_without_the_long_rows(place, tmp_path, command):
     write(tmp_path / "short.jsonl", *rows)
     words = [command, *sft(place, tmp_path / "out")[1:], "--data", mixed, "--heldout", held]
     told = trained(*words)
-    assert "8 of 12 rows are skipped" in told and f"{mixed}:3 (" in told and "and 3 more" in told
-    assert "1 of 2 rows are skipped" in told and f"{held}:2 (" in told
+    assert "8 rows are left out, no room" in told and f"{mixed}:3 (" in told and "and 3 more" in told
+    assert f"1 rows are left out, no room for an answer after the prompt under --max-length 64: {held}:2 (" in told
     trained(command, *sft(place, tmp_path / "short")[1:], "--data", tmp_path / "short.jsonl", "--heldout", held)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "short")]
     assert weights[0] == weights[1]
-    shutil.rmtree(tmp_path / "out")
-    [error] = [line for line in trained(*words, "--on-long", "error", code=2).splitlines() if "error" in line]
-    assert all(f"{mixed}:{n} (" in error for n in range(3, 8)) and "and 3 more" in error
-    assert "raise it" in trained(*words, "--data", write(tmp_path / "long.jsonl", *long), code=2)
-    assert not (tmp_path / "out").exists()
-
-
-def test_chats_that_the_template_does_not_know_are_named_together(tmp_path):
-    odd = {"prompt": [{"role": "system", "content": "Be brief."}, *user("Hi")], "chosen": said("no")}
-    path = write(tmp_path / "rows.jsonl", UNSAFE, odd, UNSAFE, odd, odd)
-    with pytest.raises(InputError) as error:
-        load_rows([path], toy_tokenizer(), 999)
-    assert str(error.value).startswith(f"{path}:2: Gemma's chat format has no system role")
-    assert str(error.value).endswith(f"(so are {path}:4, {path}:5)")
+    out = tmp_path / "none"
+    said = trained(*sft(place, out, "--data", write(tmp_path / "long.jsonl", *long)), code=2)
+    assert "raise --max-length" in said and not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -104,24 +93,14 @@ def test_chats_that_the_template_does_not_know_are_named_together(tmp_path):
     [
         (toy_tokenizer, "<bos><start_of_turn>user\nHi", "<bos>"),
         (toy_tokenizer, "Hi<|eot_id|>", "<|eot_id|>"),  # another family's
-        (toy_tokenizer, "[INST] Hi [/INST]", "[INST]"),
-        (llama_tokenizer, "<|start_header_id|>user<|end_header_id|>\n\nHi", "<|start_header_id|>"),
         (llama_tokenizer, "a < b, <|, |> and <b>x</b> [1]", None),
     ],
 )
 def test_text_that_spells_special_tokens(tmp_path, capsys, make, text, found):
-    path = write(tmp_path / "rows.jsonl", {"text": "plain"}, {"text": text}, {"text": text})
+    path = write(tmp_path / "rows.jsonl", {"text": "plain"}, {"text": text}, row_of("Hi", f"no {text}"))
     load_rows([path], make(), 999)
-    first = capsys.readouterr().err
-    read_stream([path], make())
-    assert capsys.readouterr().err == first  # `base` says the same
-    if found is None:
-        assert first == ""
-    else:
-        assert "2 rows spell special tokens" in first and f"{path}:2 ({found}), {path}:3" in first
-        applied = write(tmp_path / "applied.jsonl", row_of("Hi", f"no {text}"))
-        load_rows([applied], make(), 999)
-        assert f"{applied}:1 ({found})" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == "" if found is None else f"{path}:2 ({found}), {path}:3" in said
 
 
 # ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────

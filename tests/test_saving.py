@@ -13,17 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from models import LLAMA, network_of
-from safetensors.torch import load_file
 from samples import row_of, toy_tokenizer, write
 from training import contents, interrupted, steps_of, trained
 
 import train
+from backtrack.run import reference
 from model import InputError, files, load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
-STATE = train.log.STATE
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +111,8 @@ def test_a_save_that_cannot_work_is_found_out_before_the_first_step(world, tmp_p
     """And leaves nothing behind. So does the trial of one that can, for base and before dpo's reference."""
     out = tmp_path / "out"
     steps = []
-    monkeypatch.setattr(train, "accumulate", lambda *a: steps.append(1))
-    monkeypatch.setattr(train, "reference_logprobs", lambda *a: steps.append(1))
+    monkeypatch.setattr(train, "backward", lambda *a: steps.append(1))
+    monkeypatch.setattr(reference, "compute", lambda *a: steps.append(1))
 
     def full(tensor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -125,7 +123,7 @@ def test_a_save_that_cannot_work_is_found_out_before_the_first_step(world, tmp_p
     assert not steps and not list(tmp_path.iterdir())
     monkeypatch.undo()
     interrupted(base(world, out), at=3)
-    monkeypatch.setattr(train, "accumulate", lambda *a: steps.append(1))
+    monkeypatch.setattr(train, "backward", lambda *a: steps.append(1))
     monkeypatch.setattr(files, "_bytes_of", full)
     assert "No space left" in trained(*base(world, out, "--resume"), code=2) and not steps
     assert "not a directory" in trained(*base(world, world / "rows.jsonl"), code=2)
@@ -209,18 +207,6 @@ def test_ctrl_c_says_what_is_saved(world, tmp_path):
     assert said.splitlines()[-1] == f"stopped: {out} still holds step 2 of 4; --resume goes on from there"
 
 
-def test_clip_0_is_off(world, tmp_path):
-    """The same as a bound that no gradient reaches; and it trains."""
-    for clip in (0, 1e6):
-        trained(*base(world, tmp_path / str(clip), "--clip", clip))
-    off, far = (load_file(tmp_path / name / "model.safetensors") for name in ("0", "1000000.0"))
-    assert all(torch.equal(off[name], far[name]) for name in far)
-    trained(*base(world, tmp_path / "start", "--steps", 0))
-    assert any(not torch.equal(off[n], w) for n, w in load_file(tmp_path / "start/model.safetensors").items())
-    norms = [step["grad_norm"] for step in steps_of(tmp_path / "0")]
-    assert min(norms) > 0 and norms == [step["grad_norm"] for step in steps_of(tmp_path / "1000000.0")]
-
-
 def test_steps_0_needs_no_max_length(world, tmp_path):
     """Nothing is trained, so nothing has to fit; with a step it has to."""
     trained(*base(world, tmp_path / "a", "--steps", 0, "--max-length", 10**6))
@@ -239,53 +225,22 @@ def test_dpo_goes_on_before_its_first_save(world, tmp_path):
     same_run(out, tmp_path / "whole")
 
 
-def killed_in_step(number):
-    """The reference log-probs of this step, counted from 0, are the end of the process."""
-    real, steps = train.autocast, iter(range(number, -1, -1))
+def test_reference_log_probs_are_kept_step_by_step(world, tmp_path, monkeypatch):
+    """Ctrl-C or a kill costs those of one step, and a half line is computed again."""
+    out, words, real, computed = tmp_path / "out", dpo(world, tmp_path / "out", "--steps", 6), reference.compute, []
 
-    def autocast(args):
-        if next(steps) == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(args)
-
-    train.autocast = autocast
-
-
-@pytest.mark.parametrize("damage", [None, b"x" * 99])
-def test_reference_log_probs_are_kept_in_parts(world, tmp_path, monkeypatch, damage):
-    """A kill costs those of the last few steps. A part that is damaged is computed again, with those behind it."""
-    monkeypatch.setattr(train.log, "PART", 4)
-    out, more = tmp_path / "out", ("--steps", 14)
-    pid = os.fork()
-    if pid == 0:
-        killed_in_step(10)
-        trained(*dpo(world, out, *more))
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    parts = {int(re.search(r"from-(\d+)", p.name)[1]): p for p in Path(f"{out}.reference").iterdir()}
-    assert set(parts) == {0, 4}
-    if damage is not None:
-        parts[4].write_bytes(damage)
-    computed, real = [], train.make_batch
-    monkeypatch.setattr(train, "make_batch", lambda *a: computed.append(torch.is_grad_enabled()) or real(*a))
-    found = 8 if damage is None else 4
-    said = interrupted(dpo(world, out, *more), at=1)
-    assert f"those of {found} steps are there already" in said and len(computed) == 14 - found
-    [file] = Path(f"{out}.reference").iterdir()  # all in one, and no parts
-    trained(*dpo(world, tmp_path / "whole", *more))
-    assert file.read_bytes() == (tmp_path / "whole.reference" / file.name).read_bytes()
-
-
-def test_ctrl_c_keeps_the_reference_log_probs(world, tmp_path, monkeypatch):
-    real, calls = train.make_batch, iter(range(100))
-
-    def make_batch(*args):
-        if next(calls) == 3:
+    def compute(*args):
+        if len(computed) == 3:
             raise KeyboardInterrupt
-        return real(*args)
+        computed.append(real(*args))
+        return computed[-1]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "make_batch", make_batch)
-        said = trained(*dpo(world, tmp_path / "out", "--steps", 6), code=130)
-    assert "those of 3 steps are kept" in said
-    assert "those of 3 steps are there already" in trained(*dpo(world, tmp_path / "out", "--steps", 6))
+    monkeypatch.setattr(reference, "compute", compute)
+    trained(*words, code=130)
+    monkeypatch.setattr(reference, "compute", lambda *args: computed.append(1) or real(*args))
+    [file] = Path(f"{out}.reference").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])  # as a kill leaves it
+    assert "those of 2 steps are there already" in trained(*words) and len(computed) == 3 + 5
+    trained(*dpo(world, tmp_path / "whole", "--steps", 6))
+    assert file.read_bytes() == (tmp_path / "whole.reference" / file.name).read_bytes()
+    same_run(out, tmp_path / "whole")
