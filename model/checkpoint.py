@@ -28,7 +28,7 @@ from model.transformer import Transformer, own_rows
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 32 << 20
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor if tied, under either name or both
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SHARD_BYTES = 5_000_000_000  # what the hub and transformers' writers settled on
 
 
@@ -51,22 +51,24 @@ def load_model(
         left = f"; a save was interrupted and left the previous checkpoint at {old}: rename it back" * old.is_dir()
         raise InputError(f"{path}: no such directory{left}")
     config, files = ModelConfig.load(path), _tensor_files(path)
-    if config.tie_word_embeddings and {HEAD, EMBEDDING} <= files.keys() and not _equal(files, HEAD, EMBEDDING):
+    stored_as = _names(files, config)
+    both = {HEAD, EMBEDDING} <= stored_as.keys()
+    if config.tie_word_embeddings and both and not _equal(files, stored_as[HEAD], stored_as[EMBEDDING]):
         why = f"config.json says tie_word_embeddings, but the files hold an {HEAD} of its own: not tied"
         print(f"{path}: {why}", file=sys.stderr)  # as transformers decides
         config = dataclasses.replace(config, tie_word_embeddings=False)
     with torch.device("meta"):  # shapes only: memory is taken tensor by tensor below
         model = Transformer(config)
-    stored_as = {name: name for name, _ in model.named_parameters()}  # lists a tied head once, as the embedding
-    if config.tie_word_embeddings and EMBEDDING not in files and HEAD in files:
-        stored_as[EMBEDDING] = HEAD
+    if config.tie_word_embeddings and HEAD in stored_as:  # one tensor, under either name or both
+        head = stored_as.pop(HEAD)
+        stored_as.setdefault(EMBEDDING, head)
+    params = [name for name, _ in model.named_parameters()]  # lists a tied head once, as the embedding
 
-    together = "config.json and weights do not belong together, or the download is incomplete"
-    for stored in stored_as.values():
-        if stored not in files:
-            raise InputError(f"{path}: tensor {stored!r} is missing from the *.safetensors; {together}")
-    known = {*stored_as, *stored_as.values(), *([HEAD] if config.tie_word_embeddings else [])}
-    extra = [name for name in files if name not in known and not name.endswith("rotary_emb.inv_freq")]  # in Llama-2
+    together = "config.json and the weights do not belong together, or the download is incomplete"
+    missing = [name for name in params if name not in stored_as]
+    extra = [stored for name, stored in stored_as.items() if name not in set(params)]
+    if missing:
+        raise InputError(f"{path}: tensor {missing[0]!r} is missing from the *.safetensors; {together}")
     if extra:
         found = f"tensor {extra[0]!r} is not part of this {config.model_type} model ({len(extra)} such)"
         raise InputError(f"{files[extra[0]]}: {found}; {together}")
@@ -74,9 +76,23 @@ def load_model(
     if prepare is not None:
         prepare(model)
     take_memory(model, device)
-    for name, stored in stored_as.items():
-        _read_tensor(files[stored], stored, model.get_parameter(name).detach())
+    for name in params:
+        _read_tensor(files[stored_as[name]], stored_as[name], model.get_parameter(name).detach())
     return model.eval()
+
+
+def _names(files: dict[str, Path], config: ModelConfig) -> dict[str, str]:
+    """Our name of each tensor -> the one it is stored under, which differs where the text model was part of another."""
+    found = {}
+    for stored, file in files.items():
+        if "vision_config" in config.other and ("vision_tower." in stored or "multi_modal_projector." in stored):
+            if config.other["vision_config"]:
+                way_out = f"to leave out what sees images delete 'vision_config' from {file.parent / 'config.json'}"
+                raise InputError(f"{file}: tensor {stored!r} is for images, and only text models are read; {way_out}")
+        elif not stored.endswith("rotary_emb.inv_freq"):  # tables, in early Llama files
+            name = stored.removeprefix("language_model.").replace("model.language_model.", "model.")
+            found[name] = stored
+    return found
 
 
 def take_memory(model: Transformer, device) -> None:

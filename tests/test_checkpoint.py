@@ -333,6 +333,7 @@ BROKEN = {
         lambda d: edit_tensors(d, lambda t: t.update({"model.layers.2.mlp.up_proj.bias": torch.zeros(24)})),
         [WEIGHTS, "model.layers.2.mlp.up_proj.bias"],
     ),
+    "another family": (lambda d: edit_config(d, model_type="qwen3"), ["broken", "q_norm", "config.json"]),
     "fewer layers": (lambda d: edit_config(d, num_hidden_layers=1), [WEIGHTS, "model.layers.1."]),
     "more layers": (lambda d: edit_config(d, num_hidden_layers=3), ["broken", "model.layers.2."]),
     "missing shard": (sharded(SHARD, lambda d, name: (d / name).unlink()), [SHARD]),
@@ -382,6 +383,28 @@ def test_rotary_tables_of_early_llama_files_are_no_extra_tensors(tmp_path):
     table = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(tmp_path, lambda t: t.update({table: torch.ones(3)}))
     assert table not in dict(load_model(tmp_path).named_parameters())
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_that_sees_images(tmp_path, prefix):
+    """Named as transformers 4 and 5 do, with a config that leaves out its defaults."""
+    model = network_of(models.GEMMA3, head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256)
+    save_model(model, tmp_path)
+    edit_tensors(tmp_path, lambda t: [t.update({name.replace("model.", prefix, 1): t.pop(name)}) for name in list(t)])
+    edit_tensors(tmp_path, lambda t: t.update({"vision_tower.embeddings.weight": torch.zeros(3)}))
+    text = json.loads((tmp_path / "config.json").read_text())
+    for name in ("head_dim", "rms_norm_eps", "query_pre_attn_scalar", "model_type", "tie_word_embeddings"):
+        del text[name]
+    raw = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 8}, "eos_token_id": [1, 106]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="vision_tower.* delete 'vision_config' from"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"vision_config": None}))
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config and torch.equal(loaded(TOKENS), model(TOKENS))
+    written = loaded.config.to_hf()
+    assert written["model_type"] == "gemma3_text" and written["eos_token_id"] == [1, 106]
+    assert "vision_config" not in written and "text_config" not in written
 
 
 # ── Saves that fail, and saves that are killed ───────────────────────────────────────────────────────────────────────
