@@ -397,7 +397,7 @@ def test_the_text_part_of_a_model_that_sees_images(tmp_path, prefix):
         del text[name]
     raw = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 8}, "eos_token_id": [1, 106]}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(InputError, match="vision_tower.* delete 'vision_config' from"):
+    with pytest.raises(InputError, match=r"vision_tower.* delete 'vision_config' from"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(raw | {"vision_config": None}))
     loaded = load_model(tmp_path)
