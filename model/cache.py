@@ -54,8 +54,12 @@ class KVCache:
         self.lengths = self.lengths + entries
 
     def truncate(self, lengths: torch.Tensor) -> None:
-        """Keep the first `lengths[b]` entries of row b; forget the rest. (B,) int64."""
-        self.lengths = lengths
+        """Keep the first `lengths[b]` entries of row b; forget the rest. (B,) int64.
+
+        A row never gets longer this way: beyond its length lie entries of a text that was taken
+        back. (An error would have to wait for the device, at every step.)
+        """
+        self.lengths = torch.minimum(lengths, self.lengths)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Row i becomes what row rows[i] was; the others are dropped. Needs rows[i] >= i.

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig
 from model.errors import InputError, refuse_pointer
-from model.files import atomic_directory, is_half_moved, write_tensors
+from model.files import atomic_directory, write_tensors
 from model.transformer import Transformer, own_rows
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 32 << 20
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor if tied, under either name or both
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SHARD_BYTES = 5_000_000_000  # what the hub and transformers' writers settled on
 
 
@@ -40,94 +40,73 @@ def load_model(
 ) -> Transformer:
     """Read a Hugging Face directory into a Transformer in eval mode, on `device`, in `dtype`.
 
-    prepare(model) is called before a weight takes memory. It may make DTensors of the weights
-    (backtrack/run/parallel.py); of those each process reads its own rows. It may add parameters, whose numbers are its own affair.
+    prepare(model) is called before a weight takes memory. It may turn weights into DTensors (backtrack.run.parallel),
+    of which each process reads its own rows, and add parameters, whose numbers it sets itself.
 
     Raises InputError naming the file and the tensor when anything is missing, unknown, truncated or misshapen.
     """
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"{path}: no such directory{_left_by_a_crash(path)}")
-    if is_half_moved(path):
-        raise InputError(f"{path}: is being saved; if that was interrupted, the same training command finishes it")
-    config = ModelConfig.load(path)
-    files = _tensor_files(path)
-    config = _untied_if_stored_so(path, config, files)
+        old = path.with_name(path.name + ".old")
+        left = f"; a save was interrupted and left the previous checkpoint at {old}: rename it back" * old.is_dir()
+        raise InputError(f"{path}: no such directory{left}")
+    config, files = ModelConfig.load(path), _tensor_files(path)
+    stored_as = _names(files, config)
+    both = {HEAD, EMBEDDING} <= stored_as.keys()
+    if config.tie_word_embeddings and both and not _equal(files, stored_as[HEAD], stored_as[EMBEDDING]):
+        why = f"config.json says tie_word_embeddings, but the files hold an {HEAD} of its own: not tied"
+        print(f"{path}: {why}", file=sys.stderr)  # as transformers decides
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     with torch.device("meta"):  # shapes only: memory is taken tensor by tensor below
         model = Transformer(config)
-    params = dict(model.named_parameters())  # a tied lm_head is listed once, as the embedding
-    stored_as = {name: name for name in params}
-    if config.tie_word_embeddings and EMBEDDING not in files and HEAD in files:  # it may go by either name
-        stored_as[EMBEDDING] = HEAD
-        files[EMBEDDING] = files[HEAD]
+    if config.tie_word_embeddings and HEAD in stored_as:  # one tensor, under either name or both
+        head = stored_as.pop(HEAD)
+        stored_as.setdefault(EMBEDDING, head)
+    params = [name for name, _ in model.named_parameters()]  # lists a tied head once, as the embedding
 
-    for name in params.keys() - files.keys():
-        raise InputError(f"{path}: tensor {name!r} is missing from the *.safetensors; download the checkpoint again")
-    extra = [n for n in files if n not in params and not n.endswith("rotary_emb.inv_freq")]  # Llama-2 files hold those
-    if config.tie_word_embeddings:  # some writers store the tied head a second time
-        extra = [n for n in extra if n != HEAD]
+    together = "config.json and the weights do not belong together, or the download is incomplete"
+    missing = [name for name in params if name not in stored_as]
+    extra = [stored for name, stored in stored_as.items() if name not in set(params)]
+    if missing:
+        raise InputError(f"{path}: tensor {missing[0]!r} is missing from the *.safetensors; {together}")
     if extra:
-        raise InputError(
-            f"{files[extra[0]]}: tensor {extra[0]!r} is not part of this {config.model_type} model"
-            f" ({len(extra)} such); config.json and weights do not belong together"
-        )
+        found = f"tensor {extra[0]!r} is not part of this {config.model_type} model ({len(extra)} such)"
+        raise InputError(f"{files[extra[0]]}: {found}; {together}")
     model.to(dtype)
     if prepare is not None:
         prepare(model)
     take_memory(model, device)
-    for name, stored in stored_as.items():
-        _read_tensor(files[name], stored, model.get_parameter(name).detach())
+    for name in params:
+        _read_tensor(files[stored_as[name]], stored_as[name], model.get_parameter(name).detach())
     return model.eval()
+
+
+def _names(files: dict[str, Path], config: ModelConfig) -> dict[str, str]:
+    """Our name of each tensor -> the one it is stored under, which differs where the text model was part of another."""
+    found = {}
+    for stored, file in files.items():
+        if "vision_config" in config.other and ("vision_tower." in stored or "multi_modal_projector." in stored):
+            if config.other["vision_config"]:
+                way_out = f"to leave out what sees images delete 'vision_config' from {file.parent / 'config.json'}"
+                raise InputError(f"{file}: tensor {stored!r} is for images, and only text models are read; {way_out}")
+        elif not stored.endswith("rotary_emb.inv_freq"):  # tables, in early Llama files
+            name = stored.removeprefix("language_model.").replace("model.language_model.", "model.")
+            found[name] = stored
+    return found
 
 
 def take_memory(model: Transformer, device) -> None:
     """Put a model that was made on the meta device on `device`, its numbers still to be set."""
     model.to_empty(device=device)
-    if model.config.tie_word_embeddings:  # that made two of them
+    if model.config.tie_word_embeddings:  # to_empty made two of them
         model.lm_head.weight = model.model.embed_tokens.weight
-
-
-def _untied_if_stored_so(path: Path, config: ModelConfig, files: dict[str, Path]) -> ModelConfig:
-    """A config that says "tied" over two different tensors is wrong: the trained head counts, as in transformers."""
-    if not config.tie_word_embeddings or not {HEAD, EMBEDDING} <= files.keys() or _equal(files, HEAD, EMBEDDING):
-        return config
-    print(
-        f"{path}: config.json says tie_word_embeddings, but the files hold an {HEAD} of its own: not tied",
-        file=sys.stderr,
-    )
-    return dataclasses.replace(config, tie_word_embeddings=False)
-
-
-def _equal(files: dict[str, Path], *names: str) -> bool:
-    """Whether two stored tensors hold the same numbers; read in chunks, see _read_tensor."""
-    shapes = []
-    for name in names:
-        with _open(files[name]) as f:
-            shapes.append(f.get_slice(name).get_shape())
-    if shapes[0] != shapes[1]:
-        return False
-    rows = max(1, CHUNK_BYTES // (8 * max(1, math.prod(shapes[0][1:]))))
-    for start in range(0, shapes[0][0], rows):
-        chunks = []
-        for name in names:
-            with _open(files[name]) as f:
-                chunks.append(f.get_slice(name)[start : start + rows].clone())
-        if not torch.equal(*chunks):
-            return False
-    return True
-
-
-def _left_by_a_crash(path: Path) -> str:
-    old = path.with_name(path.name + ".old")
-    return f"; a save was interrupted and left the previous checkpoint at {old}: rename it back" if old.is_dir() else ""
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it, from the single file or from the shard index."""
-    single, index = path / "model.safetensors", path / INDEX
+    single, index, weight_map = path / "model.safetensors", path / INDEX, {}
     if single.is_file():
         shards = [single]
-        weight_map = None
     elif index.is_file():
         refuse_pointer(index)
         try:
@@ -144,7 +123,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
             raise InputError(f"{shard}: shard listed in {INDEX} is missing; download it")
         with _open(shard) as f:
             files.update(dict.fromkeys(f.keys(), shard))
-    for name, shard in (weight_map or {}).items():
+    for name, shard in weight_map.items():
         if files.get(name) != path / shard:
             raise InputError(f"{path / shard}: tensor {name!r} is not in this file, though {INDEX} says so")
     return files
@@ -160,25 +139,46 @@ def _open(file: Path):
         raise InputError(f"{file}: truncated or not a safetensors file ({error}); download it again") from None
 
 
-def _read_tensor(file: Path, name: str, out: torch.Tensor) -> None:
-    """Copy one stored tensor into `out`, converting the dtype on the way; of a DTensor the rows that are held here.
+def _shape(file: Path, name: str) -> tuple[int, ...]:
+    with _open(file) as f:
+        return tuple(f.get_slice(name).get_shape())
+
+
+def _chunks(file: Path, name: str, first: int, count: int) -> Iterator[torch.Tensor]:
+    """`count` rows of a stored tensor from row `first` on, in chunks that are valid until the next is asked for.
 
     The file is memory-mapped, and mapped pages count as ours for as long as the mapping lives. So at most CHUNK_BYTES
     are read per mapping: with one mapping for all, the peak would be the model twice.
     """
-    with _open(file) as f:
-        stored = f.get_slice(name)
-        shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+    rows = max(1, CHUNK_BYTES // (8 * max(1, math.prod(_shape(file, name)[1:]))))
+    for start in range(first, first + count, rows):
+        with _open(file) as f:
+            yield f.get_slice(name)[start : min(start + rows, first + count)]
+
+
+def _equal(files: dict[str, Path], a: str, b: str) -> bool:
+    """Whether two stored tensors hold the same numbers."""
+    shape = _shape(files[a], a)
+    if shape != _shape(files[b], b):
+        return False
+    chunks = (_chunks(files[name], name, 0, shape[0]) for name in (a, b))
+    return all(torch.equal(x, y) for x, y in zip(*chunks, strict=True))
+
+
+def _read_tensor(file: Path, name: str, out: torch.Tensor) -> None:
+    """Copy one stored tensor into `out`, converting the dtype on the way; of a DTensor the rows that are held here."""
+    shape = _shape(file, name)
     if shape != tuple(out.shape):
         raise InputError(f"{file}: tensor {name!r} has shape {shape}, config.json asks for {tuple(out.shape)}")
+    with _open(file) as f:
+        kind = f.get_slice(name).get_dtype()
     if kind not in ("BF16", "F16", "F32", "F64"):
         raise InputError(f"{file}: tensor {name!r} is stored as {kind}; quantized weights are not supported")
     here, first = own_rows(out)
-    rows = max(1, CHUNK_BYTES // (8 * max(1, math.prod(shape[1:]))))
-    for start in range(0, len(here), rows):
-        stop = min(start + rows, len(here))
-        with _open(file) as f:
-            here[start:stop] = f.get_slice(name)[first + start : first + stop]
+    done = 0
+    for chunk in _chunks(file, name, first, len(here)):
+        here[done : done + len(chunk)] = chunk
+        done += len(chunk)
 
 
 def save_model(model: Transformer, path: str | Path, tokenizer=None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -227,14 +227,16 @@ def write_model(
             size = 0
         shards[-1][name] = p
         size += p.nbytes
+    if len(shards) == 1:
+        write_tensors(shards[0], directory / "model.safetensors")
+        return
     weight_map = {}
     for i, tensors in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        weight_map.update(dict.fromkeys(tensors, name))
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(tensors, directory / name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(p.nbytes for p in weights.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        weight_map |= dict.fromkeys(tensors, name)
+    index = {"metadata": {"total_size": sum(p.nbytes for p in weights.values())}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _where_servers_stop(tokenizer, before: object, reset_id: int | None) -> list[int]:
@@ -253,7 +255,7 @@ def weights_digest(directory: str | Path) -> str:
     """16 hex digits that stand for a model: its tensors and its config, without reading either into memory."""
     sha = hashlib.sha256()
     for path in [*sorted(Path(directory).glob("*.safetensors")), Path(directory) / "config.json"]:
-        if path.name != "training_state.safetensors" and path.is_file():  # of a run by an earlier version
+        if path.is_file():
             with open(path, "rb") as f:
                 sha.update(hashlib.file_digest(f, "sha256").digest())
     return sha.hexdigest()[:16]

@@ -1,29 +1,54 @@
-"""ModelConfig: the few numbers that tell Llama and Gemma-2 apart, read from a Hugging Face config.json.
+"""ModelConfig: the numbers that tell the families apart, read from a Hugging Face config.json.
 
     config = ModelConfig.load("path/to/Meta-Llama-3-8B")       # reads config.json
-    config = ModelConfig(vocab_size=1024, hidden_size=128, ...)  # or by hand, as `train.py base` does
+    config = ModelConfig(vocab_size=1024, hidden_size=128, ...)  # or by hand
 
-Field names are Hugging Face's, so that a config can be read beside the file it came from. Only `llama` (2, 3, 3.1,
-3.2) and `gemma2` are known; a setting that this code would compute wrongly (biases, other RoPE scalings, other
-activations) is an error and never ignored.
+The families are those of FAMILIES below. What differs between them is a field here, never a class. Field names are
+Hugging Face's, so that a config can be read beside the file it came from. A setting that this code would compute
+wrongly (YaRN, experts, other activations) is an error and never ignored.
 """
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from model.errors import InputError, refuse_pointer
 
+FAMILIES = {  # model_type -> what transformers calls the network
+    "llama": "LlamaForCausalLM",  # 2, 3, 3.1, 3.2, and SmolLM2
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",  # and Qwen2.5
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",  # and the text part of a gemma3
+}
+NOT_KEPT = ("rope_parameters", "torch_dtype", "dtype", "vision_config")  # said in other words, or not true any more
+LOCAL = {"sliding_attention": True, "full_attention": False}
+# A gemma3 with images leaves out of its text_config what has these values (transformers' Gemma3TextConfig).
+GEMMA3_DEFAULTS = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the slow RoPE frequencies beyond the context of pretraining."""
+    """Stretches RoPE beyond the context of pretraining: all of it by `factor` (linear), or its slow turns (llama3)."""
 
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    low_freq_factor: float | None = None  # None: linear
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,17 +65,22 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
-    # The fields below are where Gemma-2 differs; their defaults are Llama.
     model_type: str = "llama"
+    # The fields below are where other families differ; their defaults are Llama.
+    qkv_bias: bool = False  # Qwen2: queries, keys and values have biases
+    qk_norm: bool = False  # Qwen3, Gemma-3: RMSNorm of each query and key before RoPE
     hidden_act: str = "silu"  # Gemma: gelu_pytorch_tanh
-    norm_plus_one: bool = False  # RMSNorm multiplies by (1 + w) instead of w
-    scale_embeddings: bool = False  # token embeddings times sqrt(D)
-    post_norms: bool = False  # a norm after attention and MLP too: four per block
-    query_pre_attn_scalar: float | None = None  # attention scale is this^-1/2; None: head_dim^-1/2
-    attn_logit_softcapping: float | None = None  # cap * tanh(scores / cap), before the mask
-    final_logit_softcapping: float | None = None  # the same on the output logits
+    norm_plus_one: bool = False  # Gemma: RMSNorm multiplies by (1 + w) instead of w
+    scale_embeddings: bool = False  # Gemma: token embeddings times sqrt(D)
+    post_norms: bool = False  # Gemma: a norm after attention and MLP too, four per block
+    query_pre_attn_scalar: float | None = None  # Gemma: attention scale is this^-1/2; None: head_dim^-1/2
+    attn_logit_softcapping: float | None = None  # Gemma-2: cap * tanh(scores / cap), before the mask
+    final_logit_softcapping: float | None = None  # Gemma-2: the same on the output logits
     sliding_window: int | None = None  # local layers see this many positions, their own included
     local_layers: tuple[bool, ...] = ()  # which layers are local; (): none
+    rope_local_theta: float | None = (
+        None  # Gemma-3: RoPE's base in local layers, where nothing is scaled; None: the same
+    )
     # Ours: the id of [RESET], stored as an extra key that transformers carries along and ignores.
     reset_token_id: int | None = None
     # Keys of config.json that mean nothing to the network (bos_token_id, ...), kept for save_model.
@@ -77,79 +107,97 @@ class ModelConfig:
 
     @staticmethod
     def from_hf(raw: dict) -> "ModelConfig":
-        """A config.json as a dict, in either RoPE dialect -> ModelConfig."""
-        model_type = raw.get("model_type")
-        if model_type not in ("llama", "gemma2"):
-            raise InputError(f"model_type {model_type!r} is not supported; use a 'llama' or 'gemma2' checkpoint")
-        gemma = model_type == "gemma2"
+        """A config.json as a dict, in the dialect of any release of transformers -> ModelConfig."""
+        raw = _text_part(raw)
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise InputError(f"model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
+        gemma = family.startswith("gemma")
         given = _Fields(raw)
-        given.refuse("attention_bias", (False,), False)
-        given.refuse("mlp_bias", (False,), False)
-        given.refuse("use_bidirectional_attention", (False,), False)
-        tied = given.refuse("tie_word_embeddings", (False, True), gemma)
+        for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
+            given.one_of(name, (False,))
+        act = "gelu_pytorch_tanh" if gemma else "silu"
+        # Gemma's activation has two names; transformers lets hidden_activation win.
+        given.one_of("hidden_activation" if gemma and raw.get("hidden_activation") else "hidden_act", (act,))
+        tied = given.one_of("tie_word_embeddings", (gemma, not gemma))
         if raw.get("quantization_config"):
             raise InputError("the weights are quantized (quantization_config); use the bf16, fp16 or fp32 release")
-
-        heads, kv_heads, head_dim = _heads(given, gemma)
-        rope_theta, rope_scaling = _rope(raw)
-        reset = raw.get("reset_token_id")
-        vocab_size = given.need("vocab_size")
-        if reset is not None and (isinstance(reset, bool) or not isinstance(reset, int) or not 0 <= reset < vocab_size):
+        reset, vocab_size = raw.get("reset_token_id"), given.need("vocab_size")
+        if reset is not None and (type(reset) is not int or not 0 <= reset < vocab_size):
             raise InputError(f"reset_token_id {reset!r} is not a token id below vocab_size {vocab_size}")
+        theta, scaling, local_theta = _rope(raw)
+        window, local = _window(given)
+        heads = _heads(given)
         return ModelConfig(
             vocab_size=vocab_size,
             hidden_size=given.need("hidden_size"),
             intermediate_size=given.need("intermediate_size"),
             num_hidden_layers=given.need("num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
+            **heads,
             max_position_embeddings=given.need("max_position_embeddings"),
             rms_norm_eps=given.need("rms_norm_eps", float),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            tie_word_embeddings=bool(tied),
-            model_type=model_type,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=tied,
+            model_type=family,
+            qkv_bias=family == "qwen2",
+            qk_norm=family in ("qwen3", "gemma3_text"),
+            hidden_act=act,
+            norm_plus_one=gemma,
+            scale_embeddings=gemma,
+            post_norms=gemma,
+            query_pre_attn_scalar=given.need("query_pre_attn_scalar", float) if gemma else None,
+            attn_logit_softcapping=given.optional("attn_logit_softcapping", None, float) if gemma else None,
+            final_logit_softcapping=given.optional("final_logit_softcapping", None, float) if gemma else None,
+            sliding_window=window,
+            local_layers=local,
+            rope_local_theta=local_theta,
             reset_token_id=reset,
             other=raw,
-            **(_only_gemma(given) if gemma else {"hidden_act": given.refuse("hidden_act", ("silu",), "silu")}),
         )
 
     def to_hf(self) -> dict:
-        """The config.json that transformers reads: our fields over whatever else the original file held."""
-        out = {k: v for k, v in self.other.items() if k not in ("rope_parameters", "torch_dtype", "dtype")}
-        gemma = self.model_type == "gemma2"
-        out.update(
-            architectures=["Gemma2ForCausalLM" if gemma else "LlamaForCausalLM"],
-            model_type=self.model_type,
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            max_position_embeddings=self.max_position_embeddings,
-            rms_norm_eps=self.rms_norm_eps,
-            hidden_act=self.hidden_act,
-            tie_word_embeddings=self.tie_word_embeddings,
-            # The older RoPE dialect: every release of transformers reads it.
-            rope_theta=self.rope_theta,
-            rope_scaling=None if self.rope_scaling is None else {"rope_type": "llama3", **vars(self.rope_scaling)},
-        )
-        if gemma:
-            local = {True: "sliding_attention", False: "full_attention"}
-            out.update(
-                hidden_activation=self.hidden_act,
-                query_pre_attn_scalar=self.query_pre_attn_scalar,
-                attn_logit_softcapping=self.attn_logit_softcapping,
-                final_logit_softcapping=self.final_logit_softcapping,
-                sliding_window=self.sliding_window,
-                layer_types=[local[x] for x in self.local_layers],
-            )
+        """The config.json that transformers reads, 4.50 as well as 5: our fields over what else the file held."""
+        out = {k: v for k, v in self.other.items() if k not in NOT_KEPT}
+        same = "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+        same += " num_key_value_heads head_dim max_position_embeddings rms_norm_eps hidden_act tie_word_embeddings"
+        out |= {name: getattr(self, name) for name in [*same.split(), "rope_theta"]}
+        out["architectures"] = [FAMILIES[self.model_type]]
+        # The older dialect of RoPE: every release reads it.
+        out["rope_scaling"] = self.rope_scaling
+        if self.rope_scaling is not None:
+            kind = "linear" if self.rope_scaling.low_freq_factor is None else "llama3"
+            numbers = {name: x for name, x in asdict(self.rope_scaling).items() if x is not None}
+            out["rope_scaling"] = {"rope_type": kind, **numbers}
+        local = list(self.local_layers) or [False] * self.num_hidden_layers
+        if self.model_type not in ("llama", "mistral"):
+            names = {is_local: name for name, is_local in LOCAL.items()}
+            out["layer_types"] = [names[x] for x in local]
+        if self.model_type == "mistral" or any(local):
+            out["sliding_window"] = self.sliding_window
+        if self.model_type.startswith("qwen"):
+            first = local.index(True) if any(local) else self.num_hidden_layers
+            out |= {"use_sliding_window": any(local), "max_window_layers": first}
+        if self.model_type.startswith("gemma"):
+            out["hidden_activation"] = self.hidden_act
+            for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+                out[name] = getattr(self, name)
+        if self.model_type == "gemma3_text":  # releases before layer_types go by the pattern: the n-th layer is global
+            out["rope_local_base_freq"] = self.rope_local_theta
+            out["sliding_window_pattern"] = local.index(False) + 1 if False in local else len(local) + 1
         if self.reset_token_id is not None:
             out["reset_token_id"] = self.reset_token_id
         return out
+
+
+def _text_part(raw: dict) -> dict:
+    """Of a gemma3 with images, the config of its text model."""
+    if raw.get("model_type") != "gemma3" or not isinstance(raw.get("text_config"), dict):
+        return raw
+    ours = ("bos_token_id", "eos_token_id", "pad_token_id", "reset_token_id", "tie_word_embeddings")
+    outer = {name: raw[name] for name in (*ours, "quantization_config") if name in raw}
+    outer["vision_config"] = raw.get("vision_config")  # for load_model, which refuses its tensors
+    return GEMMA3_DEFAULTS | outer | raw["text_config"] | {"model_type": "gemma3_text"}
 
 
 class _Fields:
@@ -171,71 +219,102 @@ class _Fields:
     def optional(self, name: str, default, kind=int):
         return default if self.raw.get(name) is None else self.need(name, kind)
 
-    def refuse(self, name: str, good: tuple, default):
-        """Its value, which must be one of the good ones: nothing else is implemented here."""
-        value = default if self.raw.get(name) is None else self.raw[name]
+    def one_of(self, name: str, good: tuple):
+        """Its value, by default the first of the good ones. Nothing else is implemented."""
+        value = good[0] if self.raw.get(name) is None else self.raw[name]
         if value not in good:
             raise InputError(f"{name} {value!r} is not supported (only {' or '.join(map(repr, good))})")
         return value
 
 
-def _heads(given: _Fields, gemma: bool) -> tuple[int, int, int]:
-    """How many query heads and key/value heads, and their width."""
+def _heads(given: _Fields) -> dict[str, int]:
+    """How many query heads and key/value heads there are, and their width."""
     heads, width = given.need("num_attention_heads"), given.need("hidden_size")
     kv_heads = given.optional("num_key_value_heads", heads)
     if heads % kv_heads:
         raise InputError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if given.raw.get("head_dim") is None and (gemma or width % heads):
+    always_there = given.raw["model_type"] in ("gemma2", "gemma3_text", "qwen3")
+    if given.raw.get("head_dim") is None and (always_there or width % heads):
         raise InputError("field 'head_dim' is missing; take config.json from the original checkpoint")
     head_dim = given.optional("head_dim", width // heads)
     if head_dim % 2:
         raise InputError(f"head_dim {head_dim} is odd; rotary embeddings need pairs")
-    return heads, kv_heads, head_dim
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
-def _only_gemma(given: _Fields) -> dict:
-    """What a Gemma-2 file has besides a Llama's."""
-    raw, layers = given.raw, given.need("num_hidden_layers")
-    # The activation has two names there; transformers lets hidden_activation win.
-    name = "hidden_activation" if raw.get("hidden_activation") else "hidden_act"
-    local = {"sliding_attention": True, "full_attention": False}
-    layer_types = raw.get("layer_types") or ["sliding_attention", "full_attention"] * layers  # even: local
-    layer_types = layer_types[:layers] if isinstance(layer_types, list) else []
-    if len(layer_types) < layers or not all(t in list(local) for t in layer_types):
-        raise InputError(f"layer_types must name sliding_attention or full_attention for {layers} layers")
-    return {
-        "hidden_act": given.refuse(name, ("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
-        "norm_plus_one": True,
-        "scale_embeddings": True,
-        "post_norms": True,
-        "query_pre_attn_scalar": given.need("query_pre_attn_scalar", float),
-        "attn_logit_softcapping": given.optional("attn_logit_softcapping", None, float),
-        "final_logit_softcapping": given.optional("final_logit_softcapping", None, float),
-        "sliding_window": given.need("sliding_window"),
-        "local_layers": tuple(local[t] for t in layer_types),
-    }
+def _window(given: _Fields) -> tuple[int | None, tuple[bool, ...]]:
+    """The sliding window, and which layers have it."""
+    raw, family, n = given.raw, given.raw["model_type"], given.need("num_hidden_layers")
+    if family == "llama":
+        return None, ()
+    window = given.need("sliding_window") if family.startswith("gemma") else given.optional("sliding_window", None)
+    first = n  # Qwen: the first local layer
+    if family.startswith("qwen"):
+        window = window if given.one_of("use_sliding_window", (False, True)) else None
+        first = raw.get("max_window_layers", 28)
+        if window and not isinstance(first, int):
+            raise InputError(f"max_window_layers {first!r} is not a number of layers")
+    every = given.optional("sliding_window_pattern", 6)  # Gemma-3: every so many-th layer is global
+    rule = {
+        "mistral": lambda i: window is not None,
+        "gemma2": lambda i: i % 2 == 0,
+        "gemma3_text": lambda i: (i + 1) % every > 0,
+    }.get(family, lambda i: window is not None and i >= first)
+    local = tuple(map(rule, range(n)))
+    names = raw.get("layer_types")
+    if names is not None:
+        names = names[:n] if isinstance(names, list) else []
+        if len(names) < n or not all(isinstance(name, str) and name in LOCAL for name in names):
+            raise InputError(f"layer_types must name sliding_attention or full_attention for {n} layers")
+        named = tuple(LOCAL[name] for name in names)
+        if named != local and (family == "mistral" or window is None):
+            raise InputError(f"layer_types and sliding_window of this {family} contradict each other")
+        local = named
+    return (window, local) if any(local) else (None, ())
 
 
-def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
-    """RoPE's base and scaling from `rope_theta` + `rope_scaling` (published files) or `rope_parameters` (newer)."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise InputError(f"rope_scaling {scaling!r} is not an object")
-    theta = raw.get("rope_theta") if scaling.get("rope_theta") is None else scaling["rope_theta"]
-    theta = 10000.0 if theta is None else theta  # Llama 2's first config.json has none; 10000 is its default
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
-        raise InputError(f"rope_theta {theta!r} is not a positive number")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+def _rope(raw: dict) -> tuple[float, RopeScaling | None, float | None]:
+    """RoPE's base, its scaling, and the base in local layers (None: the same), from any of the dialects: `rope_theta`
+    and `rope_scaling` (published files), one `rope_parameters` (newer), or one for each layer type (Gemma-3)."""
+    gemma3 = raw["model_type"] == "gemma3_text"
+    whole, local = raw.get("rope_parameters") or {}, {}
+    if isinstance(whole, dict) and whole.keys() & LOCAL.keys() and gemma3:
+        whole, local = whole.get("full_attention") or {}, whole.get("sliding_attention") or {}
+    whole = whole or raw.get("rope_scaling") or {}
+    for part in (whole, local):
+        if not isinstance(part, dict) or any(isinstance(value, dict) for value in part.values()):
+            raise InputError(f"rope_parameters or rope_scaling {part!r} is not what a {raw['model_type']} has")
+    if gemma3 and raw.get("rope_parameters") and not local:
+        raise InputError("rope_parameters lacks an object for 'sliding_attention' or for 'full_attention'")
+    # Llama 2's first config.json has no base; 10000 is its default.
+    theta = _first(whole.get("rope_theta"), raw.get("rope_theta"), 1e6 if gemma3 else 1e4)
+    local_theta = _first(local.get("rope_theta"), raw.get("rope_local_base_freq"), 1e4)
+    _positive(rope_theta=theta, rope_local_base_freq=local_theta)
+    if _scaling(local) is not None:
+        raise InputError("RoPE scaling in local layers is not supported")
+    return float(theta), _scaling(whole), float(local_theta) if gemma3 else None
+
+
+def _scaling(part: dict) -> RopeScaling | None:
+    kind = part.get("rope_type") or part.get("type") or "default"
     if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise InputError(f"RoPE scaling {kind!r} is not supported (only 'llama3', or none)")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for name in names:
-        if isinstance(scaling.get(name), bool) or not isinstance(scaling.get(name), (int, float)):
-            raise InputError(f"the 'llama3' RoPE scaling lacks a number for {name!r}")
-        if not 0 < scaling[name] < math.inf:
-            raise InputError(f"{name} {scaling[name]!r} of the RoPE scaling is not a positive number")
-    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        return None
+    if kind not in ("linear", "llama3"):
+        raise InputError(f"RoPE scaling {kind!r} is not supported (only 'llama3', 'linear', or none)")
+    names = ["factor"]
+    if kind == "llama3":
+        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    _positive(**{name: part.get(name) for name in names})
+    if kind == "llama3" and part["high_freq_factor"] <= part["low_freq_factor"]:
         raise InputError("high_freq_factor of the 'llama3' RoPE scaling must exceed its low_freq_factor")
-    return float(theta), RopeScaling(*(scaling[name] for name in names))
+    return RopeScaling(*(part[name] for name in names))
+
+
+def _first(*values):
+    return next(value for value in values if value is not None)
+
+
+def _positive(**values) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise InputError(f"{name} {value!r} of RoPE is not a positive number")

@@ -25,15 +25,15 @@ def refuse_pointer(path: str | Path) -> None:
 
 
 def run(main, ranks: bool = False) -> None:
-    """Call main(); turn what a user can mend into one line on stderr and exit code 2.
+    """Call main(); turn an error that a user can mend into one line on stderr and exit code 2.
 
-    ranks: whether the program knows what to do in several processes (run/parallel.py). Others refuse torchrun.
+    ranks: whether the program can run in several processes (backtrack/run/parallel.py). Others refuse torchrun.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ and not ranks:
         if os.environ["RANK"] == "0":
             print("error: this program runs in one process; start it without torchrun", file=sys.stderr)
         sys.exit(2)
-    # Whatever the locale, printing never fails: what stdout cannot hold becomes a question mark.
+    # Whatever the locale, printing never fails: a character that stdout cannot hold becomes a question mark.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -42,37 +42,37 @@ def run(main, ranks: bool = False) -> None:
     except BrokenPipeError:  # the reader went away (`| head`): not an error; keep Python from flushing again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason = (str(error).splitlines() or ["out of memory."])[0]
-        print(f"error: {reason} Lower the batch size or the lengths.", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # PyTorch's allocator on the CPU has no class of its own
-            reason = re.search(r"you tried to allocate \d+ bytes", str(error))
-            print(
-                f"error: out of memory{f' ({reason[0]})' if reason else ''}; lower the batch size or the lengths",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        inductor = sys.modules.get("torch._inductor.exc")  # loaded by --compile alone
-        if inductor is None or not isinstance(error, inductor.InductorError):
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        line = _what_to_mend(error)
+        if line is None:
             raise
-        reason = str(error).strip().splitlines()[0]
-        way_out = "it needs a working C++ compiler, or leave out --compile"
-        print(f"error: torch.compile failed: {reason}; {way_out}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def _what_to_mend(error: Exception) -> str | None:
+    """The line for an error that a user can mend; None for a bug."""
+    if isinstance(error, (InputError, OSError)):
+        return str(error)
+    text = str(error).strip()
+    # PyTorch's allocator on the CPU has no class of its own: it raises a RuntimeError.
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        size = re.search(r"[Tt]ried to allocate [\d.]+ \w+", text)
+        return f"out of memory{f' ({size[0].lower()})' if size else ''}; lower the batch size or the lengths"
+    inductor = sys.modules.get("torch._inductor.exc")  # loaded by --compile alone
+    if inductor is not None and isinstance(error, inductor.InductorError):
+        why = text.splitlines()[0]
+        return f"torch.compile failed: {why}; it needs a working C++ compiler, or leave out --compile"
+    return None
+
+
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """For argparse: the docstring as it is written, and every default that says something."""
+    """For argparse: prints the docstring as it is written, and every default that tells something."""
 
     def _get_help_string(self, action):
-        if action.default is False or action.default in (None, "", []):  # 0 says something
+        if action.default is False or action.default in (None, "", []):  # 0 is worth printing
             return action.help
         return super()._get_help_string(action)
 
@@ -92,7 +92,7 @@ MANY = 10**9  # more steps, rows or tokens than anybody has
 
 
 def between(low: float, high: float, kind: type = int, above: bool = False, zero: bool = False):
-    """A number from `low` (or above it) to `high`, or 0 if that means something else. NaN is in no range."""
+    """For argparse: a number from `low` to `high`. above: `low` itself is excluded; zero: 0 is allowed too."""
 
     def number(text: str):
         value = kind(text)

@@ -1,30 +1,25 @@
-"""Writing files so that a kill or a full disk at any moment leaves the old content or the new.
+"""Writing files so that a kill or a full disk at any moment leaves the old content or the new, never a mix.
 
-    with atomic_directory("runs/sft") as new: …       # a checkpoint, put in place as a whole
+    with atomic_directory("runs/sft") as new: …       # fill `new`; it then takes the place of runs/sft in one step
     write_text("…", "results/tables.md")
     write_tensors({"w": w}, new / "model.safetensors")
     with locked("runs/sft"): …                        # one process at a time writes there
-    try_save("runs/sft"); check_file("results.json")  # what is to be written later: does it work?
+    try_save("runs/sft"); check_file("results.json")  # before hours of work: will writing there succeed?
 
-Where a directory may not be exchanged (a mount, a volume, a parent that may not be written), its new content is built
-in a directory inside, and then moved up file by file. config.json goes first and comes last, so that a reader finds the
-old checkpoint, for a moment none, or the new one, never a mix; a kill in between is mended by finish_save.
-
-Where a file may not be replaced (the same, for files), it is written over in place: there a kill can leave half of it.
+The new content is built beside the old one, brought to the disk (fsync) and exchanged with it by one system call. A
+directory that is a mount cannot be exchanged: the error says to choose a directory inside it.
 """
 
 import contextlib
 import ctypes
 import errno
-import glob
-import hashlib
+import fcntl
 import json
 import os
 import shutil
 import socket
 import struct
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -32,23 +27,15 @@ import torch
 
 from model.errors import InputError
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None
-
 MARK = "config.json"  # a directory that has it is a checkpoint
-STATE = "optimizer.state"  # of a run that goes on: safetensors by another suffix, for servers read all *.safetensors
+STATE = "optimizer.state"  # of an unfinished run. Safetensors, but servers load every file with that suffix
 WEIGHTS = (".safetensors", ".safetensors.index.json", STATE)
-SAVE = ".save"  # inside the directory: a whole save, to be moved up
-OURS = (SAVE, ".lock", ".reference", "metrics.jsonl")  # names begin so that are no strangers in a directory of ours
-
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Write a text file atomically: the old content or the new, never half of it."""
+    """Write a text file atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = draft_of(path)
@@ -61,7 +48,7 @@ def write_text(text: str, path: str | Path) -> None:
 
 
 def check_file(path: str | Path) -> None:
-    """Raises now, before the work, what would go wrong with writing this file afterwards."""
+    """Raise now, before the work, the error that writing this file would raise afterwards."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a directory; name a file to write")
@@ -70,34 +57,17 @@ def check_file(path: str | Path) -> None:
 
 
 def draft_of(path: Path) -> Path:
-    """An empty file in which to write what is to become `path`: beside it, else where temporary files go."""
+    """An empty file beside `path`, to be filled and then put in its place."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not an ordinary file; name a file to write")
     draft = _beside(Path(os.path.realpath(path)), f"tmp-{os.getpid()}")
-    try:
-        draft.touch()
-    except OSError:
-        if not os.access(path, os.W_OK):
-            raise
-        fd, name = tempfile.mkstemp()
-        os.close(fd)
-        draft = Path(name)
+    draft.touch()
     return draft
 
 
 def put(draft: Path, path: Path) -> None:
-    """Let the draft take the place of `path`; where the file may not be replaced, write it over."""
-    try:
-        if path.exists() and not path.is_file():  # /dev/null, /dev/stdout
-            raise OSError(errno.EBUSY, "not an ordinary file")
-        os.replace(draft, os.path.realpath(path))
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EBUSY, errno.EACCES, errno.EPERM) or not path.exists():
-            raise
-        with open(draft, "rb") as source, open(path, "wb") as target:
-            shutil.copyfileobj(source, target)
-            target.flush()
-            with contextlib.suppress(OSError):  # a pipe has nothing to sync
-                os.fsync(target.fileno())
-        draft.unlink()
+    """Let the draft take the place of `path`, or of what `path` links to."""
+    os.replace(draft, os.path.realpath(path))
 
 
 # As the format calls them.
@@ -115,8 +85,8 @@ DTYPES = {
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, one tensor after another. A failure is an OSError that names the file.
 
-    A DTensor, of which every rank holds a slice, is gathered when its turn comes: so no more than one of them is ever
-    whole in memory. All ranks must do so, in the order of `tensors`, whose dtypes are then all alike.
+    A DTensor, of which every process holds a slice, is gathered when its turn comes, so that only one of them is ever
+    whole in memory. All processes must gather in the order of `tensors`, so the dtypes of DTensors must all be alike.
 
     The format (github.com/huggingface/safetensors): the header's length in 8 bytes, the header in JSON, the numbers.
     """
@@ -149,41 +119,42 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path):
-    """Yields an empty directory to fill; on success it takes the place of `path` in one step, on
-    error it vanishes.
+    """Yields an empty directory to fill; on success it takes the place of `path` in one step, on error it vanishes.
 
-    Files that the old directory holds beside its checkpoint (logs, notes) are carried over as hard
-    links, or copied where the file system has none.
+    What the old directory holds besides its checkpoint (logs, notes) is carried over. Raises InputError where that
+    directory holds no checkpoint, where it cannot be replaced, and while another process writes there.
     """
-    path = _resolved(path)
+    path = Path(path).resolve()
     if holds_strangers(path):
         raise InputError(f"{path}: holds files but no checkpoint; choose an empty or new directory")
-    _refuse_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    finish_save(path)
-    new, claim = _new_directory(path)
-    try:
+    with _directory_beside(path) as new:
         yield new
-        _fsync_tree(new)
-        if new.parent == path:
-            os.rename(new, path / SAVE)  # from here on the save counts
-            _fsync(path)
-            finish_save(path)
-        elif path.is_dir():
+        if path.is_dir():
             _carry_over(path, new)
-            _swap(new, path)
-            _fsync(path.parent)
-        else:
-            os.rename(new, path)
-            _fsync(path.parent)
-    finally:
-        os.close(claim)
-        shutil.rmtree(new, ignore_errors=True)  # after the swap this is the old directory
+        for root, _, names in os.walk(new):
+            for name in names:
+                _fsync(Path(root, name))
+            _fsync(Path(root))
+        with _refused_clearly(path):
+            if path.is_dir():
+                _swap(new, path)
+            else:
+                os.rename(new, path)
+        _fsync(path.parent)
 
 
-def _refuse_file(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: exists and is not a directory; choose another path")
+def try_save(path: str | Path) -> None:
+    """Go through the motions of a save with one small file, raise what would go wrong, and change nothing."""
+    path = Path(path).resolve()
+    with _directory_beside(path) as new:
+        write_tensors({"trial": torch.zeros(1)}, new / "trial.safetensors")
+        if path.is_dir():
+            with _refused_clearly(path):
+                try:
+                    os.rename(path, new)  # cannot succeed, for `new` is not empty; a mount fails with another error
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
 
 
 def holds_strangers(path: str | Path) -> bool:
@@ -191,143 +162,45 @@ def holds_strangers(path: str | Path) -> bool:
     path = Path(path)
     if not path.is_dir() or (path / MARK).exists() or (path / "metrics.jsonl").exists():
         return False
-    return not all(entry.name.startswith(OURS) for entry in path.iterdir())
-
-
-def try_save(path: str | Path) -> bool:
-    """Go through the motions of a save with one small file, and leave everything as it was.
-
-    Raises the OSError that the first save would raise, hours later. Returns whether saves replace the directory in one
-    step; False: they are built inside it.
-    """
-    path = _resolved(path)
-    _refuse_file(path)
-    missing = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        finish_save(path)
-        new, claim = _new_directory(path)
-        try:
-            write_tensors({"trial": torch.zeros(1)}, new / "trial.safetensors")
-            _fsync_tree(new)
-            if new.parent == path:
-                os.replace(new / "trial.safetensors", path / f"{SAVE}.trial")
-                (path / f"{SAVE}.trial").unlink()
-            else:
-                _carry_over(path, new)
-            return new.parent != path
-        finally:
-            os.close(claim)
-            shutil.rmtree(new, ignore_errors=True)
-    finally:
-        if missing:
-            path.rmdir()
-
-
-def finish_save(path: str | Path) -> None:
-    """Move up what a save inside `path` has built; also where a kill interrupted that. Else nothing happens."""
-    path = _resolved(path)
-    whole, moving = path / SAVE, path / f"{SAVE}.moving"
-    if whole.is_dir():
-        (path / MARK).unlink(missing_ok=True)  # no checkpoint from here on …
-        for old in path.iterdir():
-            if old.name.endswith(WEIGHTS):
-                old.unlink()
-        os.rename(whole, moving)
-    if moving.is_dir():
-        for entry in sorted(moving.iterdir(), key=lambda entry: entry.name == MARK):
-            if entry.is_dir():  # takes the place of an empty directory only
-                shutil.rmtree(path / entry.name, ignore_errors=True)
-            os.replace(entry, path / entry.name)  # … until here, when the last one is config.json
-            _fsync(path)
-        moving.rmdir()
-
-
-def is_half_moved(path: Path) -> bool:
-    """Whether a save inside `path` is being moved up, or was when it was killed: then it is no checkpoint."""
-    return not (path / MARK).exists() and any((path / name).is_dir() for name in (SAVE, f"{SAVE}.moving"))
-
-
-def kept_beside(path: str | Path, suffix: str) -> Path:
-    """Where to keep what is not to vanish with a checkpoint: PATH.suffix, or inside where saves are built inside."""
-    path = _resolved(path)
-    beside = path.with_name(f"{path.name}.{suffix}")
-    inside = len(os.fsencode(beside.name)) > 255 or (path.is_dir() and not _may_be_swapped(path))
-    return path / f".{suffix}" if inside else beside
+    return any(path.iterdir())
 
 
 def sweep(path: str | Path) -> None:
-    """Remove what saves to this directory left when they were killed. A save that is going on is let alone."""
-    path = _resolved(path)
-    pattern = glob.escape(_beside(path, "tmp-").name) + "*"
-    for leftover in [*path.parent.glob(pattern), *path.glob(f"{SAVE}.tmp-*")]:
-        claim = _claim(leftover)
-        if claim is not None:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(leftover)
-            os.close(claim)
-
-
-def _resolved(path: str | Path) -> Path:
-    return Path(os.path.abspath(path)).resolve()
+    """Remove what a killed save to this directory left. Call it where no save is going on: see locked."""
+    shutil.rmtree(_beside(Path(path).resolve(), "tmp"), ignore_errors=True)
 
 
 def _beside(path: Path, suffix: str) -> Path:
     """.NAME.suffix in the same directory."""
-    return path.with_name(f".{_short(path.name)}.{suffix}")
+    return path.with_name(f".{path.name}.{suffix}")
 
 
-def _short(name: str) -> str:
-    """A name may have 255 bytes: of one that has nearly as many, a digest."""
-    return name if len(os.fsencode(name)) < 220 else hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+@contextlib.contextmanager
+def _directory_beside(path: Path):
+    """An empty directory in which to build what is to replace `path`. It is locked, and removed in the end."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: exists and is not a directory; choose another path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        sweep(path)
+        new = _beside(path, "tmp")
+        with _refused_clearly(path):
+            new.mkdir()
+        try:
+            yield new
+        finally:
+            shutil.rmtree(new, ignore_errors=True)  # after a swap this is the old directory
 
 
-def _new_directory(path: Path) -> tuple[Path, int]:
-    """An empty directory to build in, claimed: beside `path` if it may take its place, else inside."""
-    sweep(path)
-    new = _beside(path, f"tmp-{os.getpid()}")
-    if not _may_be_swapped(path):
-        path.mkdir(parents=True, exist_ok=True)
-        new = path / f"{SAVE}.tmp-{os.getpid()}"
-    new.mkdir()
-    return new, _claim(new)
-
-
-def _may_be_swapped(path: Path) -> bool:
-    """Whether a directory beside `path` can take its place: tried out, without moving anything."""
-    probe = _beside(path, f"tmp-{os.getpid()}")
+@contextlib.contextmanager
+def _refused_clearly(path: Path):
     try:
-        probe.mkdir()
-    except OSError:  # a parent that may not be written
-        return False
-    try:
-        if not path.is_dir():
-            return True
-        (probe / "full").touch()
-        os.replace(path, probe)  # cannot succeed, since `probe` is not empty; that the error says so is what we ask
-        os.replace(probe, path)
-        return False
-    except OSError as error:  # others: a mount, a volume, a parent with a sticky bit
-        return error.errno in (errno.ENOTEMPTY, errno.EEXIST)
-    finally:
-        shutil.rmtree(probe, ignore_errors=True)
-
-
-def _claim(directory: Path) -> int | None:
-    """Lock a directory that is being built, until the file descriptor is closed; None if another process has it."""
-    try:
-        fd = os.open(directory, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        if fcntl is not None:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    except OSError:
-        pass  # a file system without locks
-    return fd
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM):
+            raise
+        why = f"cannot be replaced ({error.strerror}): it is a mount, or {path.parent} may not be written to"
+        raise InputError(f"{path}: {why}; choose a path inside it, such as {path / 'run'}") from None
 
 
 def _carry_over(old: Path, new: Path) -> None:
@@ -349,21 +222,19 @@ def _link(a: str | Path, b: str | Path) -> None:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Exchange two directories. One system call on Linux (renameat2) and macOS (renamex_np).
+    """Exchange two directories by one system call: renameat2 on Linux, renamex_np on macOS.
 
-    Where neither the system nor the file system offers it, two renames must do: killed between
-    them, the previous checkpoint is whole under `path`.old, and load_model says so.
+    Where the file system does not offer it (NFS), two renames must do: killed between them, the previous checkpoint is
+    whole under `path`.old, and load_model says so.
     """
-    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
-    a, b = os.fsencode(new), os.fsencode(path)
-    if sys.platform == "darwin" and libc.renamex_np(a, b, ctypes.c_uint(2)) == 0:  # RENAME_SWAP
+    libc, a, b = ctypes.CDLL(None, use_errno=True), os.fsencode(new), os.fsencode(path)
+    exchange = ctypes.c_uint(2)  # RENAME_EXCHANGE, RENAME_SWAP
+    at_cwd = -100
+    if sys.platform == "darwin" and libc.renamex_np(a, b, exchange) == 0:
         return
-    at_cwd, exchange = -100, ctypes.c_uint(2)  # AT_FDCWD, RENAME_EXCHANGE
     if hasattr(libc, "renameat2") and libc.renameat2(at_cwd, a, at_cwd, b, exchange) == 0:
         return
     old = path.with_name(path.name + ".old")
-    if len(os.fsencode(old.name)) > 255:
-        old = _beside(path, "old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(path, old)
     os.rename(new, path)
@@ -381,58 +252,48 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def _fsync_tree(directory: Path) -> None:
-    for root, _, names in os.walk(directory):
-        for name in names:
-            _fsync(Path(root, name))
-        _fsync(Path(root))
-
-
 # ── One process at a time ────────────────────────────────────────────────────────────────────────────────────────────
+
+HELD: set[Path] = set()  # what this process has locked: a run saves to its own directory
 
 
 @contextlib.contextmanager
 def locked(path: str | Path):
     """Keep other processes from writing to `path`, a directory or a file, while this block runs.
 
-    Raises InputError that says who holds it. The kernel lets go when a process ends, however it ends. A file system
-    without locks does not stop anybody.
+    Raises InputError that says who holds it. The kernel lets go when a process ends, however it ends. On a file system
+    without locks nobody is stopped.
     """
-    path = _resolved(path)
-    fd, file = _lock(path)
-    try:
+    path = Path(path).resolve()
+    if path in HELD:
         yield
-    finally:
-        if file is not None:  # while it is still ours
-            with contextlib.suppress(OSError):
-                file.unlink(missing_ok=True)
-        if fd is not None:
-            os.close(fd)
-
-
-def _lock(path: Path) -> tuple[int | None, Path | None]:
-    """(the file descriptor that holds the lock, the file that says who does)"""
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = (
-        path / ".lock" if path.is_dir() and not _may_be_swapped(path) else path.with_name(f".lock-{_short(path.name)}")
-    )
-    while fcntl is not None:
+    file = path.with_name(f".lock-{path.name}")
+    with _refused_clearly(path):
+        fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(fd, path, file)
+        HELD.add(path)
         try:
-            fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:
-            return None, None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            who = os.read(fd, 500).decode(errors="replace") or "another process"
-            os.close(fd)
-            raise InputError(f"{path}: {who} writes there; wait until it has ended, or choose another --out") from None
-        except OSError:
-            return fd, file
-        if file.exists() and os.path.samestat(os.stat(file), os.fstat(fd)):
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            os.truncate(fd, 0)
-            os.write(fd, f"process {os.getpid()} on {socket.gethostname()} (since {now})".encode())
-            return fd, file
-        os.close(fd)  # its last holder has just removed it
-    return None, None
+            yield
+        finally:
+            HELD.discard(path)
+            file.unlink(missing_ok=True)  # while it is still ours
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, path: Path, file: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = os.read(fd, 500).decode(errors="replace") or "another process"
+        raise InputError(f"{path}: {who} writes there; wait until it has ended, or choose another --out") from None
+    except OSError:
+        return
+    if not file.exists() or not os.path.samestat(os.stat(file), os.fstat(fd)):
+        raise InputError(f"{path}: another process has just finished writing there; start again")
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.truncate(fd, 0)
+    os.write(fd, f"process {os.getpid()} on {socket.gethostname()} (since {now})".encode())

@@ -1,7 +1,7 @@
 """A matrix product that decodes fast on a CPU; everywhere else it is torch's.
 
-Apart from the model because it is speed and nothing else: y = x·Wᵀ, whichever branch is taken (make
-bench).
+It stands apart from the model because it is about speed alone: y = x·Wᵀ + b, whichever branch is
+taken (make bench).
 """
 
 import torch
@@ -10,10 +10,10 @@ from torch import nn
 
 
 class Linear(nn.Linear):
-    """y = x·Wᵀ, no bias. x (…, in) -> (…, out)."""
+    """y = x·Wᵀ, plus a bias if asked for. x (…, in) -> (…, out)."""
 
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__(n_in, n_out, bias)
         # The most blocks that still hold 2^16 weights each.
         self.blocks = 1
         for blocks in (2, 4, 8, 16, 32):
@@ -23,10 +23,11 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         few_rows = x.numel() <= 32 * x.shape[-1]
         if self.blocks == 1 or x.device.type != "cpu" or not few_rows:
-            return F.linear(x, self.weight)
+            return F.linear(x, self.weight, self.bias)
         # The BLAS reads W with one thread when x has so few rows. Cut into blocks of outputs, as a
         # batch of products, W is read by all threads, up to twice as fast.
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         weight = self.weight.view(self.blocks, -1, x.shape[-1])  # (blocks, out / blocks, in)
         y = torch.bmm(rows.expand(self.blocks, -1, -1), weight.mT)  # (blocks, N, out / blocks)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias

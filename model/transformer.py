@@ -1,4 +1,4 @@
-"""The whole network: a decoder-only transformer, Llama (2, 3, 3.1, 3.2) or Gemma-2.
+"""The whole network: a decoder-only transformer of any family in config.py, from Llama to Gemma-3.
 
 Token ids become vectors; every block adds to them what its attention found in earlier positions and
 what its MLP made of that; the last norm and one matrix turn them into scores of the next token:
@@ -13,8 +13,8 @@ what its MLP made of that; the last norm and one matrix turn them into scores of
     logits = model(tokens, positions=…, visible=…, at=…)    # a tree of tokens: training
 
 Read from the top down: Transformer, Decoder, Block, Attention, MLP, RMSNorm, RoPE. Parameter names
-are Hugging Face's, so loading a checkpoint renames nothing. No dropout, no biases, no attention
-weights returned.
+are Hugging Face's, so loading a checkpoint renames nothing. No dropout, no attention weights
+returned.
 
 Shapes: B batch, T tokens of this call, S keys (cached and new), D model width (hidden_size), H
 query heads, K key/value heads, G = H / K query heads per key/value head, hd head_dim, V vocabulary.
@@ -88,8 +88,9 @@ class Transformer(nn.Module):
         """Weights to pretrain from: N(0, 0.02), output projections smaller by depth (GPT-2)."""
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.dim() == 1:  # the norms start as if they were not there
-                p.fill_(0.0 if self.config.norm_plus_one else 1.0)
+            if p.dim() == 1:  # norms and biases start as if they were not there
+                is_gain = not name.endswith(".bias") and not self.config.norm_plus_one
+                p.fill_(1.0 if is_gain else 0.0)
                 continue
             adds_to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
             depth = 2 * self.config.num_hidden_layers if adds_to_stream else 1
@@ -126,7 +127,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_plus_one)
         # A plain attribute, not a buffer: model.to(bfloat16) must not round the frequencies.
-        self.rope_freqs = rope_frequencies(config)  # (hd / 2,)
+        kinds = (False, True) if config.rope_local_theta else (False,)
+        self.rope_freqs = [rope_frequencies(config, local) for local in kinds]  # (hd / 2,) each
         # Gemma scales embeddings by sqrt(D) rounded to the model's dtype: in bf16 55.5 where
         # sqrt(3072) is 55.4256.
         self.embed_scale = {
@@ -151,10 +153,10 @@ class Decoder(nn.Module):
             positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
             if cache is not None:
                 positions = cache.lengths[:, None] + positions  # (B, T)
-        if self.rope_freqs.device != tokens.device:
-            self.rope_freqs = self.rope_freqs.to(tokens.device)
-        angles = positions[:, None, :, None] * self.rope_freqs  # (B or 1, 1, T, hd / 2)
-        rope = angles.cos(), angles.sin()
+        if self.rope_freqs[0].device != tokens.device:
+            self.rope_freqs = [freqs.to(tokens.device) for freqs in self.rope_freqs]
+        angles = [positions[:, None, :, None] * freqs for freqs in self.rope_freqs]
+        ropes = [(a.cos(), a.sin()) for a in angles]  # (B or 1, 1, T, hd / 2): global, then local
         mask, local_mask = self.masks(positions, visible, cache)
 
         x = self.embed_tokens(tokens)  # (B, T, D)
@@ -162,7 +164,8 @@ class Decoder(nn.Module):
             x = x * self.embed_scale[x.dtype]
         for i, layer in enumerate(self.layers):
             is_local = bool(self.config.local_layers) and self.config.local_layers[i]
-            x = layer(x, rope, local_mask if is_local else mask, positions, cache)
+            context = (ropes[-1], local_mask) if is_local else (ropes[0], mask)
+            x = layer(x, *context, positions, cache)
         if cache is not None:
             cache.grow(T)
         return self.norm(x)
@@ -175,19 +178,19 @@ class Decoder(nn.Module):
         means plain causal attention, which needs no mask.
         """
         config = self.config
+        S = positions.shape[-1] if cache is None else cache.visible
+        shows_all = not config.local_layers or config.sliding_window >= S  # the window does
         plain = visible is None and cache is None
-        if plain and not config.local_layers and config.attn_logit_softcapping is None:
+        if plain and shows_all and config.attn_logit_softcapping is None:
             return None, None
         dtype = self.embed_tokens.weight.dtype
         position = positions[:, None, :, None]  # (B or 1, 1, T, 1)
-        key = positions  # where the keys stand, (B or 1, S)
-        if cache is not None:
-            key = torch.arange(cache.visible, device=positions.device)[None]
-        key = key[:, None, None, :]  # (B or 1, 1, 1, S)
+        key = positions if cache is None else torch.arange(S, device=positions.device)[None]
+        key = key[:, None, None, :]  # where the keys stand, (B or 1, 1, 1, S)
 
         blocked = key > position if visible is None else ~visible[:, None]
         mask = as_mask(blocked, dtype)
-        if not config.local_layers or key.shape[-1] <= config.sliding_window:
+        if shows_all:
             return mask, mask
         too_far = key <= position - config.sliding_window
         return mask, as_mask(blocked | too_far, dtype)
@@ -200,7 +203,7 @@ def as_mask(blocked: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); Gemma-2 also norms what it is about to add."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); Gemma also norms what it is about to add."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -210,7 +213,7 @@ class Block(nn.Module):
 
         self.input_layernorm = norm()
         self.self_attn = Attention(config, layer)
-        # The same name in both families, in different places: see forward.
+        # One name in all families, in Gemma in another place: see add.
         self.post_attention_layernorm = norm()
         self.mlp = MLP(config)
         self.post_norms = config.post_norms
@@ -229,7 +232,7 @@ class Block(nn.Module):
 
     def add(self, x, *context) -> torch.Tensor:
         attended = self.self_attn(self.input_layernorm(x), *context)
-        if self.post_norms:  # Gemma-2
+        if self.post_norms:  # Gemma
             x = x + self.post_attention_layernorm(attended)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         x = x + attended
@@ -244,18 +247,25 @@ class Attention(nn.Module):
         D, hd = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, H, K, hd
-        self.q_proj = Linear(D, H * hd)
-        self.k_proj = Linear(D, K * hd)
-        self.v_proj = Linear(D, K * hd)
+        self.q_proj = Linear(D, H * hd, config.qkv_bias)
+        self.k_proj = Linear(D, K * hd, config.qkv_bias)
+        self.v_proj = Linear(D, K * hd, config.qkv_bias)
         self.o_proj = Linear(H * hd, D)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:  # of every head's queries and keys
+            self.q_norm = RMSNorm(hd, config.rms_norm_eps, config.norm_plus_one)
+            self.k_norm = RMSNorm(hd, config.rms_norm_eps, config.norm_plus_one)
         self.scale = (config.query_pre_attn_scalar or hd) ** -0.5
         self.cap = config.attn_logit_softcapping
 
     def forward(self, x, rope, mask, positions, cache: KVCache | None) -> torch.Tensor:
         B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, hd)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, hd)
+        if self.qk_norm:  # Qwen3, Gemma-3
+            q, k = self.q_norm(q), self.k_norm(k)
         # Queries and keys are rotated alike, so in one go.
-        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)  # (B, T, (H + K)·hd)
-        qk = qk.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + K, T, hd)
+        qk = torch.cat((q, k), dim=2).transpose(1, 2)  # (B, H + K, T, hd)
         q, k = rotate(qk, *rope).split((self.heads, self.kv_heads), dim=1)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
         if cache is not None:
@@ -341,15 +351,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return turned.type_as(x)
 
 
-def rope_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Angle per position of each of the hd/2 pairs: theta^(-2i/hd) fp32, Llama-3.1-scaled."""
+def rope_frequencies(config: ModelConfig, local: bool = False) -> torch.Tensor:
+    """Angle per position of each of the hd/2 pairs: theta^(-2i/hd), fp32. local: Gemma-3's own."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-    freqs = 1.0 / config.rope_theta ** (exponent / config.head_dim)
-    if config.rope_scaling is None:
+    theta = config.rope_local_theta if local else config.rope_theta
+    freqs, s = 1.0 / theta ** (exponent / config.head_dim), config.rope_scaling
+    if local or s is None:
         return freqs
+    if s.low_freq_factor is None:  # linear: as if positions lay closer together
+        return freqs / s.factor
     # Turns longer than the context of pretraining are slowed by `factor`, short ones are left
     # alone, and in between the two are blended (github.com/meta-llama/llama-models, apply_scaling).
-    s = config.rope_scaling
     turns = s.original_max_position_embeddings * freqs / (2 * math.pi)  # within that context
     blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)

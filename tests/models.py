@@ -10,7 +10,7 @@ import torch
 
 from model import ModelConfig, Transformer
 
-# config.json of either family, with what makes it different in little: grouped queries; softcaps that bend, a window
+# config.json of each family, with what makes it different in little: grouped queries; softcaps that bend, a window
 # shorter than most sequences, in every other layer.
 LLAMA = {
     "model_type": "llama",
@@ -35,7 +35,19 @@ GEMMA = LLAMA | {
     "final_logit_softcapping": 10.0,
     "sliding_window": 6,
 }
-FAMILIES = {"llama": LLAMA, "gemma": GEMMA}
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 6}
+QWEN2 = LLAMA | {"model_type": "qwen2"}
+QWEN3 = LLAMA | {"model_type": "qwen3"}
+GEMMA3 = GEMMA | {
+    "model_type": "gemma3_text",
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "sliding_window_pattern": 2,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+}
+FAMILIES = {"llama": LLAMA, "gemma": GEMMA}  # what most tests run on: between them they take every path
+OTHERS = {"mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gemma3": GEMMA3}
 
 
 def network_of(fields: dict, seed=1, scale=0.3, mean=0.0, **changes) -> Transformer:

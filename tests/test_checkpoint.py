@@ -6,7 +6,6 @@ The oracles are transformers' own reader and writer, the safetensors package, an
 import contextlib
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -14,20 +13,18 @@ import stat
 import struct
 import subprocess
 import sys
-import time
 from base64 import b64encode
 from pathlib import Path
 
 import models
 import pytest
 import torch
-from command import at_every_line
+from command import at_every_line, command
 from models import network_of
 from safetensors.torch import load_file, save_file
 
 import sample
-from model import InputError, ModelConfig, Transformer, checkpoint, files, load_model, load_tokenizer, save_model
-from model.errors import run
+from model import InputError, ModelConfig, checkpoint, files, load_model, load_tokenizer, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = "model.safetensors.index.json"
@@ -110,8 +107,7 @@ def write_tokenizer(directory):
 # ── There and back ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, dtype", zip(KINDS, [*DTYPES, torch.bfloat16], strict=True), ids=str)
 @torch.no_grad()
 def test_round_trip_with_transformers_is_bit_exact(tmp_path, kind, dtype):
     theirs = write_transformers(tmp_path / "theirs", KINDS[kind], dtype)
@@ -122,7 +118,8 @@ def test_round_trip_with_transformers_is_bit_exact(tmp_path, kind, dtype):
     assert {t.dtype for t in stored.values()} == {dtype}
     assert same_tensors(stored, tensors_of(tmp_path / "ours"))
     again = read_transformers(tmp_path / "ours", dtype)
-    assert again.dtype == dtype and torch.equal(again(TOKENS).logits, theirs(TOKENS).logits)
+    assert again.dtype == dtype == read_transformers(tmp_path / "ours", "auto").dtype
+    assert torch.equal(again(TOKENS).logits, theirs(TOKENS).logits)
     # transformers writes what it has read of ours: still the same bits, and ours to read.
     again.save_pretrained(tmp_path / "again")
     assert same_tensors(stored, tensors_of(tmp_path / "again"))
@@ -131,15 +128,9 @@ def test_round_trip_with_transformers_is_bit_exact(tmp_path, kind, dtype):
     assert torch.equal(last(TOKENS), ours(TOKENS))
 
 
-def test_transformers_picks_up_the_dtype_we_wrote(tmp_path):
-    save_model(random_model(dtype=torch.bfloat16), tmp_path / "a")
-    assert read_transformers(tmp_path / "a", "auto").dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("kind", ["llama-tied", "gemma2"])
-def test_tied_head_in_the_file_or_not(tmp_path, kind):
+def test_tied_head_in_the_file_or_not(tmp_path):
     """Some writers store the tied head a second time. It is the embedding all the same, and we write it once."""
-    write_transformers(tmp_path / "without", KINDS[kind], torch.bfloat16)
+    write_transformers(tmp_path / "without", GEMMA, torch.bfloat16)
     shutil.copytree(tmp_path / "without", tmp_path / "with")
     tensors = tensors_of(tmp_path / "without")
     assert "lm_head.weight" not in tensors
@@ -154,20 +145,12 @@ def test_tied_head_in_the_file_or_not(tmp_path, kind):
 
 
 @torch.no_grad()
-def test_shards_of_transformers(tmp_path):
-    theirs = write_transformers(tmp_path / "theirs", GEMMA, torch.float32, max_shard_size="6KB")
-    assert len(list((tmp_path / "theirs").glob("model-*-of-*.safetensors"))) > 3
-    ours = load_model(tmp_path / "theirs")
-    assert all(torch.equal(p, dict(theirs.named_parameters())[n]) for n, p in ours.named_parameters())
-    save_model(ours, tmp_path / "ours")
-    assert [f.name for f in (tmp_path / "ours").glob("*.safetensors*")] == ["model.safetensors"]
-    assert same_tensors(tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "ours"))
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-@torch.no_grad()
-def test_our_shards(tmp_path, kind):
-    model, limit = random_model(KINDS[kind], dtype=torch.bfloat16), 3000
+def test_shards(tmp_path):
+    """Those of transformers are read, ours are read by it."""
+    theirs = write_transformers(tmp_path / "theirs", GEMMA, torch.bfloat16, max_shard_size="6KB")
+    assert len(list((tmp_path / "theirs").glob("model-*-of-*.safetensors"))) > 2
+    model, limit = load_model(tmp_path / "theirs", dtype=torch.bfloat16), 3000
+    assert all(torch.equal(p, dict(theirs.named_parameters())[n]) for n, p in model.named_parameters())
     save_model(model, tmp_path / "a", shard_bytes=limit)
     index = json.loads((tmp_path / "a" / INDEX).read_text())
     shards = sorted(set(index["weight_map"].values()))
@@ -192,7 +175,7 @@ def test_our_shards(tmp_path, kind):
 
 def test_no_stale_shard_survives_a_save(tmp_path):
     """From many shards to one file, to few shards: transformers would prefer a leftover index or single file."""
-    for seed, (limit, count) in enumerate([(6000, None), (10**9, 1), (40_000, None), (6000, None)]):
+    for seed, (limit, count) in enumerate([(6000, None), (10**9, 1), (40_000, None)]):
         model = random_model(seed=seed)
         save_model(model, tmp_path / "a", shard_bytes=limit)
         names = {f.name for f in (tmp_path / "a").iterdir()}
@@ -204,9 +187,8 @@ def test_no_stale_shard_survives_a_save(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["llama-3.1", "gemma2"])
-def test_unknown_keys_of_config_json_survive(tmp_path, kind):
-    write_transformers(tmp_path / "a", KINDS[kind], torch.float32)
+def test_unknown_keys_of_config_json_survive(tmp_path):
+    write_transformers(tmp_path / "a", GEMMA, torch.float32)
     file = tmp_path / "a" / "config.json"
     raw = json.loads(file.read_text()) | {
         "x_notes": {"deep": [1, None, "ü"]},
@@ -246,8 +228,8 @@ def test_tokenizer_goes_with_the_model(tmp_path):
     assert load_tokenizer(tmp_path / "a").encode("Größe") == tok.encode("Größe")
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
-def test_permissions_follow_the_umask(tmp_path, umask):
+def test_permissions_follow_the_umask(tmp_path):
+    umask = 0o027
     before = os.umask(umask)
     try:
         save_model(random_model(), tmp_path / "a", shard_bytes=20_000)
@@ -259,12 +241,11 @@ def test_permissions_follow_the_umask(tmp_path, umask):
         assert stat.S_IMODE(entry.stat().st_mode) == (0o777 if entry.is_dir() else 0o666) & ~umask, entry
 
 
-@pytest.mark.parametrize("chunk", [64, checkpoint.CHUNK_BYTES])
 @pytest.mark.parametrize("asked", DTYPES, ids=str)
-@pytest.mark.parametrize("stored", [*DTYPES, torch.float64], ids=str)
-def test_conversion_on_load_is_that_of_torch(tmp_path, monkeypatch, stored, asked, chunk):
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64], ids=str)
+def test_conversion_on_load_is_that_of_torch(tmp_path, monkeypatch, stored, asked):
     """Also when a tensor is read in many pieces."""
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 64)
     save_model(random_model(LLAMA | dict(vocab_size=20)), tmp_path)
     generator = torch.Generator().manual_seed(0)
     tensors = tensors_of(tmp_path)
@@ -293,7 +274,7 @@ def edit_tensors(directory, edit, file="model.safetensors"):
 def cut(directory, keep, file="model.safetensors"):
     data = (directory / file).read_bytes()
     header = 8 + struct.unpack("<Q", data[:8])[0]
-    sizes = dict(nothing=0, length=5, header=header // 2, headed=header, data=(header + len(data)) // 2)
+    sizes = dict(nothing=0, header=header // 2, data=(header + len(data)) // 2)
     (directory / file).write_bytes(data[: sizes.get(keep, len(data) - 1)])
 
 
@@ -336,42 +317,30 @@ BROKEN = {
     "not a directory": (shutil.rmtree, ["broken"]),
     "no config": (lambda d: (d / "config.json").unlink(), ["config.json"]),
     "config not JSON": (lambda d: (d / "config.json").write_text("{'a': 1}"), ["config.json"]),
-    "config cut": (lambda d: (d / "config.json").write_text('{"model_type": "lla'), ["config.json"]),
-    "config empty": (lambda d: (d / "config.json").write_text(""), ["config.json"]),
     "config not UTF-8": (lambda d: (d / "config.json").write_bytes(b'{"a": "\xff"}'), ["config.json"]),
-    "config nested": (lambda d: (d / "config.json").write_text("[" * 100_000), ["config.json"]),
     "config a list": (lambda d: (d / "config.json").write_text("[1]"), ["config.json"]),
-    "architecture": (lambda d: edit_config(d, model_type="mistral"), ["config.json", "mistral"]),
+    "architecture": (lambda d: edit_config(d, model_type="mixtral"), ["config.json", "mixtral"]),
     "quantized config": (lambda d: edit_config(d, quantization_config={"bits": 4}), ["config.json", "quantiz"]),
     "only bin": (rename_to_bin, ["broken", "*.bin", "safetensors"]),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), ["broken", WEIGHTS]),
-    **{f"cut: {keep}": (lambda d, keep=keep: cut(d, keep), [WEIGHTS]) for keep in ("nothing", "length", "header")},
-    **{f"cut: {keep}": (lambda d, keep=keep: cut(d, keep), [WEIGHTS]) for keep in ("headed", "data", "last")},
+    **{f"cut: {at}": (lambda d, at=at: cut(d, at), [WEIGHTS]) for at in ("nothing", "header", "data", "last")},
     "no safetensors": (lambda d: (d / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), [WEIGHTS]),
     "shape": (set_tensor(torch.zeros(25, 16)), [WEIGHTS, GATE, "25", "24"]),
-    "transposed": (set_tensor(torch.zeros(16, 24)), [WEIGHTS, GATE]),
-    "flat": (set_tensor(torch.zeros(24 * 16)), [WEIGHTS, GATE]),
     "scalar": (set_tensor(torch.zeros(())), [WEIGHTS, GATE]),
     "int8": (set_tensor(torch.zeros(24, 16, dtype=torch.int8)), [WEIGHTS, GATE, "I8"]),
-    "uint8": (set_tensor(torch.zeros(24, 16, dtype=torch.uint8)), [WEIGHTS, GATE, "U8"]),
-    "packed": (set_tensor(torch.zeros(24, 8, dtype=torch.uint8)), [WEIGHTS, GATE]),
-    "float8": (set_tensor(torch.zeros(24, 16).to(torch.float8_e4m3fn)), [WEIGHTS, GATE, "F8_E4M3"]),
     "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(GATE)), ["broken", GATE]),
     "extra tensor": (
         lambda d: edit_tensors(d, lambda t: t.update({"model.layers.2.mlp.up_proj.bias": torch.zeros(24)})),
         [WEIGHTS, "model.layers.2.mlp.up_proj.bias"],
     ),
-    "no head": (lambda d: edit_tensors(d, lambda t: t.pop("lm_head.weight")), ["lm_head.weight"]),
+    "another family": (lambda d: edit_config(d, model_type="qwen3"), ["broken", "q_norm", "config.json"]),
     "fewer layers": (lambda d: edit_config(d, num_hidden_layers=1), [WEIGHTS, "model.layers.1."]),
     "more layers": (lambda d: edit_config(d, num_hidden_layers=3), ["broken", "model.layers.2."]),
-    "other vocabulary": (lambda d: edit_config(d, vocab_size=V + 1), [WEIGHTS, str(V + 1)]),
     "missing shard": (sharded(SHARD, lambda d, name: (d / name).unlink()), [SHARD]),
     "shard cut": (sharded(SHARD, lambda d, name: cut(d, "data", name)), [SHARD]),
     "misplaced tensor": (misplace, ["model-00001-of-00006.safetensors", "model.norm.weight"]),
     "index not JSON": (sharded(INDEX, lambda d, name: (d / name).write_text("{")), [INDEX]),
-    "index nested": (sharded(INDEX, lambda d, name: (d / name).write_text("[" * 100_000)), [INDEX]),
     "index without map": (sharded(INDEX, lambda d, name: (d / name).write_text('{"metadata": {}}')), [INDEX]),
-    "index not a map": (sharded(INDEX, lambda d, name: (d / name).write_text('{"weight_map": {"a": [1]}}')), [INDEX]),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), ["broken", "tokenizer"]),
 }
 
@@ -382,73 +351,31 @@ def good(tmp_path_factory):
     directory = tmp_path_factory.mktemp("good")
     write_tokenizer(directory)
     save_model(random_model(), directory / "ckpt", tokenizer=load_tokenizer(directory))
+    assert sampled(directory / "ckpt")[0].strip("\n")
     return directory / "ckpt"
 
 
-def in_process(argv, monkeypatch, capsys):
-    """sample.py as its __main__ block runs it: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
-    code = 0
-    try:
-        run(sample.main)
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
-
-
-ASK = ["--prompt", "x", "--device", "cpu", "--max-new-tokens", "4"]
+def sampled(directory, code=0):
+    """(stdout, stderr)"""
+    words = ["--prompt", "x", "--device", "cpu", "--max-new-tokens", "4"]
+    return command(sample.main, "--ckpt", directory, *words, code=code)
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_broken_checkpoints_end_in_one_line(good, tmp_path, monkeypatch, capsys, what):
+def test_broken_checkpoints_end_in_one_line(good, tmp_path, what):
     """InputError naming the file and the tensor; and from sample.py exit code 2 with that one line."""
     directory = tmp_path / "broken"
     shutil.copytree(good, directory)
-    code, out, err = in_process(["--ckpt", directory, *ASK], monkeypatch, capsys)
-    assert (code, err) == (0, "") and out.strip("\n")
     breaks, names = BROKEN[what]
     breaks(directory)
     with pytest.raises(InputError) as error:
         load_tokenizer(directory)
         load_model(directory)
     assert all(name in str(error.value) for name in names), error.value
-    code, out, err = in_process(["--ckpt", directory, *ASK], monkeypatch, capsys)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+    out, err = sampled(directory, code=2)
+    assert out == "" and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
     assert all(name in err for name in names)
     assert str(directory) in err
-
-
-@pytest.mark.parametrize("what", ["shard cut", "no tokenizer"])
-def test_sample_py_says_it_in_one_line(good, tmp_path, what):
-    """The same from a shell: no traceback, no warning beside it."""
-    directory = tmp_path / "broken"
-    shutil.copytree(good, directory)
-    breaks, names = BROKEN[what]
-    breaks(directory)
-    command = [sys.executable, ROOT / "sample.py", "--ckpt", directory, "--prompt", "x", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert all(name in done.stderr for name in names)
-
-
-NEEDED = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-NEEDED += ["max_position_embeddings", "rms_norm_eps"]
-GEMMA_NEEDED = [*NEEDED, "head_dim", "query_pre_attn_scalar", "sliding_window"]
-
-
-@pytest.mark.parametrize(
-    "fields, field", [(LLAMA, n) for n in NEEDED] + [(GEMMA, n) for n in GEMMA_NEEDED], ids=lambda x: str(x)[16:40]
-)
-def test_every_needed_field_of_config_json(tmp_path, fields, field):
-    save_model(random_model(fields), tmp_path)
-    load_model(tmp_path)
-    edit_config(tmp_path, drop=[field])
-    with pytest.raises(InputError) as error:
-        load_model(tmp_path)
-    message = str(error.value)
-    assert message.startswith(str(tmp_path / "config.json")) and field in message and "\n" not in message
 
 
 def test_rotary_tables_of_early_llama_files_are_no_extra_tensors(tmp_path):
@@ -456,6 +383,28 @@ def test_rotary_tables_of_early_llama_files_are_no_extra_tensors(tmp_path):
     table = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(tmp_path, lambda t: t.update({table: torch.ones(3)}))
     assert table not in dict(load_model(tmp_path).named_parameters())
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_that_sees_images(tmp_path, prefix):
+    """Named as transformers 4 and 5 do, with a config that leaves out its defaults."""
+    model = network_of(models.GEMMA3, head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256)
+    save_model(model, tmp_path)
+    edit_tensors(tmp_path, lambda t: [t.update({name.replace("model.", prefix, 1): t.pop(name)}) for name in list(t)])
+    edit_tensors(tmp_path, lambda t: t.update({"vision_tower.embeddings.weight": torch.zeros(3)}))
+    text = json.loads((tmp_path / "config.json").read_text())
+    for name in ("head_dim", "rms_norm_eps", "query_pre_attn_scalar", "model_type", "tie_word_embeddings"):
+        del text[name]
+    raw = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 8}, "eos_token_id": [1, 106]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"vision_tower.* delete 'vision_config' from"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"vision_config": None}))
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config and torch.equal(loaded(TOKENS), model(TOKENS))
+    written = loaded.config.to_hf()
+    assert written["model_type"] == "gemma3_text" and written["eos_token_id"] == [1, 106]
+    assert "vision_config" not in written and "text_config" not in written
 
 
 # ── Saves that fail, and saves that are killed ───────────────────────────────────────────────────────────────────────
@@ -562,35 +511,7 @@ def test_at_any_line_the_directory_is_old_or_new(tmp_path, unsynced, new):
         with forked(lambda n=n: killed_at_line(n, lambda: runs.save(new))) as pid:
             assert ended(pid) == -signal.SIGKILL
         assert runs.what_is_there() == (new if n >= turn else 1 - new)
-        assert bool(runs.leftovers()) == (n > 0)
-
-
-def test_killed_at_random_moments_the_directory_is_old_or_new(tmp_path, unsynced):
-    """Saving A and B in turn as fast as it goes, killed 12 times: also inside the writing of tensors.
-
-    On a slow machine more often and later, until both have been found.
-    """
-    runs, rng, seen, kills = Alternating(tmp_path), random.Random(1), set(), 0
-
-    def for_ever():
-        while True:
-            runs.save(0)
-            runs.save(1)
-
-    while kills < 12 or len(seen) < 2:
-        with forked(for_ever) as pid:
-            time.sleep(rng.uniform(0.02, 0.2) * max(1, kills / 12))
-            os.kill(pid, signal.SIGKILL)
-            assert ended(pid) == -signal.SIGKILL
-        kills += 1
-        which = runs.what_is_there()
-        seen.add(which)
-        loaded = load_model(runs.path)
-        expected = runs.models[which].parameters()
-        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected, strict=True))
-        assert len(runs.leftovers()) <= 1  # every save swept what the kill before it had left
-    runs.save(0)
-    assert runs.leftovers() == []
+        assert bool(runs.leftovers()) == (0 < n < len(seen) - 1)
 
 
 def test_the_first_save_leaves_all_or_nothing(tmp_path, unsynced):
@@ -606,13 +527,12 @@ def test_the_first_save_leaves_all_or_nothing(tmp_path, unsynced):
     shutil.rmtree(path)
     with forked(lambda: killed_at_line(turn - 1, save)) as pid:
         assert ended(pid) == -signal.SIGKILL
-    assert not path.exists() and len(list(tmp_path.iterdir())) == 1
+    assert not path.exists() and {f.name for f in tmp_path.iterdir()} == {".ckpt.tmp", ".lock-ckpt"}
     save()
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("existing", [True, False])
-@pytest.mark.parametrize("limit", [100, 5_000, 30_000])
+@pytest.mark.parametrize("existing, limit", [(True, 100), (True, 5_000), (False, 30_000)])
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, existing, limit):
     """Simulated by a limit on file sizes, met in config.json, in a shard, in the one large file."""
     path = tmp_path / "ckpt"
@@ -633,22 +553,20 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, existing, limit):
     assert snapshot(path) != before and (path / "tokenizer.model").read_text() == "B"
 
 
-@pytest.mark.parametrize("error", [OSError("full"), RuntimeError("bug"), KeyboardInterrupt()], ids=repr)
-def test_a_save_that_raises_leaves_the_old_checkpoint(tmp_path, error):
-    path = tmp_path / "ckpt"
-    save_model(random_model(seed=1), path, Tokenizer("A"))
+def test_a_save_that_raises_leaves_the_old_checkpoint(tmp_path):
+    save_model(random_model(seed=1), tmp_path / "ckpt", Tokenizer("A"))
     before = snapshot(tmp_path)
-    with pytest.raises(type(error)):
-        save_model(random_model(seed=2), path, Tokenizer("B", error))
-    assert snapshot(tmp_path) == before and [f.name for f in tmp_path.iterdir()] == ["ckpt"]
-    with pytest.raises(type(error)):
-        save_model(random_model(seed=2), tmp_path / "other", Tokenizer("B", error))
+    for name in ("ckpt", "other"):
+        with pytest.raises(KeyboardInterrupt):
+            save_model(random_model(seed=2), tmp_path / name, Tokenizer("B", KeyboardInterrupt()))
+        assert snapshot(tmp_path) == before
     assert [f.name for f in tmp_path.iterdir()] == ["ckpt"]
 
 
 def test_without_an_atomic_exchange_load_model_says_where_the_old_one_is(tmp_path, monkeypatch):
-    """Where the system offers none (NFS, Windows) two renames must do; killed between them, the old one is at hand."""
-    monkeypatch.setattr(files.os, "name", "other")
+    """Where the file system offers none (NFS) two renames must do; killed between them, the old one is at hand."""
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *a, **k: object())
+    monkeypatch.setattr(files.sys, "platform", "other")
     path = tmp_path / "ckpt"
     for seed in (1, 2):
         save_model(random_model(seed=seed), path)
@@ -701,71 +619,34 @@ def test_other_files_stay_and_symlinks_lead_on(tmp_path):
     assert [f.name for f in real.parent.iterdir()] == ["ckpt"]
 
 
-def test_leftovers_are_swept_and_neighbours_are_not(tmp_path):
-    """A name that is a pattern must not sweep its neighbours' saves."""
-    for name in (".run.tmp-1", ".run[1].tmp-1", ".run1.tmp-1", ".runs.tmp-1"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "half").write_text("x")
-    save_model(random_model(), tmp_path / "run[1]")
-    assert {f.name for f in tmp_path.iterdir()} == {".run.tmp-1", ".run1.tmp-1", ".runs.tmp-1", "run[1]"}
-    save_model(random_model(), tmp_path / "run")
-    assert {f.name for f in tmp_path.iterdir()} == {".run1.tmp-1", ".runs.tmp-1", "run[1]", "run"}
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_text_files_are_written_atomically(tmp_path, old, monkeypatch):
-    file = tmp_path / "deep" / "a.json"
-    if old:
-        files.write_text("old", file)
-    monkeypatch.setattr(files, "_fsync", lambda path: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError):
-        files.write_text("new", file)
-    assert file.exists() == old and (not old or file.read_text() == "old")
-    monkeypatch.undo()
-    files.write_text("new ü", file)
-    assert file.read_bytes() == "new ü".encode()
-
-
 # ── The digest ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_digest_is_that_of_weights_and_config(tmp_path):
     """One bit of either changes it; what else lies in the directory, and where that is, does not."""
-    save_model(random_model(), tmp_path / "a")
+    save_model(random_model(), tmp_path / "a", shard_bytes=30_000)
+    shards = sorted(file.name for file in (tmp_path / "a").glob("model-*.safetensors"))
     digest = checkpoint.weights_digest(tmp_path / "a")
     assert len(digest) == 16 and int(digest, 16) >= 0
     assert checkpoint.weights_digest(str(tmp_path / "a")) == digest
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert checkpoint.weights_digest(tmp_path / "b") == digest
     write_tokenizer(tmp_path / "b")
-    names = ["optimizer.state", "training.json", "training_state.safetensors", "metrics.jsonl"]
+    names = ["optimizer.state", "training.json", "metrics.jsonl"]
     for name in (*names, "tokenizer_config.json", "generation_config.json"):
         (tmp_path / "b" / name).write_bytes(b"{}")
     assert checkpoint.weights_digest(tmp_path / "b") == digest
     seen = {digest}
-    for name in ("model.safetensors", "config.json"):
+    for name in (*shards, "config.json"):
         file = tmp_path / "b" / name
         whole = file.read_bytes()
         for place in (0, len(whole) // 2, len(whole) - 1):
             file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
             seen.add(checkpoint.weights_digest(tmp_path / "b"))
         file.write_bytes(whole)
-    assert len(seen) == 7 and checkpoint.weights_digest(tmp_path / "b") == digest
+    assert len(seen) == 1 + 3 * (len(shards) + 1) > 7 and checkpoint.weights_digest(tmp_path / "b") == digest
     save_model(random_model(seed=1), tmp_path / "c")
     assert checkpoint.weights_digest(tmp_path / "c") not in seen
-
-
-def test_digest_reads_every_shard(tmp_path):
-    save_model(random_model(), tmp_path / "a", shard_bytes=8_000)
-    shards = sorted((tmp_path / "a").glob("model-*.safetensors"))
-    assert len(shards) > 2
-    seen = {checkpoint.weights_digest(tmp_path / "a")}
-    for shard in shards:
-        whole = shard.read_bytes()
-        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        seen.add(checkpoint.weights_digest(tmp_path / "a"))
-        shard.write_bytes(whole)
-    assert len(seen) == len(shards) + 1
 
 
 # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -794,22 +675,15 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
+@pytest.fixture
+def large(tmp_path):
     """200 MB of bf16 in shards, and a small one of its kind."""
-    root = tmp_path_factory.mktemp("large")
     fields = LLAMA | dict(hidden_size=1024, num_attention_heads=8, head_dim=128, vocab_size=24_000)
     for name, changes in (("small", dict(vocab_size=10)), ("large", dict(intermediate_size=6000, num_hidden_layers=2))):
-        with torch.device("meta"):
-            model = Transformer(ModelConfig.from_hf(fields | changes)).to(torch.bfloat16)
-        model = model.to_empty(device="cpu")
-        with torch.no_grad():
-            for i, p in enumerate(model.parameters()):
-                p.fill_(i)
-        save_model(model, root / name, shard_bytes=60_000_000)
-    assert len(list((root / "large").glob("*.safetensors"))) > 2
-    yield root
-    shutil.rmtree(root)
+        model = network_of(fields | changes).to(torch.bfloat16)
+        save_model(model, tmp_path / name, shard_bytes=60_000_000)
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 def can_reset_peak():
@@ -820,6 +694,7 @@ def can_reset_peak():
     return Path("/proc/self/status").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_reset_peak(), reason="needs /proc/self/clear_refs to measure peak memory")
 def test_loading_takes_little_more_than_the_model(large):
     """Into bf16 as it is stored, and into fp32."""

@@ -5,9 +5,7 @@ program; an id that the tokenizer lacks is never sampled. The models are random,
 """
 
 import json
-import os
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +13,14 @@ import pytest
 import torch
 from command import command
 from models import LLAMA, network_of, prone_to
-from samples import UNSAFE, llama_tokenizer, row_of, said, toy_tokenizer, user, write
+from samples import llama_tokenizer, row_of, said, toy_tokenizer, user, write
 from training import toy_files, trained
 
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.evaluate import answers, collect
 from backtrack.generate import Done, generate, one_answer
-from backtrack.rows import load_rows, read_stream
-from model import InputError, files, save_model
+from backtrack.rows import load_rows
+from model import InputError, save_model
 
 LONG = "How do I open the gate? " * 40  # more than the model's 256 positions
 
@@ -72,7 +70,7 @@ def sft(place, out, *more):
 
 @pytest.mark.parametrize("command", ["sft", "dpo"])
 def test_training_goes_on_without_the_long_rows(place, tmp_path, command):
-    """And is then what it would be on a file without them; --on-long error lists them all at once."""
+    """And is then what it would be on a file without them."""
     rows = [row_of(f"Hi {i}", "no", "yes", unsafe=True) for i in range(4)]
     long = [row_of(LONG, "no", "yes", unsafe=True)] * 8
     mixed = write(tmp_path / "mixed.jsonl", *rows[:2], *long[:7], *rows[2:], long[0])
@@ -80,25 +78,14 @@ def test_training_goes_on_without_the_long_rows(place, tmp_path, command):
     write(tmp_path / "short.jsonl", *rows)
     words = [command, *sft(place, tmp_path / "out")[1:], "--data", mixed, "--heldout", held]
     told = trained(*words)
-    assert "8 of 12 rows are skipped" in told and f"{mixed}:3 (" in told and "and 3 more" in told
-    assert "1 of 2 rows are skipped" in told and f"{held}:2 (" in told
+    assert "8 rows are left out, no room" in told and f"{mixed}:3 (" in told and "and 3 more" in told
+    assert f"1 rows are left out, no room for an answer after the prompt under --max-length 64: {held}:2 (" in told
     trained(command, *sft(place, tmp_path / "short")[1:], "--data", tmp_path / "short.jsonl", "--heldout", held)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "short")]
     assert weights[0] == weights[1]
-    shutil.rmtree(tmp_path / "out")
-    [error] = [line for line in trained(*words, "--on-long", "error", code=2).splitlines() if "error" in line]
-    assert all(f"{mixed}:{n} (" in error for n in range(3, 8)) and "and 3 more" in error
-    assert "raise it" in trained(*words, "--data", write(tmp_path / "long.jsonl", *long), code=2)
-    assert not (tmp_path / "out").exists()
-
-
-def test_chats_that_the_template_does_not_know_are_named_together(tmp_path):
-    odd = {"prompt": [{"role": "system", "content": "Be brief."}, *user("Hi")], "chosen": said("no")}
-    path = write(tmp_path / "rows.jsonl", UNSAFE, odd, UNSAFE, odd, odd)
-    with pytest.raises(InputError) as error:
-        load_rows([path], toy_tokenizer(), 999)
-    assert str(error.value).startswith(f"{path}:2: Gemma's chat format has no system role")
-    assert str(error.value).endswith(f"(so are {path}:4, {path}:5)")
+    out = tmp_path / "none"
+    said = trained(*sft(place, out, "--data", write(tmp_path / "long.jsonl", *long)), code=2)
+    assert "raise --max-length" in said and not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -106,24 +93,14 @@ def test_chats_that_the_template_does_not_know_are_named_together(tmp_path):
     [
         (toy_tokenizer, "<bos><start_of_turn>user\nHi", "<bos>"),
         (toy_tokenizer, "Hi<|eot_id|>", "<|eot_id|>"),  # another family's
-        (toy_tokenizer, "[INST] Hi [/INST]", "[INST]"),
-        (llama_tokenizer, "<|start_header_id|>user<|end_header_id|>\n\nHi", "<|start_header_id|>"),
         (llama_tokenizer, "a < b, <|, |> and <b>x</b> [1]", None),
     ],
 )
 def test_text_that_spells_special_tokens(tmp_path, capsys, make, text, found):
-    path = write(tmp_path / "rows.jsonl", {"text": "plain"}, {"text": text}, {"text": text})
+    path = write(tmp_path / "rows.jsonl", {"text": "plain"}, {"text": text}, row_of("Hi", f"no {text}"))
     load_rows([path], make(), 999)
-    first = capsys.readouterr().err
-    read_stream([path], make())
-    assert capsys.readouterr().err == first  # `base` says the same
-    if found is None:
-        assert first == ""
-    else:
-        assert "2 rows spell special tokens" in first and f"{path}:2 ({found}), {path}:3" in first
-        applied = write(tmp_path / "applied.jsonl", row_of("Hi", f"no {text}"))
-        load_rows([applied], make(), 999)
-        assert f"{applied}:1 ({found})" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == "" if found is None else f"{path}:2 ({found}), {path}:3" in said
 
 
 # ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,7 +173,6 @@ def test_collect_leaves_long_prompts_out(place, tmp_path):
     ("prompt", "complaint"),
     [
         (user("a") + said("b"), "'prompt' must end with a user message"),
-        ([{"role": "root", "content": "a"}], "'prompt' must hold"),
         ([{"content": "a"}], "'prompt' must hold"),
         ([{"role": "system", "content": "a"}, *user("b")], "Gemma's chat format has no system role"),
         (user("a") + user("b"), "message 1 is the user's; Gemma's chats go user, assistant"),
@@ -263,23 +239,13 @@ def test_a_bad_out_shows_before_the_work(place, tmp_path, asked, what):
     assert not asked
 
 
-def test_two_evaluations_with_one_out(place, tmp_path, asked):
-    ready, go = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        with files.locked(tmp_path / "a.answers.jsonl"):
-            os.write(go, b"x")
-            time.sleep(600)
-        os._exit(0)
-    try:
-        os.read(ready, 1)
-        _, err = evaluated(place, tmp_path / "a.json", code=2)
-        assert f"process {pid} on " in err and not asked
-    finally:
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
-    evaluated(place, tmp_path / "a.json")
-    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "a.answers.jsonl"}
+def test_an_evaluation_locks_its_answers(place, tmp_path, monkeypatch, asked):
+    def held(path):
+        raise InputError(f"{path}: process 7 writes there")
+
+    monkeypatch.setattr(evaluate, "locked", held)
+    _, err = evaluated(place, tmp_path / "a.json", code=2)
+    assert f"{tmp_path / 'a.answers.jsonl'}: process 7" in err and not asked
 
 
 def test_ctrl_c_says_where_the_answers_are(place, tmp_path, monkeypatch):
@@ -356,9 +322,7 @@ def test_mt_bench_keeps_the_resets(place, tmp_path, questions):
         assert json.loads(line)["choices"][0]["resets"] == [2, 2]
 
 
-@pytest.mark.parametrize(
-    "flags", ["--on-reset truncate keep", "--reset-bias 0 1", "--max-resets 1 2", "--temperature 1"]
-)
+@pytest.mark.parametrize("flags", ["--on-reset truncate keep", "--temperature 1"])
 def test_mt_bench_takes_one_of_each(place, tmp_path, questions, asked, flags):
     assert "--mt-bench" in bench(place / "one", tmp_path, *flags.split(), code=2).splitlines()[-1]
     assert not asked and not (tmp_path / "answers").exists()
@@ -391,7 +355,7 @@ def padded():
     return model, tok
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=repr)
 def test_ids_that_the_tokenizer_lacks_are_never_sampled(padded, options):
     """What is sampled is what a model without the padding samples, to the last token."""
     model, tok = padded

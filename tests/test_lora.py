@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import FAMILIES, LLAMA, network_of
+from models import FAMILIES, LLAMA, OTHERS, network_of
 from ranks import trained_on
 from safetensors.torch import load_file
 from samples import row_of, toy_tokenizer, write
@@ -15,6 +15,7 @@ from model import load_model, save_model
 from model.checkpoint import write_model
 
 MODELS = {"llama": LLAMA, "llama-untied": LLAMA | {"tie_word_embeddings": False}, "gemma": FAMILIES["gemma"]}
+MODELS |= {"qwen2": OTHERS["qwen2"], "gemma3": OTHERS["gemma3"]}  # with biases, and with norms of queries and keys
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ class Scorer:
         cache = KVCache(model.config, rows, n + length, model.device, model.dtype)
         for wide, narrow in zip(cache.k + cache.v, self.before.k + self.before.v, strict=True):
             wide[:, :, :n] = narrow
-        cache.truncate(torch.full((rows,), n, device=model.device))
+        cache.grow(n)
         return cache
 
     @torch.inference_mode()

@@ -78,4 +78,5 @@ class Merged:
 def weights(model: Transformer) -> dict:
     """name -> weight of the model to be saved, merged where something is added."""
     changed = {m.weight: Merged(m) for m in model.modules() if hasattr(m, "up") or hasattr(m, "rows")}
-    return {name: changed.get(p, p) for name, p in model.named_parameters() if name.endswith(".weight")}
+    added = adapters(model)
+    return {name: changed.get(p, p) for name, p in model.named_parameters() if name not in added}

@@ -35,7 +35,6 @@ from model.errors import InputError
 from model.files import (
     STATE,
     atomic_directory,
-    finish_save,
     holds_strangers,
     locked,
     sweep,
@@ -199,7 +198,6 @@ def digest(data) -> str:
 
 def stored(args, settings: dict) -> Position:
     out = Path(args.out)
-    finish_save(out)
     if not (out / "config.json").is_file():
         if holds_strangers(out):
             raise InputError(

@@ -149,6 +149,14 @@ def test_truncate_then_rewrite_equals_fresh(model):
     assert cache.lengths.tolist() == [n + 14 for n in kept]
 
 
+@torch.no_grad()
+def test_truncate_never_lengthens_a_row(model):
+    cache = KVCache(model.config, 3, 16)
+    read(model, cache, random_tokens(3, 5))
+    cache.truncate(torch.tensor([5, 6, 4]))
+    assert cache.lengths.tolist() == [5, 5, 4]
+
+
 @pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
 def test_any_history_of_reads_cuts_and_departures(model, seed):

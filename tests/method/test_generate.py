@@ -631,7 +631,7 @@ class OnCuda(torch.Tensor):
 def test_a_finished_row_that_is_computed_on_stays_in_its_cache(model):
     """The host reads a step late; what such a row says meanwhile goes to its own last entry."""
     cache = KVCache(model.config, 2, capacity=8)
-    cache.truncate(torch.tensor([6, 3]))
+    cache.lengths = torch.tensor([6, 3])
     rows = Rows(torch.tensor([6, 3]), torch.zeros(2, dtype=torch.int64))
     options, lengths = Options(3, [], 9), []
     for token in (
