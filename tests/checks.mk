@@ -15,7 +15,7 @@ test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed $(RUN)/sft.done runs/s
 
 # The files that teach have 100 columns, the others 120.
 TEACHING := train.py sample.py tests/method \
-	$(addprefix backtrack/,plain.py examples.py trees.py generate.py rows.py reset_row.py serve/terminal.py) \
+	$(addprefix backtrack/,plain.py examples.py trees.py generate.py sampling.py rows.py reset_row.py serve/terminal.py) \
 	$(addprefix backtrack/run/,chunks.py command.py launch.py load.py metrics.py options.py parallel.py progress.py) \
 	$(addprefix backtrack/run/,reference.py say.py) \
 	$(addprefix model/,transformer.py cache.py linear.py tokenizer.py bpe.py)

@@ -22,6 +22,7 @@ class Served:
     model: object
     name: str = "tiny"
     longest: int = 256
+    key: str = ""
     url: str = ""
     requests: list = field(default_factory=list)
     faults: list = field(default_factory=list)
@@ -110,6 +111,8 @@ def serving(model, **about):
             fault(self, None) if fault else send(self, 200, listed)
 
         def do_POST(self):
+            if served.key and self.headers["Authorization"] != f"Bearer {served.key}":
+                return send(self, 401, {"error": {"message": "no such key"}})
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with served.lock:
                 served.requests.append(body)
