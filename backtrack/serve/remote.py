@@ -88,10 +88,14 @@ def stream(
     options = Options(**options)
     server.vocab_size = options.vocab_size or MANY
     prefill, seeds = checked(options, prompts, prefill, sample_ids, seed, server)
-    if abs(options.reset_bias) > LIMIT:
-        raise InputError(f"reset_bias is {options.reset_bias}; a server takes -{LIMIT:g} to {LIMIT:g}")
+    check_bias(options.reset_bias)
     records = [Record(row, prompt, list(prefill[row]), entries=0) for row, prompt in enumerate(prompts)]
     return delay_tokens(in_parallel(server, records, options, seeds, parallel), options.hold_back, prefill)
+
+
+def check_bias(reset_bias: float) -> None:
+    if abs(reset_bias) > LIMIT:
+        raise InputError(f"reset_bias is {reset_bias}; a server takes -{LIMIT:g} to {LIMIT:g}")
 
 
 def in_parallel(server: Server, records: list[Record], options: Options, seeds: list[str], parallel: int):
