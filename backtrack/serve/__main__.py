@@ -7,9 +7,9 @@
 
 It needs requirements-serve.txt. /v1/chat/completions, /v1/completions (text), /v1/models, /health, /metrics.
 
-By default (--hold-back all) nothing that is taken back reaches a client: an answer is sent when it is finished, or token
-by token once its resets are used up. --hold-back N sends text N tokens late. When text that was sent is taken back, a
-streamed chunk says so: its choice has "retracted", the text to forget, and what follows is the retry.
+By default (--hold-back all) nothing that is taken back reaches a client: an answer is sent when it is finished, or
+token by token once its resets are used up. --hold-back N sends text N tokens late. When text that was sent is taken
+back, a streamed chunk says so: its choice has "retracted", the text to forget, and what follows is the retry.
 
 Every choice has "backtrack": {"resets": …, "retracted_tokens": …}. Requests may only have the parameters that are known
 here, since others (logit_bias, ignore_eos, stop_token_ids, …) can switch the defence off. Stop strings count in text
@@ -103,10 +103,10 @@ def guarded(path):
 
 async def completions(request: Request, service: Service):
     data, chat = bytearray(), request.url.path == "/v1/chat/completions"
-    async for part in request.stream():
-        data += part
-        if len(data) > LARGEST_BODY:
-            raise Refusal(413, f"the body has more than {LARGEST_BODY} bytes")
+    async for part in request.stream():  # to its end, or the client would not read our answer
+        data += part if len(data) <= LARGEST_BODY else b""
+    if len(data) > LARGEST_BODY:
+        raise Refusal(413, f"the body has more than {LARGEST_BODY} bytes")
     about = service.name, service.tok, service.config, service.args
     wanted = await asyncio.to_thread(understand, bytes(data), chat, *about)
     if service.running + len(wanted.seeds) > service.args.queue:
@@ -154,13 +154,8 @@ def main() -> None:
     add("--port", type=errors.between(1, 65535), default=8100, help="port to listen on")
     add("--name", help="what clients call the model; --ckpt by default")
     add("--client-key-env", metavar="NAME", help="environment variable with the key that clients must send")
-    add(
-        "--hold-back",
-        type=hold_back,
-        default=math.inf,
-        metavar="all|N",
-        help="send what cannot be taken back, or N late",
-    )
+    late = "tokens that text is sent late, or all: only what cannot be taken back"
+    add("--hold-back", type=hold_back, default="all", metavar="all|N", help=late)
     add("--prefill", action="store_true", help="allow a last message of the assistant: the answer begins with it")
     add("--max-tokens", type=positive, default=512, help="of an attempt, where a request does not say")
     add("--parallel", type=positive, default=64, help="most answers sampled at once")
@@ -171,11 +166,10 @@ def main() -> None:
     if args.url:
         model.vocab_size = tok.vocab_size
         remote.check_bias(args.reset_bias)
-    paths = [
-        Route(f"/v1/{name}", guarded(completions), methods=["POST"]) for name in ("chat/completions", "completions")
-    ]
+    post = ["POST"]
+    paths = [Route(f"/v1/{path}", guarded(completions), methods=post) for path in ("chat/completions", "completions")]
     paths += [Route("/v1/models", guarded(models)), Route("/health", health), Route("/metrics", metrics)]
-    app = Starlette(routes=paths)
+    app = Starlette(routes=paths, exception_handlers={HTTPException: no_such_path})
     app.state.service = Service(args, tok, model)
     if args.host not in ("127.0.0.1", "::1", "localhost") and not args.client_key_env:
         say(f"warning: everybody who reaches {args.host} may ask; --client-key-env NAME asks for a key")

@@ -1,6 +1,5 @@
-"""One request to `python -m backtrack.serve`, from the first job to the last chunk: which text may be sent, and its form.
+"""One request to `python -m backtrack.serve`, from its first job to its last chunk.
 
-shown = Shown(tok, …); shown.add(event)                   # a choice's events become text that is safe to send
 answering = Answering(service, wanted, chat=True)         # all choices of a request
 await answering.whole(request) or answering.events()      # OpenAI's object, or the lines of a stream
 answering.close()
@@ -10,61 +9,12 @@ import asyncio
 import json
 import time
 import uuid
-from collections import deque
 
 from starlette.requests import ClientDisconnect
 
-from backtrack.generate import Done, Reset
-from backtrack.serve.engine import Job
+from backtrack.serve.engine import Job, Shown
 from backtrack.serve.request import Refusal, Wanted
 from model import InputError
-
-
-class Shown:
-    """What of an answer may be sent: text that no [RESET] can take back, or that is `hold_back` tokens old.
-
-    Once the resets are used up nothing can be taken back: from then on text is sent at once. Stop strings count in
-    this text only. In what may still be taken back they would cut an answer off before its [RESET].
-    """
-
-    def __init__(self, tok, max_resets: int, hold_back: float, stop: list[str]):
-        self.tok, self.max_resets, self.hold_back, self.stop = tok, max_resets, hold_back, stop
-        self.resets = self.retracted = 0  # retracted: tokens
-        self.finish_reason: str | None = None
-        self.begin()
-
-    def begin(self) -> None:
-        self.held: deque[int] = deque()  # sampled, but may not be sent yet
-        self.ids: list[int] = []  # may be sent
-        self.start = self.read = 0  # ids[:read] are in `text`; those from `start` on are decoded with what follows
-        self.text = self.sent = ""
-
-    def add(self, event) -> tuple[str, str]:
-        """(text to send now, text sent before that the client has to forget). Sets finish_reason at the end."""
-        if isinstance(event, Reset):
-            forget = self.sent
-            self.resets += 1
-            self.retracted += len(event.discarded)
-            self.begin()
-            return "", forget
-        done = isinstance(event, Done)
-        if done:
-            self.finish_reason = event.generation.finish_reason
-        else:
-            self.held.append(event.id)
-        n = 0 if done or self.resets == self.max_resets else self.hold_back
-        while len(self.held) > n:
-            self.ids.append(self.held.popleft())
-        new = self.tok.decode(self.ids[self.start :])
-        if done or not new.endswith("\ufffd"):  # a character whose last bytes are still to come
-            self.text += new[len(self.tok.decode(self.ids[self.start : self.read])) :]
-            self.start, self.read = self.read, len(self.ids)
-        end = len(self.text) if done else len(self.text) - max(map(len, self.stop), default=1) + 1
-        found = [self.text.find(string) for string in self.stop if string in self.text]
-        if found:
-            end, self.finish_reason = min(found), "stop"
-        before, self.sent = len(self.sent), self.text[: max(end, 0)]
-        return self.sent[before:], ""
 
 
 class Answering:
