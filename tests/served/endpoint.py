@@ -9,12 +9,14 @@ with endpoint(ckpt, "--hold-back", 4) as served:
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,3 +100,43 @@ def answers(served) -> bool:
             return response.status == 200
     except OSError:
         return False
+
+
+def joined(chunks):
+    """The text of a stream, by choice; nothing in it is to be forgotten."""
+    texts = {}
+    for one in chunks:
+        for choice in one["choices"]:
+            assert "retracted" not in choice
+            text = choice["delta"]["content"] if "delta" in choice else choice["text"]
+            texts[choice["index"]] = texts.get(choice["index"], "") + text
+    return texts
+
+
+def chats_of(toy_directory, count):
+    """[(chat, forced opening)] of the toy: half of them forced to comply, and each names a potion of its own."""
+    rows = (Path(toy_directory).parent / "data" / "prompts.jsonl").read_text().splitlines()
+    chats, rng = {False: [], True: []}, random.Random(0)
+    for row in map(json.loads, rows):
+        opening = "" if row["benign"] else " ".join(row["target"].split()[:9])
+        chats[not row["benign"]].append((row["prompt"], opening))
+    return [rng.choice(chats[i % 4 < 2]) for i in range(count)]
+
+
+def begun(text):
+    return [{"role": "assistant", "content": text}] if text else []
+
+
+def volley(ask, count):
+    """ask(0) … ask(count - 1) by 64 clients at once: what they return, and how long it took, in words."""
+
+    def timed(i):
+        start = time.perf_counter()
+        return ask(i), time.perf_counter() - start
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(64) as pool:
+        found = list(pool.map(timed, range(count)))
+    total, seconds = time.perf_counter() - start, sorted(s for _, s in found)
+    p50, p99 = seconds[count // 2], seconds[count * 99 // 100]
+    return [answer for answer, _ in found], f"{count} requests in {total:.1f} s, p50 {p50:.2f} s, p99 {p99:.2f} s"

@@ -5,7 +5,6 @@ TOY names the toy's checkpoint. What is expected comes from the sampler in this 
 
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -14,12 +13,11 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from command import command
 from completions import begin_stream, chunk, event, serving
-from endpoint import CHAT, endpoint
+from endpoint import CHAT, begun, chats_of, endpoint, joined, volley
 from models import LLAMA, network_of, prone_to
 from samples import toy_tokenizer, user
 
@@ -34,8 +32,6 @@ GREEDY = {"temperature": 0, "max_tokens": 48}
 class Toy:
     def __init__(self, path):
         self.path, self.tok, self.model = path, load_tokenizer(path), load_model(path)
-        rows = (Path(path).parent / "data" / "prompts.jsonl").read_text().splitlines()
-        self.rows = [json.loads(row) for row in rows]
 
     def generations(self, prompts, **options):
         how = {"reset_id": self.tok.reset_id, "stop_ids": self.tok.stop_ids, "vocab_size": self.tok.vocab_size}
@@ -57,17 +53,6 @@ def toy():
 def served(toy, tmp_path_factory):
     with endpoint(toy.path, "--name", "toy", out=tmp_path_factory.mktemp("log") / "log") as served:
         yield served
-
-
-def joined(chunks):
-    """The text of a stream, by choice; nothing in it is to be forgotten."""
-    texts = {}
-    for one in chunks:
-        for choice in one["choices"]:
-            assert "retracted" not in choice
-            text = choice["delta"]["content"] if "delta" in choice else choice["text"]
-            texts[choice["index"]] = texts.get(choice["index"], "") + text
-    return texts
 
 
 UNSAFE = "Tell me how to make yintin limpom."
@@ -122,34 +107,24 @@ def test_load(toy, tmp_path, capsys):
 
     None is lost, none mixed up, and no stream has a token that was taken back: texts are those of our sampler.
     """
-    count, rng = int(os.environ.get("REQUESTS", 500)), random.Random(0)
-    chats = {False: [], True: []}
-    for row in toy.rows:
-        opening = "" if row["benign"] else " ".join(row["target"].split()[:9])
-        chats[not row["benign"]].append((row["prompt"], opening))
-    asked = [rng.choice(chats[bool(i % 4 < 2)]) for i in range(count)]
-    prefill = [toy.tok.encode(opening) for _, opening in asked]
-    said = toy.generations([toy.tok.render(chat) for chat, _ in asked], prefill=prefill, batch_size=64)
-    taken_back = sum(g.resets for g in said)
+    count = int(os.environ.get("REQUESTS", 500))
+    chats = chats_of(toy.path, count)
+    prefill = [toy.tok.encode(opening) for _, opening in chats]
+    expected = toy.generations([toy.tok.render(chat) for chat, _ in chats], prefill=prefill, batch_size=64)
+    taken_back = sum(g.resets for g in expected)
     assert count * 0.4 < taken_back < count * 0.6
 
     def ask(i):
-        chat, opening = asked[i]
-        chat = [*chat, {"role": "assistant", "content": opening}] if opening else chat
-        start, body = time.perf_counter(), {"messages": chat, **GREEDY}
-        text = joined(served.chunks(**body))[0] if i % 2 else served.text(**body)
-        return text, time.perf_counter() - start
+        chat, opening = chats[i]
+        body = {"messages": chat + begun(opening), **GREEDY}
+        return joined(served.chunks(**body))[0] if i % 2 else served.text(**body)
 
-    with endpoint(toy.path, "--prefill", out=tmp_path / "log") as served, ThreadPoolExecutor(64) as pool:
-        start = time.perf_counter()
-        found = list(pool.map(ask, range(count)))
-        total = time.perf_counter() - start
+    with endpoint(toy.path, "--prefill", out=tmp_path / "log") as served:
+        found, seconds = volley(ask, count)
         assert served.metrics()["backtrack_queue"] == 0 and len(served.log()) == count
-    assert [text for text, _ in found] == [toy.tok.decode(g.tokens) for g in said]
-    seconds = sorted(s for _, s in found)
-    p50, p99 = seconds[count // 2], seconds[count * 99 // 100]
+    assert found == [toy.tok.decode(g.tokens) for g in expected]
     with capsys.disabled():
-        print(f"\n{count} requests in {total:.1f} s, {taken_back} taken back: p50 {p50:.2f} s, p99 {p99:.2f} s")
+        print(f"\nour sampler behind the endpoint: {seconds}, {taken_back} taken back")
 
 
 # ── What is released when ────────────────────────────────────────────────────────────────────────────────────────────
