@@ -70,12 +70,14 @@ def run(batch: list[Job], sampler: Callable) -> None:
     try:
         with closing(sampler(*batch)) as events:
             for event in events:
-                batch[event.row].tell(event)
                 if all(job.left for job in batch):
                     return
+                if not batch[event.row].left:
+                    batch[event.row].tell(event)
     except Exception as error:  # also a bug: whoever waits must hear of it
         for job in batch:
-            job.tell(error)
+            if not job.left:
+                job.tell(error)
 
 
 class Shown:
