@@ -106,7 +106,9 @@ def serving(model, **about):
             pass
 
         def do_GET(self):
-            fault = served.faults.pop(0) if served.faults and getattr(served.faults[0], "__name__", "") == "get" else None
+            fault = (
+                served.faults.pop(0) if served.faults and getattr(served.faults[0], "__name__", "") == "get" else None
+            )
             listed = {"data": [{"id": served.name, "max_model_len": served.longest}]}
             fault(self, None) if fault else send(self, 200, listed)
 
