@@ -8,13 +8,13 @@
     python -m backtrack.generate runs/toy-0/sft "Tell me how …"    # one_answer, to step through
 
 `one_answer` is what the paper describes, for one prompt. `generate` does the same for a batch, with
-temperature, prefilled answers and more resets: one decode step serves all rows, whatever each of
-them is doing. A reset is one `torch.where` on the lengths of the cache (see `feed`), so a step with
-resets costs what a step without them costs, and the device never waits for the host.
+temperature, prefilled answers and more resets: one decode step serves all batch rows, whatever each
+of them is doing. A reset is one `torch.where` on the lengths of the cache (see `feed`), so a step
+with resets costs what a step without them costs, and the device never waits for the host.
 
-No beam search, no speculative decoding, no batch that grows while it runs.
+It has no beam search and no speculative decoding, and a batch does not grow while it runs.
 
-Shapes: B rows of the batch, V vocabulary.
+Shapes: B batch rows, V vocabulary.
 """
 
 import math
@@ -22,11 +22,12 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
+from backtrack.sampling import Options, checked, room_for_answer
 from model import InputError, KVCache, Transformer, load_model, load_tokenizer
 from model.errors import run
 
@@ -75,7 +76,7 @@ class Generation:
     finish_reason: str  # "stop" or "length"
     steps: int  # tokens sampled in all: surviving, discarded, [RESET]s and the stop id
     first_token_s: float  # seconds until the first sampled token that survives
-    total_s: float  # seconds until the row was finished
+    total_s: float  # seconds until the answer was finished
 
 
 @dataclass
@@ -98,123 +99,71 @@ class Done:
 
 def generate(model: Transformer, prompts: list[list[int]], **options) -> list[Generation]:
     """Answer every prompt. Options and errors as in `stream`; the Generations are in order."""
-    answers: list[Generation | None] = [None] * len(prompts)
-    for event in stream(model, prompts, **options):
-        if isinstance(event, Done):
-            answers[event.row] = event.generation
-    return answers
+    return in_order(stream(model, prompts, **options), len(prompts))
+
+
+def in_order(events: Iterable[Token | Reset | Done], count: int) -> list[Generation]:
+    """Read a stream of `count` answers to its end."""
+    done = {event.row: event.generation for event in events if isinstance(event, Done)}
+    return [done[row] for row in range(count)]
 
 
 def stream(
     model: Transformer,
     prompts: list[list[int]],
     *,
-    reset_id: int | None,
-    stop_ids,
-    max_new_tokens: int,
-    vocab_size: int | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    reset_bias: float = 0.0,
-    max_resets: int = 1,
-    on_reset: str = "truncate",
     prefill: list[list[int]] | None = None,
     seed: int = 0,
     sample_ids: list[int] | None = None,
-    batch_size: int | None = None,
-    hold_back: int = 0,
-    watch: Callable[[torch.Tensor, KVCache], None] | None = None,
+    **options,
 ) -> Iterator[Token | Reset | Done]:
     """Sample an answer to every prompt (token ids, any lengths); yields what happens.
 
-    reset_id        the id of [RESET]; None makes this an ordinary sampler.
-    stop_ids        ids that end an answer (not part of it).
-    max_new_tokens  most tokens sampled in each attempt; prefilled tokens do not count.
-    vocab_size      the tokenizer's: ids from there on only pad the vocabulary, never sampled.
-    temperature     0 is greedy. top_p keeps the smallest set of tokens that has this probability.
-    reset_bias      added to the logit of [RESET]: the paper's dial between safety and efficiency.
-    max_resets      after that many, [RESET] is masked (1 in the paper).
-    on_reset        "truncate": a retry sees prompt ⊕ [RESET]^r. "keep" (paper): all that was said.
-    prefill         tokens forced at the start of each answer. A reset discards them like the rest.
-    seed            row i's sample depends on (seed, i) only, not on the rows beside it.
-    sample_ids      numbers in place of i: so it matters not how a list is cut into batches.
-    batch_size      most rows at once, one batch after another; None: all in one.
-    hold_back       a row's Token events come this many sampled tokens late: see `held_back`.
-    watch           called with the model's logits (B, V) and the cache before each token is picked.
+    prefill     tokens forced at the start of each answer. A reset discards them like the rest.
+    seed        sample i depends on (seed, i), not on the batch rows beside it. In fp32 this holds
+                token for token; in bf16 a batch of another size changes the last bits of the
+                logits, and now and then a token.
+    sample_ids  the numbers i; the index in `prompts` by default. With them a list may be cut into
+                batches in any way.
+    options     see `Options`.
 
     A row's Token events since its last Reset are, in order, its surviving tokens (prefill first).
     On a reset a user has to forget what they were shown; hold_back makes that less.
     Raises InputError for prompts, ids and options out of range, and logits that are not finite.
     """
-    prefill = [[] for _ in prompts] if prefill is None else prefill
-    sample_ids = list(range(len(prompts))) if sample_ids is None else sample_ids
-    options = Options(
-        reset_id=reset_id,
-        stop_ids=sorted(set(stop_ids)),
-        max_new_tokens=max_new_tokens,
-        vocab_size=vocab_size,
-        temperature=temperature,
-        top_p=top_p,
-        reset_bias=reset_bias,
-        max_resets=0 if reset_id is None else max_resets,
-        on_reset=on_reset,
-        batch_size=batch_size,
-        watch=watch,
-    )
-    check(options, prompts, prefill, sample_ids, model.config)
-    seeds = [f"{seed}/{i}" for i in sample_ids]
+    options = Options(**options)
+    prefill, seeds = checked(options, prompts, prefill, sample_ids, seed, model.config)
     events = batches(model, prompts, prefill, options, seeds)
-    return held_back(events, hold_back, prefill)
+    return delay_tokens(events, options.hold_back, prefill)
 
 
-def held_back(events, n: int, prefill: list[list[int]]) -> Iterator[Token | Reset | Done]:
-    """The events of a stream, but a Token only when its row has sampled n more without a reset.
+def delay_tokens(events, n: int, prefill) -> Iterator[Token | Reset | Done]:
+    """Hand on a Token only when its row has sampled n more without a reset.
 
     What a reset takes back before that is never shown, though Reset.discarded still has it. The end
-    of an answer releases the rest. Prefilled tokens wait like all others, and count for none.
+    of an answer releases the rest. Prefilled tokens wait like the others but do not count.
     """
-    if n < 0:
-        raise InputError(f"hold_back is {n}, must be 0 or more")
-    return late(events, n, prefill) if n else events
-
-
-def late(events, n: int, prefill: list[list[int]]) -> Iterator[Token | Reset | Done]:
-    held: list[deque] = [deque() for _ in prefill]
-    sampled = [-len(forced) for forced in prefill]  # in this attempt; below 0: being forced
+    waiting: list[deque] = [deque() for _ in prefill]
+    sampled = [-len(forced) for forced in prefill]  # in this attempt; below 0 while being forced
     for event in events:
-        row = event.row
+        row, queue = event.row, waiting[event.row]
         if isinstance(event, Token):
-            held[row].append(event)
+            queue.append(event)
             sampled[row] += 1
-            while sampled[row] >= n and len(held[row]) > n:
-                yield held[row].popleft()
+            while sampled[row] >= n and len(queue) > n:
+                yield queue.popleft()
             continue
         if isinstance(event, Reset):
-            held[row].clear()
+            queue.clear()
             sampled[row] = 0
-        yield from held[row]
-        held[row].clear()
+        yield from queue
+        queue.clear()
         yield event
 
 
 @dataclass
-class Options:
-    reset_id: int | None
-    stop_ids: list[int]
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    reset_bias: float = 0.0
-    max_resets: int = 1
-    on_reset: str = "truncate"
-    batch_size: int | None = None
-    watch: Callable[[torch.Tensor, KVCache], None] | None = None
-    vocab_size: int | None = None
-
-
-@dataclass
 class Rows:
-    """What the device knows of each row besides its cache: (B,) int64 each."""
+    """What the device knows of each batch row besides its cache: (B,) int64 each."""
 
     prompt: torch.Tensor  # tokens in the prompt
     resets: torch.Tensor  # resets so far
@@ -222,7 +171,7 @@ class Rows:
 
 @dataclass
 class Record:
-    """What the host knows of a row."""
+    """What the host knows of a batch row."""
 
     row: int
     prompt: list[int]
@@ -246,7 +195,7 @@ def batches(model, prompts, prefill, options: Options, seeds: list[str]):
 
 
 def decode(model, prompts, prefill, options: Options, seeds: list[str]):
-    """The loop: pick a token in every row, tell the host, feed the tokens back."""
+    """The loop: pick a token in every batch row, tell the host, feed the tokens back."""
     start = time.perf_counter()
     records = []
     for row, (prompt, forced) in enumerate(zip(prompts, prefill, strict=True)):
@@ -278,8 +227,8 @@ def decode(model, prompts, prefill, options: Options, seeds: list[str]):
         # compilation there under --compile, and idle rows of a memory-bound step cost next to
         # nothing.
         if len(kept) < len(active) and (lag == 0 or 2 * len(kept) <= len(active)):
-            active, rows, token = close_ranks(kept, active, rows, token, cache)
-        cache.visible = farthest(active, cache, lag)
+            active, rows, token = drop_finished(kept, active, rows, token, cache)
+        cache.visible = entries_in_use(active, cache, lag)
         with torch.inference_mode():
             logits = feed(model, token, rows, cache, options)  # (B, V)
 
@@ -292,7 +241,8 @@ def feed(model, token: torch.Tensor, rows: Rows, cache: KVCache, options: Option
         # ── Backtracking, all of it ───────────────────────────────────────────────────────────────
         # Cut the row back to its prompt and the resets before this one. The forward pass below then
         # writes this [RESET] there, and all that came after is forgotten. With on_reset="keep"
-        # nothing is cut: [RESET] follows what it retracts.
+        # nothing is cut: [RESET] follows what it retracts. The host changes nothing in the cache;
+        # `ids_in_cache` tells it what this rule leaves there.
         if options.on_reset == "truncate":
             lengths = torch.where(is_reset, rows.prompt + rows.resets, lengths)
         # ──────────────────────────────────────────────────────────────────────────────────────────
@@ -321,21 +271,20 @@ def pick(
     # One uniform number per token and the inverse of the distribution function, instead of
     # torch.multinomial: a row's random stream is then its own, whatever else is in the batch.
     probs = torch.softmax(logits / options.temperature, dim=-1)
-    order = None
     if options.top_p < 1.0:
-        probs, order = probs.sort(dim=-1, descending=True)
-        mass_before = probs.cumsum(dim=-1) - probs
-        probs = probs.masked_fill(mass_before >= options.top_p, 0.0)  # never the first: 0 before it
+        # The nucleus stays in the order of ids. In the order of probabilities a difference in the
+        # last bit would swap two tokens, and u would pick the other one.
+        ranked, _ = probs.sort(dim=-1, descending=True)
+        mass_before = ranked.cumsum(dim=-1) - ranked
+        ranked = ranked.masked_fill(mass_before >= options.top_p, 2.0)  # never the first: 0 before
+        probs = probs.masked_fill(probs < ranked.amin(dim=-1, keepdim=True), 0.0)
     cdf = probs.cumsum(dim=-1)
     index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # (B, 1)
-    index = index.clamp(max=cdf.shape[-1] - 1)
-    if order is not None:
-        index = order.gather(-1, index)
-    return index.squeeze(-1), best
+    return index.clamp(max=cdf.shape[-1] - 1).squeeze(-1), best  # V if there was a NaN
 
 
 def read_prompts(model, records: list[Record], options: Options):
-    """Read all prompts with their prefills in one go: the logits (B, V), the cache, the rows."""
+    """Read all prompts with their prefills in one go: logits (B, V), cache, Rows."""
     device, B = model.device, len(records)
     width = max(record.entries for record in records)
     capacity = width + room_for_answer(options)
@@ -402,14 +351,18 @@ def read_tokens(token, best, arrived, active: list[Record], options: Options, st
                 f"row {record.row}: logits are not finite (NaN or inf) at step {record.steps};"
                 " check the weights"
             )
-        yield from told(record, id, options, now)
+        yield from note_token(record, id, options, now)
 
 
-def told(record: Record, id: int, options: Options, now: float) -> Iterator[Token | Reset | Done]:
-    """Note what the sampled token `id` means for its row, and say so."""
+def note_token(record: Record, id: int, options: Options, now: float):
+    """Note what the sampled token `id` means for its row; yields the events."""
     record.steps += 1
     if id == options.reset_id:
-        yield Reset(record.row, begin_again(record, options))
+        discarded = record.tokens
+        record.discarded.append(discarded)
+        record.tokens, record.sampled, record.first_token_s = [], 0, None
+        record.entries = len(ids_in_cache(record, options))
+        yield Reset(record.row, discarded)
     elif id in options.stop_ids:
         yield finish(record, "stop", now)
     else:
@@ -423,36 +376,35 @@ def told(record: Record, id: int, options: Options, now: float) -> Iterator[Toke
             yield finish(record, "length", now)
 
 
-def begin_again(record: Record, options: Options) -> list[int]:
-    """Note a reset; returns what was taken back."""
-    discarded = record.tokens
-    record.discarded.append(discarded)
-    record.tokens, record.sampled, record.first_token_s = [], 0, None
-    record.entries += 1
-    if options.on_reset == "truncate":
-        record.entries = len(record.prompt) + len(record.discarded)
-    return discarded
+def ids_in_cache(record: Record, options: Options) -> list[int]:
+    """What the model sees of a row once its latest token is read: what the box in `feed` keeps.
+
+    remote.py sends a server just these ids.
+    """
+    if options.on_reset == "keep":
+        earlier = [id for attempt in record.discarded for id in (*attempt, options.reset_id)]
+    else:
+        earlier = [options.reset_id] * len(record.discarded)
+    return record.prompt + earlier + record.tokens
 
 
 def finish(record: Record, reason: str, now: float) -> Done:
     record.done = True
-    first = record.first_token_s
-    if first is None:  # an empty answer is complete when it stops
-        first = now
+    first = record.first_token_s  # None: an empty answer, complete when it stops
     generation = Generation(
         tokens=record.tokens,
         discarded=record.discarded,
         resets=len(record.discarded),
         finish_reason=reason,
         steps=record.steps,
-        first_token_s=first,
+        first_token_s=now if first is None else first,
         total_s=now,
     )
     return Done(record.row, generation)
 
 
-def close_ranks(kept: list[int], active: list[Record], rows: Rows, token, cache: KVCache):
-    """Drop the rows that are not kept; those at the end of the batch move into the holes."""
+def drop_finished(kept: list[int], active: list[Record], rows: Rows, token, cache: KVCache):
+    """Drop the batch rows that are not kept; those at the end of the batch move into the holes."""
     movers = [slot for slot in kept if slot >= len(kept)]
     order = []
     for slot in range(len(kept)):
@@ -463,8 +415,8 @@ def close_ranks(kept: list[int], active: list[Record], rows: Rows, token, cache:
     return [active[slot] for slot in order], rows, token[index]
 
 
-def farthest(active: list[Record], cache: KVCache, lag: int) -> int:
-    """How many cache entries attention has to look at in the step to come.
+def entries_in_use(active: list[Record], cache: KVCache, lag: int) -> int:
+    """How many cache entries the longest batch row has in the step to come.
 
     On CUDA the host lags by a step, and the number is rounded up: few shapes, few compilations.
     """
@@ -472,79 +424,6 @@ def farthest(active: list[Record], cache: KVCache, lag: int) -> int:
     if lag:
         entries = math.ceil(entries / 256) * 256
     return min(entries, cache.capacity)
-
-
-# ── Complaints ────────────────────────────────────────────────────────────────────────────────────
-
-
-def check(options: Options, prompts, prefill, sample_ids, config) -> None:
-    """config: what knows the model's vocab_size and max_position_embeddings."""
-    check_options(options, config.vocab_size)
-    for what, given in (("prefills", prefill), ("sample_ids", sample_ids)):
-        if len(given) != len(prompts):
-            raise InputError(f"{len(given)} {what} for {len(prompts)} prompts")
-    for row, (prompt, forced) in enumerate(zip(prompts, prefill, strict=True)):
-        check_prompt(row, prompt, forced, options, config)
-
-
-def check_options(options: Options, vocab_size: int) -> None:
-    if options.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {options.max_new_tokens}, must be at least 1")
-    if not options.temperature >= 0.0:
-        raise InputError(f"temperature is {options.temperature}, must be 0 (greedy) or positive")
-    if not 0.0 < options.top_p <= 1.0:
-        raise InputError(f"top_p is {options.top_p}, must be in (0, 1]")
-    if options.max_resets < 0:
-        raise InputError(f"max_resets is {options.max_resets}, must be 0 or more")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise InputError(f"batch_size is {options.batch_size}, must be at least 1")
-    if options.on_reset not in ("truncate", "keep"):
-        raise InputError(f"on_reset is {options.on_reset!r}, must be 'truncate' or 'keep'")
-    if options.reset_id in options.stop_ids:
-        raise InputError(f"reset_id {options.reset_id} is also a stop id")
-    if options.vocab_size is not None:
-        vocab_size = min(vocab_size, options.vocab_size)
-    special = list(options.stop_ids)
-    if options.reset_id is not None:
-        special.append(options.reset_id)
-    for id in special:
-        if not 0 <= id < vocab_size:
-            raise InputError(
-                f"stop or reset id {id} is outside the model's vocabulary of {vocab_size}"
-            )
-
-
-def check_prompt(row: int, prompt: list[int], forced: list[int], options: Options, config) -> None:
-    if not prompt:
-        raise InputError(f"prompt {row} is empty; it needs at least one token (BOS)")
-    if not all(0 <= id < config.vocab_size for id in (*prompt, *forced)):
-        raise InputError(
-            f"prompt {row} has ids outside the model's vocabulary of {config.vocab_size};"
-            " wrong tokenizer?"
-        )
-    if options.reset_id in forced or not set(options.stop_ids).isdisjoint(forced):
-        raise InputError(
-            f"prefill {row} contains [RESET] or a stop id; it must be the plain beginning of an"
-            " answer"
-        )
-    need = len(prompt) + len(forced) + room_for_answer(options)
-    if need > config.max_position_embeddings:
-        raise InputError(
-            f"prompt {row} is too long: {len(prompt)} tokens, and {need} with room for the answer,"
-            f" but the model has {config.max_position_embeddings} positions; shorten it or lower"
-            " max_new_tokens"
-        )
-
-
-def room_for_answer(options) -> int:
-    """Positions that an answer may take, resets included, besides its prompt and its prefill.
-
-    Cut back, one attempt at a time; keeping all, every attempt.
-    """
-    attempts = options.max_new_tokens
-    if options.on_reset == "keep":
-        attempts *= options.max_resets + 1
-    return options.max_resets + attempts
 
 
 def main() -> None:

@@ -33,7 +33,10 @@ def run(main, ranks: bool = False) -> None:
         if os.environ["RANK"] == "0":
             print("error: this program runs in one process; start it without torchrun", file=sys.stderr)
         sys.exit(2)
-    # Whatever the locale, printing never fails: a character that stdout cannot hold becomes a question mark.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the shell closed it: `>&-`
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    # Whatever the locale, printing never fails: what stdout cannot hold becomes a question mark.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:

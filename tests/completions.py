@@ -22,6 +22,7 @@ class Served:
     model: object
     name: str = "tiny"
     longest: int = 256
+    key: str = ""
     url: str = ""
     requests: list = field(default_factory=list)
     faults: list = field(default_factory=list)
@@ -105,11 +106,15 @@ def serving(model, **about):
             pass
 
         def do_GET(self):
-            fault = served.faults.pop(0) if served.faults and served.faults[0].__name__ == "get" else None
+            fault = (
+                served.faults.pop(0) if served.faults and getattr(served.faults[0], "__name__", "") == "get" else None
+            )
             listed = {"data": [{"id": served.name, "max_model_len": served.longest}]}
             fault(self, None) if fault else send(self, 200, listed)
 
         def do_POST(self):
+            if served.key and self.headers["Authorization"] != f"Bearer {served.key}":
+                return send(self, 401, {"error": {"message": "no such key"}})
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with served.lock:
                 served.requests.append(body)

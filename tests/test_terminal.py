@@ -1,4 +1,4 @@
-"""The chat on a real pseudo-terminal, with keys as a keyboard sends them; printing where the locale cannot hold it."""
+"""sample.py in processes of its own: on a real pseudo-terminal, with keys as a keyboard sends them, and in a pipe."""
 
 import contextlib
 import fcntl
@@ -6,8 +6,8 @@ import io
 import json
 import os
 import pty
-import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +21,8 @@ from models import LLAMA, network_of
 from samples import toy_tokenizer, user, write
 
 from backtrack.attacks import __main__ as attacks
+from backtrack.run import say
 from backtrack.run.say import Ticker
-from backtrack.serve import terminal
 from model import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ def test_a_ticker_writes_over_its_line_on_a_terminal(monkeypatch):
 def test_a_ticker_writes_a_line_now_and_then_into_a_file(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Screen(False))
     now = [1000.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(say.time, "monotonic", lambda: now[0])
     ticker = Ticker()
     for count in range(100):
         ticker.show(f"{count}/99")
@@ -72,7 +72,7 @@ def test_a_ticker_writes_a_line_now_and_then_into_a_file(monkeypatch):
 class Person:
     """Somebody at a terminal in front of `sample.py words`, who reads before typing."""
 
-    def __init__(self, ckpt, *words, stdout_too=True, **environment):
+    def __init__(self, ckpt, *words, **environment):
         self.ours, theirs = pty.openpty()
         unset = ("NO_COLOR", "INPUTRC")
         inherited = {key: value for key, value in os.environ.items() if key not in unset}
@@ -80,7 +80,7 @@ class Person:
         self.process = subprocess.Popen(
             words,
             stdin=theirs,
-            stdout=theirs if stdout_too else subprocess.PIPE,
+            stdout=theirs,
             stderr=theirs,
             env=inherited | {"TERM": "xterm", "OMP_NUM_THREADS": "1", **environment},
             start_new_session=True,
@@ -97,12 +97,7 @@ class Person:
         return before + text
 
     def types(self, text: str) -> None:
-        """In small parts: a terminal's queue holds 4,096 bytes at a time."""
-        data = text.encode()
-        for start in range(0, len(data), 512):
-            os.write(self.ours, data[start : start + 512])
-            if start + 512 < len(data):
-                self.reads_some(1)  # the echo, if there is one
+        os.write(self.ours, text.encode())
 
     def reads_some(self, seconds: float) -> bool:
         """What comes next, if anything does in so many seconds."""
@@ -138,44 +133,45 @@ def take_terminal() -> None:
 # ── Keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_arrow_keys_edit_the_line(ckpt):
+def test_a_chat_with_arrow_keys_and_ctrl_c(ckpt):
     """Left and a letter: the letter goes in front of the last one. Up: the line is there again."""
-    person = Person(ckpt, "--max-new-tokens", 2, "--json")
+    person = Person(ckpt, "--max-new-tokens", 15000, "--reset-bias", 1000, NO_COLOR="")  # empty counts as not set
     person.reads("> ")
-    person.types("ac\x1b[Db\n")
-    person.reads('{"prompt": "abc"')
-    person.reads("> ")
-    person.types("\x1b[A\n")
-    person.reads('{"prompt": "abc"')
-    person.reads("> ")
-    assert "^[[" not in person.leaves()
-
-
-def test_ctrl_c_ends_the_answer_and_not_the_chat(ckpt):
-    person = Person(ckpt, "--max-new-tokens", 15000)
-    person.reads("> ")
-    person.types("hello\n")
-    person.reads("hello\r\n")
-    while not re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", person.received).strip():  # until the answer has begun
-        assert person.reads_some(120)
-    person.types("\x03")
-    person.reads("stopped")
-    person.reads("> ")
+    for keys in ("ac\x1b[Db\n", "\x1b[A\n"):
+        person.types(keys)
+        person.reads("abc\r\n" if keys[0] == "\x1b" else "\r\n")
+        person.reads("\x1b[2m[RESET]\x1b[0m\r\n")
+        assert person.reads_some(120)  # the answer has begun
+        person.types("\x03")
+        person.reads("stopped")
+        person.reads("> ")
     # Once more, at the prompt. Python forgets a Ctrl-C between its "> " and its waiting: then, as anybody would, again.
     while "Ctrl-D ends the chat" not in person.received:
         person.types("\x03")
         person.reads_some(2)
     person.reads("> ")
-    person.leaves()
+    assert "^[[" not in person.leaves()
 
 
-def test_ctrl_c_ends_a_pipe(ckpt):
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_escapes_where_none_are_wanted(ckpt, environment):
+    """Then an answer is printed once it is finished, as in a pipe: what cannot be erased must not be shown."""
+    person = Person(ckpt, "--max-new-tokens", 3, "--reset-bias", 1000, "--show-discarded", **environment)
+    shown = person.reads("> ")
+    person.types("hello\n")
+    shown += person.reads("~~~~ [RESET]") + person.reads("> ")
+    assert "\x1b" not in shown + person.leaves()
+
+
+@pytest.mark.slow
+def test_closed_streams_and_ctrl_c_in_a_pipe(ckpt):
+    words = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--device", "cpu", "--max-new-tokens", "3"]
+    for closing in (">&-", "<&-", "2>&-", ">&- <&- 2>&-"):
+        done = subprocess.run(["bash", "-c", f'"$@" {closing}', "x", *words, "--prompt", "x"], capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"") and bool(done.stdout) == (not closing.startswith(">"))
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "3"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=heed_ctrl_c,
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c
     )
     process.stdin.write(b"one\n")
     process.stdin.flush()
@@ -185,51 +181,25 @@ def test_ctrl_c_ends_a_pipe(ckpt):
     assert process.returncode == 130 and err == b""
 
 
-@pytest.mark.parametrize("environment", [{}, {"TERM": "dumb"}], ids=["xterm", "dumb"])
-def test_a_long_line_arrives_whole(ckpt, environment):
-    """Without readline a terminal keeps 4,095 bytes of a line and drops the rest."""
-    text = "".join(f"{i:05d}" for i in range(1200))
-    person = Person(ckpt, "--max-new-tokens", 2, "--json", **environment)
-    person.reads("> ")
-    person.types(text + "\n")
-    person.reads(json.dumps({"prompt": text})[:-1])
-    person.reads("> ")
-    person.leaves()
+# ── torch.compile ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_long_line_that_the_terminal_cuts_is_refused(ckpt):
-    """Nothing edits the line where stdout is a pipe."""
-    person = Person(ckpt, "--max-new-tokens", 2, "--json", stdout_too=False)
-    person.reads("Ctrl-D ends\r\n")
-    person.types("x" * 5000 + "\n")
-    person.reads("error: the terminal cuts lines at 4095 bytes")
-    person.types("short\n")
-    assert json.loads(person.process.stdout.readline())["prompt"] == "short"
-    person.leaves()
-
-
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [({"NO_COLOR": "1"}, ("--show-discarded",)), ({"TERM": "dumb"}, ()), ({"TERM": "dumb"}, ("--trace",))],
-    ids=["no colour", "dumb", "trace"],
-)
-def test_no_escapes_where_none_are_wanted(ckpt, environment, words):
-    """Then an answer is printed once it is finished, as in a pipe: what cannot be erased must not be shown."""
-    person = Person(ckpt, "--max-new-tokens", 3, "--reset-bias", 1000, *words, **environment)
-    shown = person.reads("> ")
-    person.types("hello\n")
-    shown += person.reads("hello\r\n") + person.reads("> ")
-    assert "\x1b" not in shown + person.leaves()
-    assert ("~~~~ [RESET]" in shown) == ("--show-discarded" in words)
-
-
-def test_escapes_elsewhere(ckpt):
-    person = Person(ckpt, "--max-new-tokens", 3, "--reset-bias", 1000, NO_COLOR="")  # empty counts as not set
-    person.reads("> ")
-    person.types("hello\n")
-    person.reads("\x1b[2m[RESET]\x1b[0m")
-    person.reads("> ")
-    person.leaves()
+@pytest.mark.slow
+def test_compile(ckpt, tmp_path):
+    """Compiled it says the same; without a compiler it says so."""
+    words = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "Hi", "--device", "cpu"]
+    words += ["--max-new-tokens", "30", "--num-samples", "4", "--reset-bias", "9", "--temperature", "1", "--json"]
+    no_compiler = os.environ | {"CXX": str(tmp_path / "gone"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([*words, "--compile"], env=no_compiler, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: torch.compile failed") and "leave out --compile" in last
+    if shutil.which("g++"):
+        plain, compiled = (
+            [json.loads(line)["text"] for line in subprocess.check_output([*words, *more], text=True).splitlines()]
+            for more in ([], ["--compile"])
+        )
+        assert plain == compiled
 
 
 # ── Text that the output cannot hold ─────────────────────────────────────────────────────────────────────────────────
@@ -237,24 +207,19 @@ def test_escapes_elsewhere(ckpt):
 SURROGATE = "how \ud800 now 漢"
 
 
-@pytest.mark.parametrize("words", [("ascii",), ("cp437",), ("ascii", "--json"), ("utf-8", "--json")])
-def test_any_locale_and_half_a_character(ckpt, words):
-    """What it cannot hold becomes a question mark, and in JSON an escape that loses nothing."""
-    encoding, *more = words
-    options = ["--prompt", "漢 \udcff", "--prefill", "漢", "--max-new-tokens", "2", "--device", "cpu", *more]
+def test_a_pipe_in_a_poor_locale(ckpt):
+    """The real thing: two lines in, two out, and what ASCII cannot hold becomes an escape in JSON."""
+    words = ["--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "6", "--reset-bias", "1000", "--json"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(ckpt), *options],
-        env=os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(ROOT / "sample.py"), *words],
+        input="one\n漢\n".encode() + b"a\xffb\n",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONUTF8": "0", "LC_ALL": "C", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    text = done.stdout.decode(encoding)
-    if more:
-        record = json.loads(text)
-        assert record["prompt"] == "漢 \udcff" and record["text"].startswith("漢")
-    else:
-        assert text.startswith("?")
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["prompt"] for r in records] == ["one", "漢", "a\ufffdb"] and [r["resets"] for r in records] == [1, 1, 1]
 
 
 def test_attacks_write_half_a_character(ckpt, tmp_path):

@@ -26,7 +26,7 @@ import torch
 from backtrack.evaluate.prompts import add_device, add_prompts, chosen, render, sampler_ids
 from backtrack.evaluate.results import write_result
 from backtrack.evaluate.statistics import wilson
-from backtrack.generate import Done, Reset, Token, held_back, stream
+from backtrack.generate import Done, Reset, Token, delay_tokens, stream
 from backtrack.judge import judge_all, load_judge, refuse_seen
 from backtrack.run.say import say
 from model import InputError, load_model, load_tokenizer
@@ -40,7 +40,7 @@ def texts_shown(events: list, n: int, prefill: list[list[int]], tok) -> list[lis
     """Row -> what is shown of each of its attempts, the surviving one last."""
     shown: list[list[int]] = [[] for _ in prefill]
     texts: list[list[str]] = [[] for _ in prefill]
-    for event in held_back(events, n, prefill):
+    for event in delay_tokens(events, n, prefill):
         if isinstance(event, Token):
             shown[event.row].append(event.id)
         elif isinstance(event, (Reset, Done)):

@@ -1,7 +1,7 @@
-"""remote.py and exported directories against a real vLLM server on loopback: `make test-vllm`.
+"""remote.py, the endpoint and exported directories against a real vLLM server on loopback: `make test-vllm`.
 
-VLLM names a Python that has vLLM, TOY and SMOLLM2 the model directories. Servers compute in fp32, so that greedy
-answers are ours token for token.
+VLLM names a Python that has vLLM, SERVE one with requirements-serve.txt, TOY and SMOLLM2 the model directories. Servers
+compute in fp32, so that greedy answers are ours token for token.
 """
 
 import json
@@ -11,10 +11,12 @@ import socket
 import subprocess
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from endpoint import begun, chats_of, endpoint, joined, volley
 from samples import user
 
 from backtrack.generate import generate
@@ -42,10 +44,11 @@ def served(request, tmp_path_factory):
         process.wait(60)
 
 
-def start(directory: Path, log: Path):
+def start(directory: Path, log: Path, port: int = 0):
     """A server in a process group of its own, once it answers."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]
     words = [os.environ["VLLM"], "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
     words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
@@ -151,3 +154,80 @@ def test_who_knows_nothing_of_reset_gets_no_mixture(served):
             assert ids[-1] == tok.reset_id and answer["choices"][0]["finish_reason"] == "stop"
             cut += 1
     assert cut
+
+
+# ── The endpoint in front of vLLM ────────────────────────────────────────────────────────────────────────────────────
+
+
+def in_front_of(url, ckpt, *words, out):
+    return endpoint(ckpt, "--url", url, *words, out=out, python=os.environ["SERVE"])
+
+
+@torch.no_grad()
+def test_the_endpoint_says_what_our_sampler_says(served, tmp_path):
+    name, model, tok, url, there = served
+    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size, "max_new_tokens": 32}
+    prompts = [tok.render(user(question)) for question in QUESTIONS[name]]
+    ours = generate(model, prompts, reset_bias=BIAS[name], **options)
+    assert any(g.resets for g in ours)
+    with in_front_of(url, there, "--reset-bias", BIAS[name], out=tmp_path / "log") as front:
+        for question, g in zip(QUESTIONS[name], ours, strict=True):
+            body = {"messages": user(question), "temperature": 0, "max_tokens": 32}
+            status, whole = front.ask(**body)
+            assert status == 200 and whole["choices"][0]["message"]["content"] == tok.decode(g.tokens)
+            assert whole["usage"]["completion_tokens"] == len(g.tokens)
+            assert joined(front.chunks(**body))[0] == tok.decode(g.tokens)
+
+
+@torch.no_grad()
+def test_load_beside_vllms_own(served, tmp_path, capsys):
+    name, model, tok, url, there = served
+    if name != "TOY":
+        pytest.skip("the toy's prompts name potions")
+    count = int(os.environ.get("REQUESTS", 500))
+    chats = chats_of(os.environ["TOY"], count)
+    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size, "max_new_tokens": 48}
+    prefill = [tok.encode(opening) for _, opening in chats]
+    ours = generate(model, [tok.render(chat) for chat, _ in chats], prefill=prefill, batch_size=64, **options)
+    assert count * 0.4 < sum(g.resets for g in ours) < count * 0.6
+
+    def ask(i):
+        chat, opening = chats[i]
+        body = {"messages": chat + begun(opening), "temperature": 0, "max_tokens": 48}
+        return joined(front.chunks(**body))[0] if i % 2 else front.text(**body)
+
+    def ask_vllm(i):
+        chat, opening = chats[i]
+        body = {"model": there, "messages": chat + begun(opening), "temperature": 0, "max_tokens": 48}
+        if opening:
+            body |= {"add_generation_prompt": False, "continue_final_message": True}
+        return post(url, "/v1/chat/completions", body)
+
+    with in_front_of(url, there, "--prefill", out=tmp_path / "log") as front:
+        found, seconds = volley(ask, count)
+    assert found == [tok.decode(g.tokens) for g in ours]
+    _, alone = volley(ask_vllm, count)
+    with capsys.disabled():
+        print(f"\nvLLM behind the endpoint: {seconds}; alone, without retries: {alone}")
+
+
+def test_vllm_killed_in_the_middle_and_back_again(tmp_path):
+    """Whoever is in flight gets one clear error, or an answer if vLLM is back in time; then it goes on."""
+    if not os.environ.get("VLLM") or not os.environ.get("TOY"):
+        pytest.skip("needs VLLM and TOY; make test-vllm sets them")
+    directory, body = os.environ["TOY"], {"messages": user(QUESTIONS["TOY"][0]), "temperature": 0, "max_tokens": 400}
+    process, url = start(directory, tmp_path / "vllm.log")
+    try:
+        with in_front_of(url, directory, out=tmp_path / "log") as front, ThreadPoolExecutor(16) as pool:
+            text = front.text(**body)
+            many = [pool.submit(front.ask, **body | {"n": 4, "temperature": 1}) for _ in range(16)]
+            front.until(lambda: front.metrics()["backtrack_queue"] > 32)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(60)
+            lost = [said for status, said in (one.result() for one in many) if status != 200]
+            assert lost and all("is the server well?" in said["error"]["message"] for said in lost)
+            process, _ = start(directory, tmp_path / "vllm.log", int(url.rsplit(":", 1)[1]))
+            assert front.text(**body) == text
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
