@@ -48,7 +48,7 @@ def changed_rows(before, after, name):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_that_were_never_trained_are_set_to_the_mean(tmp_path, tied):
-    """As in a Llama-3 base: the rows of template tokens lie where spare ones do. In a model that knows [RESET] all stay."""
+    """As in a Llama-3 base: the rows of template tokens lie where spare ones do. Once [RESET] is known all stay."""
     assert FRESH and SPARE
     init = saved(tmp_path / "init", LLAMA | {"tie_word_embeddings": tied}, FRESH + SPARE)
     said, before, after = started(init, tmp_path / "out")

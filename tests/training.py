@@ -13,6 +13,7 @@ from functools import cache
 
 import pytest
 import torch
+from models import LLAMA
 
 import train
 from backtrack import examples, plain
@@ -25,6 +26,15 @@ from model.errors import run
 def toy_files() -> dict[str, bytes]:
     """The toy world of seed 0."""
     return toy.build(0)
+
+
+def toy_place(tmp_path_factory):
+    """A new directory with the toy world's tokenizer, and the config.json of a tiny model."""
+    root = tmp_path_factory.mktemp("world")
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer/tokenizer.model").write_bytes(toy_files()["tokenizer/tokenizer.model"])
+    (root / "config.json").write_text(json.dumps(LLAMA))
+    return root
 
 
 # ── The plain form ────────────────────────────────────────────────────────────────────────────────
