@@ -7,7 +7,6 @@ killed run ends with the bits of one that was not, and a few dozen steps teach w
 import json
 import math
 import shutil
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from training import (
     gradients,
     gradients_before_clipping,
     interrupted,
+    logprob,
     logprobs_of,
     plain_dpo,
     steps_of,
@@ -81,7 +81,7 @@ def dpo(world, out, *more, data=("rows.jsonl",)):
 
 
 def by_hand(args, paths, tok):
-    """(how many rows; (epoch, row) -> its pairs, the prefixes drawn as the settings say)."""
+    """(step -> the pairs of its rows; the pairs of all rows), the prefixes drawn as the settings say."""
     rows = [row for row in load_rows(list(map(str, paths)), tok, args.max_length) if row.rejected]
 
     def pairs(epoch, index):
@@ -91,13 +91,10 @@ def by_hand(args, paths, tok):
         j = draw_prefix(args.seed + 1, epoch, index, min(len(row.chosen), room))
         return dpo_pairs(row, k, j, tok, method=args.method, restart=args.restart)
 
-    return len(rows), pairs
-
-
-def step_by_hand(args, step, tok):
-    """The pairs of all rows of a step."""
-    count, pairs = by_hand(args, args.data, tok)
-    return [pair for visit in visited(args, count)(step) for pair in pairs(*visit)]
+    order = visited(args, len(rows))
+    return lambda step: [p for visit in order(step) for p in pairs(*visit)], [
+        p for i in range(len(rows)) for p in pairs(0, i)
+    ]
 
 
 def same_run(a, b):
@@ -136,43 +133,23 @@ def computed(monkeypatch):
 # ── Which pairs ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_prefixes_are_a_function_of_seed_epoch_and_row(world, tmp_path, tok, made):
-    """And the policy is held against the reference on the very same pairs."""
-    words = dpo(world, tmp_path / "out", "--epochs", 6, "--batch-size", 12, "--seed", 3)
-    trained(*words)
-    assert len(made) == 2 * 72 and made[:72] == made[72:]  # of the reference, then of training
-    visits = [*chain(*map(visited(arguments(words), 12), range(6)))]
-    assert sorted(visits) == [(epoch, index) for epoch in range(6) for index in range(12)]
-    raw, drawn = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()], {}
-    for (epoch, index), (pairs, _) in zip(visits, made[:72], strict=True):
-        row = raw[index]
-        good, bad = (tok.encode(row[key][0]["content"]) for key in ("chosen", "rejected"))
-        pairs, eos = {p.kind: p for p in pairs}, tok.turn_end[0]
-        assert set(pairs) == {"discourage", *(["elicit"] if row["unsafe"] else [])}
-        j = draw_prefix(4, epoch, index, len(good))
-        assert pairs["discourage"].prompt == tok.render(row["prompt"])
-        assert pairs["discourage"].chosen == [*good, eos]
-        assert pairs["discourage"].rejected == [*good[:j], tok.reset_id, *bad, eos]
-        if row["unsafe"]:
-            k = draw_prefix(3, epoch, index, len(bad))
-            assert pairs["elicit"].chosen == [*bad[:k], tok.reset_id, *good, eos]
-            assert pairs["elicit"].rejected == [*bad, eos]
-            drawn.setdefault(index, set()).add(k)
-    assert len(drawn) == 6 and all(len(lengths) > 1 for lengths in drawn.values())
-
-
-def test_a_short_max_length_leaves_room_for_reset_and_an_answer(world, tmp_path, tok, made):
-    more = ("--max-length", 40, "--restart", "all", "--epochs", 5, "--batch-size", 12)
-    said, cut = trained(*dpo(world, tmp_path / "out", *more)), 0
-    assert "rows have more than --max-length 40 tokens with both answers: cut there" in said
+def test_the_pairs_of_every_step(world, tmp_path, tok, made):
+    """Of the reference, then of training, the very same. Cut at --max-length, [RESET] still has a token behind it."""
+    words = dpo(world, tmp_path / "out", "--max-length", 40, "--epochs", 3, "--seed", 3, "--restart", "all")
+    assert "rows have more than --max-length 40 tokens with both answers: cut there" in trained(*words)
+    assert len(made) == 2 * 36 and made[:36] == made[36:]
+    args, drawn = arguments(words), {}
+    pairs_of, _ = by_hand(args, args.data, tok)
+    assert [p for pairs, _ in made[:36] for p in pairs] == [p for step in range(9) for p in pairs_of(step)]
     for pairs, max_length in made:
         assert max_length == 40
         for p in pairs:
             sides = [(p.prompt + answer)[:40][len(p.prompt) :] for answer in (p.chosen, p.rejected)]
             resets = [side[:-1].count(tok.reset_id) for side in sides]  # with a token behind them
             assert resets == [p.kind == "elicit", p.kind == "discourage"]
-            cut += len(p.prompt + p.chosen) > 40
-    assert cut
+            if p.kind == "elicit":
+                drawn.setdefault(str(p.rejected), set()).add(p.chosen.index(tok.reset_id))
+    assert len(drawn) == 6 and max(map(len, drawn.values())) > 1  # redrawn in each epoch
 
 
 # ── A run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -204,33 +181,52 @@ def test_the_first_loss_is_ln_2(world, tmp_path, flags, kinds):
 WEIGHTED = ("--nll", 0.7, "--elicit", 0.5, "--discourage", 2, "--restart", "all", "--restart-weight", 0.3)
 
 
+def numbers(policy, before, pairs, args, tok):
+    """All that is logged of pairs but the loss, from the definition, each [RESET] given its prefix alone."""
+    found = {"reset_after_unsafe": [], "reset_after_safe": []}
+    with torch.no_grad():
+        _, kinds, ratios = plain_dpo(policy, before, pairs, args.beta, args.nll)
+        for p in pairs:
+            for name, answer in (("reset_after_unsafe", p.chosen), ("reset_after_safe", p.rejected)):
+                if tok.reset_id in answer:
+                    context = p.prompt + answer[: answer.index(tok.reset_id)]
+                    found[name].append(logprob(policy, context, tok.reset_id).exp().item())
+    found["margin"] = [args.beta * (c - r) for c, r in ratios]
+    found["accuracy"] = [m > 0 for m in found["margin"]]
+    found["chosen"], found["rejected"] = zip(*ratios, strict=True)
+    return {f"loss/{kind}": value / n for kind, (value, n) in kinds.items()} | {
+        name: sum(values) / len(values) for name, values in found.items()
+    }
+
+
 @pytest.mark.parametrize("flags", [(), WEIGHTED])
 def test_a_step_by_hand(world, start, tok, tmp_path, monkeypatch, flags):
     """Interrupted before step 2, the weights on disk and the start give all that step 2 does, by definition alone."""
     more = ("--steps", 2, "--batch-size", 1, "--grad-accum", 2, "--save-every", 1, "--beta", 0.5, "--lr", 3e-3)
-    words = dpo(world, tmp_path / "out", *more, *flags)
+    words = dpo(world, tmp_path / "out", *more, *flags, "--heldout", world / "heldout.jsonl")
     interrupted(words, at=2)
     one, before = load_model(tmp_path / "out"), load_model(start)
     found = gradients_before_clipping(monkeypatch)
     trained(*words, "--resume")
     args = arguments(words)
+    first, _, second, heldout = steps_of(tmp_path / "out")
+
+    pairs_of, _ = by_hand(args, args.data, tok)
     weight = {"elicit": args.elicit, "discourage": args.discourage, "restart": args.restart_weight}
-    pairs = step_by_hand(args, 1, tok)
-    loss, kinds, ratios = plain_dpo(one, before, pairs, 0.5, args.nll, weight.get)
-    loss = loss / sum(weight[p.kind] for p in pairs)
-    first, second = steps_of(tmp_path / "out")
+    loss, kinds, _ = plain_dpo(one, before, pairs_of(1), 0.5, args.nll, weight.get)
+    loss = loss / sum(weight[p.kind] for p in pairs_of(1))
     assert kinds.keys() >= {"elicit", "discourage"} and abs(second["loss"] - first["loss"]) > 1e-3
-    assert second["loss"] == pytest.approx(loss.item(), abs=1e-5, rel=1e-5)
-    for kind, (value, n) in kinds.items():
-        assert second[f"loss/{kind}"] == pytest.approx(value / n, rel=1e-5)
-    margins = [0.5 * (c - r) for c, r in ratios]
-    assert second["accuracy"] == sum(m > 0 for m in margins) / len(pairs)
-    assert second["margin"] == pytest.approx(sum(margins) / len(pairs), abs=1e-4)
-    assert second["chosen"] == pytest.approx(sum(c for c, _ in ratios) / len(pairs), abs=1e-4)
-    assert second["rejected"] == pytest.approx(sum(r for _, r in ratios) / len(pairs), abs=1e-4)
-    expected = gradients(one, loss)
-    for (name, gradient), other in zip(expected.items(), found[0], strict=True):
+    assert second["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for (name, gradient), other in zip(gradients(one, loss).items(), found[0], strict=True):
         torch.testing.assert_close(other, gradient, atol=1e-5, rtol=1e-4, msg=name)
+    for name, value in numbers(one, before, pairs_of(1), args, tok).items():
+        assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+    _, pairs = by_hand(args, args.heldout, tok)
+    expected = numbers(load_model(tmp_path / "out"), before, pairs, args, tok)
+    assert set(heldout) == {"step", *(f"heldout/{name.removeprefix('loss/')}" for name in expected)}
+    for name, value in expected.items():
+        assert heldout[f"heldout/{name.removeprefix('loss/')}"] == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
 
 def test_a_step_in_which_no_pair_counts(world, tmp_path):
@@ -251,40 +247,6 @@ def test_rows_without_rejected_are_left_out(world, tmp_path):
     trained(*dpo(world, tmp_path / "rows", "--epochs", 1))
     same_run(tmp_path / "mixed", tmp_path / "rows")
     assert len(steps_of(tmp_path / "rows")) == 3  # 12 rows in batches of 4
-
-
-def test_heldout(world, start, tok, tmp_path):
-    """Every held-out number a second time, each [RESET] given its prefix alone."""
-    heldout = str(world / "heldout.jsonl")
-    words = dpo(world, tmp_path / "out", "--steps", 3, "--heldout", heldout, "--beta", 0.5, "--lr", 3e-3)
-    said = trained(*words, "--log-every", 2)
-    assert said.count("held out:") == said.count("step ") == 2
-    records = [r for r in steps_of(tmp_path / "out") if "heldout/margin" in r]
-    assert [r["step"] for r in records] == [2, 3]
-    last = {name.removeprefix("heldout/"): value for name, value in records[-1].items()}
-    names = {"accuracy", "margin", "chosen", "rejected", "elicit", "discourage"}
-    assert set(last) == {"step", *names, "reset_after_unsafe", "reset_after_safe"}
-
-    n, pairs_of = by_hand(arguments(words), [heldout], tok)
-    pairs = [p for i in range(n) for p in pairs_of(0, i)]
-    end, before = load_model(tmp_path / "out"), load_model(start)
-    found = {"elicit": [], "discourage": []}
-    with torch.no_grad():
-        _, kinds, ratios = plain_dpo(end, before, pairs, 0.5)
-        for p in pairs:
-            answer = p.chosen if p.kind == "elicit" else p.rejected
-            k = answer.index(tok.reset_id)
-            probabilities = end(torch.tensor([p.prompt + answer[:k]]))[0, -1].softmax(dim=0)
-            found[p.kind].append(probabilities[tok.reset_id].item())
-    margins = [0.5 * (c - r) for c, r in ratios]
-    for kind, (value, n) in kinds.items():
-        assert last[kind] == pytest.approx(value / n, rel=1e-5)
-    assert last["margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
-    assert last["accuracy"] == sum(m > 0 for m in margins) / len(margins)
-    assert last["chosen"] == pytest.approx(sum(c for c, _ in ratios) / len(ratios), abs=1e-4)
-    assert (len(found["elicit"]), len(found["discourage"])) == (3, 5)
-    assert last["reset_after_unsafe"] == pytest.approx(sum(found["elicit"]) / 3, rel=1e-4)
-    assert last["reset_after_safe"] == pytest.approx(sum(found["discourage"]) / 5, rel=1e-4)
 
 
 # ── The reference on disk ────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,9 +285,9 @@ def test_what_is_in_the_file(world, start, tok, tmp_path):
     trained(*words)
     (text,) = cached(tmp_path / "out").values()
     args, network = arguments(words), load_model(start)
-    groups = [step_by_hand(args, step, tok) for step in range(2)]
-    n, heldout_of = by_hand(args, args.heldout, tok)
-    groups.append([p for i in range(n) for p in heldout_of(0, i)])
+    pairs_of, _ = by_hand(args, args.data, tok)
+    _, heldout = by_hand(args, args.heldout, tok)
+    groups = [pairs_of(0), pairs_of(1), heldout]
     for step, (line, pairs) in enumerate(zip(text.splitlines(), groups, strict=True)):
         expected = []
         with torch.no_grad():
