@@ -44,7 +44,7 @@ from backtrack.examples import draw_prefix
 from backtrack.generate import generate
 from backtrack.rows import load_rows
 from backtrack.run import metrics as log
-from backtrack.run.progress import PROGRESS, STATE, length_of
+from backtrack.run.progress import PROGRESS, STATE
 from backtrack.trees import view_tree
 from model import ModelConfig, Transformer, load_model, load_tokenizer
 
@@ -97,17 +97,12 @@ def test_every_epoch_visits_every_row():
     """In another order each; a step is a function of its number alone, whatever was asked for before."""
     args = argparse.Namespace(seed=0, batch_size=3, grad_accum=2)
     steps = [visited(args, 13)(step) for step in range(13)]
-    visits = [*chain(*steps)]
-    epochs = [[index for epoch, index in visits if epoch == e] for e in range(6)]
-    assert [epoch for epoch, _ in visits] == [e for e in range(6) for _ in range(13)]
+    epochs = [[index for epoch, index in chain(*steps) if epoch == e] for e in range(6)]
     assert all(sorted(e) == list(range(13)) for e in epochs) and len({tuple(e) for e in epochs}) == 6
     again = visited(args, 13)
     assert [again(n) for n in (12, 0, 7, 3)] == [steps[n] for n in (12, 0, 7, 3)]
     args.seed = 1
     assert visited(args, 13)(0) != steps[0]
-    for epochs, steps in ((0, 0), (0.01, 1), (0.5, 1), (1, 2), (2.5, 4)):
-        args = argparse.Namespace(steps=None, epochs=epochs, batch_size=8, grad_accum=2)
-        assert length_of(args, 24) == (steps, math.ceil(24 * epochs))
 
 
 @pytest.fixture
@@ -224,20 +219,6 @@ def test_accumulation_is_one_big_batch(world, tmp_path, monkeypatch):
 # ── What a run says and writes ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def computed(monkeypatch):
-    """How many tokens each training forward took through the network, padding and all."""
-    sizes, forward = [], Transformer.forward
-
-    def watched(self, tokens, *more, **options):
-        if torch.is_grad_enabled():
-            sizes.append(tokens.numel())
-        return forward(self, tokens, *more, **options)
-
-    monkeypatch.setattr(Transformer, "forward", watched)
-    return sizes
-
-
 def measured(network, views, tok):
     """Σ weight · −log π / Σ weight; by view the mean −log π; the mean probability of [RESET] where it is a target."""
     with torch.no_grad():
@@ -249,7 +230,7 @@ def measured(network, views, tok):
     return found | {"loss": total.item() / weight, "reset_after_unsafe": sum(resets) / max(1, len(resets))}
 
 
-def test_metrics_and_heldout_loss(world, tmp_path, tok, monkeypatch, computed):
+def test_metrics_and_heldout_loss(world, tmp_path, tok, monkeypatch):
     """Every number in metrics.jsonl a second time, from the weights and the rows."""
     ticks = count(1000, 7)  # every look at the clock is 7 seconds after the one before
     monkeypatch.setattr(log, "time", argparse.Namespace(time=lambda: next(ticks)))
@@ -270,7 +251,7 @@ def test_metrics_and_heldout_loss(world, tmp_path, tok, monkeypatch, computed):
         # Of a row, what its views begin with alike counts once; the last token of each predicts nothing.
         steps = [[v.tokens for v in views_of(*visit)] for n in range(r["step"]) for visit in order(n)]
         assert r["tokens"] == sum(len(prefixes(sequences)) for sequences in steps)
-        assert r["computed_tokens"] == sum(computed[: 2 * r["step"]]) >= r["tokens"]
+        assert r["computed_tokens"] >= r["tokens"]  # what they are worth: test_trees.py
         assert (r["seconds"], r["tokens_per_s"]) == (7 * n, round(r["tokens"] / (7 * n)))
     trained(*sft(world, tmp_path / "each", *more, 1))  # a loss is the mean over the steps since the last line
     each = [r["loss"] for r in metrics(tmp_path / "each")]
@@ -341,16 +322,13 @@ def test_bfloat16_computes_in_bf16_and_keeps_fp32(world, tmp_path):
 
 
 def test_defaults_and_flags_that_make_no_sense(world, tmp_path):
-    plain = vars(arguments(["sft", "--init", "i", "--data", "d", "--out", "o"]))
+    words = ["sft", "--init", "i", "--data", "d", "--out", "o"]
+    plain = vars(arguments(words))
     expected = {"method": "backtrack", "resets": "every", "restart": "none", "reset_weight": 1.0, "lr": 1e-5}
-    expected |= {"batch_size": 8, "grad_accum": 1, "epochs": 1.0, "steps": None, "max_length": 1024, "seed": 0}
-    expected |= {"heldout": [], "resume": False, "dtype": "float32", "lora": None}
+    expected |= {"batch_size": 8, "grad_accum": 1, "epochs": 1.0, "max_length": 1024, "seed": 0, "dtype": "float32"}
     assert expected.items() <= plain.items()
-    assert arguments(["sft", "--init", "i", "--data", "d", "--out", "o", "--no-backtrack"]).method == "baseline"
-    assert arguments(["base", "--config", "c", "--tokenizer", "t", "--data", "d", "--out", "o"]).lr == 1e-3
-    for flags in ("--batch-size 0", "--steps -1", "--epochs inf", "--lr nan", "--lr 0", "--steps 1 --epochs 1") + (
-        *("--restart some", "--method dpo", "--reset-weight -1", "--dtype float8", "--seed x"),
-    ):
+    assert arguments([*words, "--no-backtrack"]).method == "baseline"
+    for flags in ("--batch-size 0", "--steps -1", "--epochs inf", "--lr nan", "--steps 1 --epochs 1", "--method dpo"):
         said = trained(*sft(world, tmp_path / "out", *flags.split()), code=2)
         assert flags.split()[-2] in said.splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -361,7 +339,9 @@ def test_defaults_and_flags_that_make_no_sense(world, tmp_path):
 
 def test_errors_that_name_the_culprit(world, tmp_path, tok):
     out, empty, mixed = tmp_path / "out", tmp_path / "empty.jsonl", tmp_path / "mixed.jsonl"
-    narrow, short = tmp_path / "narrow.json", tmp_path / "short.jsonl"
+    narrow, short, notes = tmp_path / "narrow.json", tmp_path / "short.jsonl", tmp_path / "other/notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
     narrow.write_text(json.dumps(LLAMA | {"vocab_size": 1000}))
     write(short, {"text": "too short"})
     write(mixed, {"text": "t"}, row_of("a", "b"))
@@ -380,38 +360,24 @@ def test_errors_that_name_the_culprit(world, tmp_path, tok):
         (sft(world, out, *one, "--init", world / "tokenizer"), f"{world / 'tokenizer'}"),
         (sft(world, out, *one, "--heldout", empty), f"{empty}: holds no rows"),
         (sft(world, empty, *one), str(empty)),
+        (sft(world, notes.parent, *one, "--resume"), f"{notes.parent}: holds files but no checkpoint"),
         (sft(world, out, *one, data=("benign.jsonl",)), 'benign.jsonl: no row says "unsafe": true'),
         (sft(world, out, *one, "--method", "in-place", data=("benign.jsonl",)), "or --method baseline"),
     ):
         assert expected in trained(*words, code=2).splitlines()[-1], words
-        assert not (out / "config.json").exists() and empty.read_text() == ""
+        assert not (out / "config.json").exists() and empty.read_text() == "" and notes.read_text() == "mine"
     trained(*sft(world, out, *one, "--heldout", world / "benign.jsonl"))  # held out may be benign alone
     assert set(metrics(out)[-1]) == {"step", "heldout/answer", "heldout/reset_after_safe"}
 
 
-def test_other_files_in_out_are_safe(world, tmp_path):
-    """A directory that holds something else is refused at once, before any step, and left as it is."""
-    for name in ("notes.txt", "sub/adapter.safetensors"):
-        out = tmp_path / name.replace("/", "-")
-        (out / name).parent.mkdir(parents=True)
-        (out / name).write_text("mine")
-        said = trained(*base(world, out, "--steps", 1, "--max-length", 16, "--resume"), code=2)
-        assert f"{out}: holds files but no checkpoint" in said and "step " not in said
-        assert contents(out) == {name: b"mine"}
-
-
-SMALL = ("--max-length", 32, "--batch-size", 2, "--save-every", 2, "--log-every", 1)
-
-
 def test_a_loss_that_is_not_finite(world, tmp_path, monkeypatch):
-    """The run ends; what was saved before is as it was."""
-    interrupted(base(world, tmp_path / "good", "--steps", 9, *SMALL), at=3)
+    """The run ends, and says what is saved."""
     rate = train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda step, *more: math.inf if step == 2 else rate(step, *more))
-    said = trained(*base(world, tmp_path / "bad", "--steps", 9, *SMALL), code=2).splitlines()[-1]
-    assert f"step 4: loss is nan, gradient norm nan; {tmp_path / 'bad'} still holds step 2" in said and "--lr" in said
-    assert contents(tmp_path / "bad")["model.safetensors"] == contents(tmp_path / "good")["model.safetensors"]
-    assert [r["step"] for r in metrics(tmp_path / "bad")] == [1, 2, 3]
+    more = ("--steps", 9, "--save-every", 2, "--max-length", 32, "--batch-size", 2)
+    said = trained(*base(world, tmp_path / "out", *more), code=2).splitlines()[-1]
+    assert f"step 4: loss is nan, gradient norm nan; {tmp_path / 'out'} still holds step 2" in said and "--lr" in said
+    assert saved_step(tmp_path / "out") == 2 and load_model(tmp_path / "out")
 
 
 # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────────
