@@ -37,15 +37,10 @@ OF_RANKS = ("seconds", "tokens_per_s", "computed_tokens")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """rows.jsonl, twelve rows of different lengths; and NAME, a random model with the toy's tokenizer, for each."""
-    root = tmp_path_factory.mktemp("world")
-    rows = []
+    root, rows = tmp_path_factory.mktemp("world"), []
     for i in range(12):
-        prompt, chosen, rejected = (
-            f"Hi {i} " * (1 + i % 4),
-            f"no word{i} " * (1 + i % 3),
-            f"yes other{i} " * (1 + i % 5),
-        )
-        rows.append(row_of(prompt, chosen, rejected, unsafe=i % 2 == 0))
+        texts = (f"Hi {i} " * (1 + i % 4), f"no word{i} " * (1 + i % 3), f"yes other{i} " * (1 + i % 5))
+        rows.append(row_of(*texts, unsafe=i % 2 == 0))
     write(root / "rows.jsonl", *rows)
     write(root / "corpus.jsonl", *({"text": f"word{i} other{i} thing{i * i}. " * 9} for i in range(9)))
     for name, fields in MODELS.items():
@@ -246,15 +241,17 @@ def test_who_needs_torchrun_and_who_refuses_it(world, tmp_path):
     assert "torchrun" in trained(*words(world, "sft", tmp_path / "out", "--offload"), code=2)
 
 
+def typed(n, words):
+    """The command as it is typed."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "train.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.slow
 def test_torchrun_itself(world, tmp_path, alone):
-    """The command as it is typed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "train.py", *map(str, words(world, "sft", tmp_path / "out"))],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}},
-    )
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    typed(2, words(world, "sft", tmp_path / "out"))
     same_result(alone("sft"), tmp_path / "out")
 
 
@@ -314,7 +311,6 @@ def test_the_plan_of_llama_3_8b(tmp_path, capsys):
     shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | shape | {"max_position_embeddings": 8192}))
-
     words = ("sft", "--init", tmp_path, "--out", tmp_path / "out", "--max-length", 512, "--batch-size", 1, "--plan")
     eight, said = planned(capsys, *words, 8)
     assert said.startswith("8,030,261,248 parameters on 8 devices")
@@ -366,13 +362,6 @@ def test_prompts_are_shared_out(world, tmp_path):
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: NCCL and memory are not tested")
 
 
-def on_cuda(n, *arguments):
-    """torchrun on n GPUs."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "train.py"]
-    done = subprocess.run([*torchrun, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("more", [[], ["--checkpoint-activations"], ["--offload"], ["--lora", 4]])
@@ -380,7 +369,7 @@ def test_nccl_reaches_what_one_device_reaches(world, tmp_path, more):
     """On as many GPUs as there are, one included; sums on a GPU come in another order, so not to 1e-5."""
     plain = [word for word in more if word not in ("--offload", "--checkpoint-activations")]
     trained(*words(world, "sft", tmp_path / "one", *plain, "--device", "cuda"))
-    on_cuda(torch.cuda.device_count(), *words(world, "sft", tmp_path / "all", *more, "--device", "cuda"))
+    typed(torch.cuda.device_count(), words(world, "sft", tmp_path / "all", *more, "--device", "cuda"))
     same_result(tmp_path / "one", tmp_path / "all", tolerance=1e-3)
 
 
@@ -388,8 +377,7 @@ def test_nccl_reaches_what_one_device_reaches(world, tmp_path, more):
 @needs_cuda
 def test_compiled_on_cuda(world, tmp_path):
     """The compiler's kernels add in another order: the losses of the first steps agree to a thousandth."""
-    trained(*words(world, "sft", tmp_path / "plain", "--device", "cuda"))
-    trained(*words(world, "sft", tmp_path / "compiled", "--device", "cuda", "--compile"))
-    plain, compiled = (metrics(tmp_path / name) for name in ("plain", "compiled"))
-    losses = [[record["loss"] for record in records if "loss" in record] for records in (plain, compiled)]
-    assert len(losses[0]) > 2 and losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        trained(*words(world, "sft", tmp_path / name, "--device", "cuda", *flags))
+    plain, compiled = ([r["loss"] for r in metrics(tmp_path / name)[::2]] for name in ("plain", "compiled"))
+    assert len(plain) == 4 and compiled == pytest.approx(plain, rel=1e-3)
