@@ -1,6 +1,6 @@
-"""python -m tests.peak N WORDS: what `torchrun --nproc-per-node N train.py WORDS` takes of memory on its first rank, in
-bytes beyond what Python and PyTorch take. N = 0: without torchrun. Linux; it wants MALLOC_MMAP_THRESHOLD_=65536, with
-which freed memory is given back at once."""
+"""python -m tests.peak N base WORDS: what `torchrun --nproc-per-node N -m data.base WORDS` takes of memory on its first
+rank, in bytes beyond what Python and PyTorch take. N = 0: without torchrun. Linux; it wants
+MALLOC_MMAP_THRESHOLD_=65536, with which freed memory is given back at once."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-import train
+from data import base
 from tests.ranks import Ranks
 
 
@@ -18,23 +18,23 @@ def bytes_of(field: str) -> int:
 
 
 def watch(rank: int) -> None:
-    before, fit = bytes_of("VmRSS"), train.fit
+    before, fit = bytes_of("VmRSS"), base.fit
 
-    def watched(*args):
-        fit(*args)
+    def watched(*args, **more):
+        fit(*args, **more)
         if rank == 0:
             print(f"peak {bytes_of('VmHWM') - before}", file=sys.__stderr__)
 
-    train.fit = watched
+    base.fit = watched
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     number, words = int(sys.argv[1]), sys.argv[2:]
     if number == 0:
-        sys.argv = ["train.py", *words]
+        sys.argv = ["base.py", *words[1:]]
         watch(0)
-        train.main()
+        base.main()
         os._exit(0)
-    ranks = Ranks(number, train.main, words, watch)
+    ranks = Ranks(number, base.main, words, watch)
     print(ranks.codes(), ranks.said())

@@ -1,5 +1,5 @@
-"""`torchrun train.py …` without the seconds that it takes to start: N forks of this process, with the variables that
-torchrun sets and a store in the parent, as torchrun's agent has one."""
+"""`torchrun train.py …`, or `-m data.base …`, without the seconds that it takes to start: N forks of this process, with
+the variables that torchrun sets and a store in the parent, as torchrun's agent has one."""
 
 import os
 import signal
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor  # noqa: F401 (loaded once, before 
 
 import train
 from backtrack.evaluate import __main__ as evaluate
+from data import base
 from model.errors import run
 
 
@@ -25,6 +26,8 @@ class Ranks:
         self.file = Path(tempfile.mkstemp()[1])
         self.pids = []
         self.port, tell = os.pipe()
+        if words[0] == "base":
+            main, words = base.main, words[1:]
         for rank in range(n):
             pid = os.fork()
             if pid == 0:
@@ -46,7 +49,7 @@ class Ranks:
             os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0"}
             sys.argv = [Path(main.__code__.co_filename).name, *map(str, words)]
             before(rank)
-            run(main, ranks=main in (train.main, evaluate.main))
+            run(main, ranks=main in (train.main, base.main, evaluate.main))
             code = 0
         except SystemExit as end:
             code = end.code or 0

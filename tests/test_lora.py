@@ -54,7 +54,9 @@ def test_merged_is_what_was_trained(world, tmp_path, model):
     assert (merged.lm_head.weight != plain.lm_head.weight).any(dim=1).all()
 
 
-@pytest.mark.parametrize("command, model", [("sft", "llama-untied"), ("dpo", "gemma")])
+@pytest.mark.parametrize(
+    "command, model", [("dpo", "gemma"), pytest.param("sft", "llama-untied", marks=pytest.mark.slow)]
+)
 def test_it_goes_on_and_runs_on_two_ranks(world, tmp_path, command, model):
     arguments = partial(words, world, command, model=model)
     more = ("--lora", 4, "--save-every", 2)
@@ -76,9 +78,9 @@ def test_it_goes_on_and_runs_on_two_ranks(world, tmp_path, command, model):
 
 def test_full_width_reaches_full_training(world, tmp_path):
     """Its loss within 5% after 60 steps, [RESET] learned; rank 1 falls behind. From a base that has been trained."""
-    write(tmp_path / "corpus.jsonl", *({"text": f"Hi {i} no word{i} yes other{i}"} for i in range(20)))
+    corpus = write(tmp_path / "corpus.jsonl", *({"text": f"Hi {i} no word{i} yes other{i}"} for i in range(20)))
     base = ["base", "--config", world / "llama/config.json", "--tokenizer", world / "llama", "--device", "cpu"]
-    base += ["--data", tmp_path / "corpus.jsonl", "--out", tmp_path / "base", "--max-length", 32, "--lr", 1e-2]
+    base += ["--data", corpus, "--out", tmp_path / "base", "--max-length", 32, "--lr", 1e-2]
     trained(*base, "--steps", 60, "--batch-size", 8)
     last = {}
     for name, more in {"full": [], "wide": ["--lora", LLAMA["hidden_size"]], "narrow": ["--lora", 1]}.items():

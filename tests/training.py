@@ -4,6 +4,7 @@ Everything is held against backtrack/plain.py, one sequence at a time, and a Pyt
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -12,9 +13,10 @@ from functools import cache
 
 import pytest
 import torch
+from models import LLAMA
 
 import train
-from backtrack import plain
+from backtrack import examples, plain
 from backtrack.run import progress
 from data import base, toy
 from model.errors import run
@@ -24,6 +26,15 @@ from model.errors import run
 def toy_files() -> dict[str, bytes]:
     """The toy world of seed 0."""
     return toy.build(0)
+
+
+def toy_place(tmp_path_factory):
+    """A new directory with the toy world's tokenizer, and the config.json of a tiny model."""
+    root = tmp_path_factory.mktemp("world")
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer/tokenizer.model").write_bytes(toy_files()["tokenizer/tokenizer.model"])
+    (root / "config.json").write_text(json.dumps(LLAMA))
+    return root
 
 
 # ── The plain form ────────────────────────────────────────────────────────────────────────────────
@@ -86,6 +97,21 @@ def close(a, b, atol=1e-5, rtol=1e-4):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=rtol)
+
+
+def sft_by_hand(args, rows, tok):
+    """(epoch, row) -> its views, the prefix drawn as the settings say: with room for [RESET] and a token after it."""
+
+    def views(epoch, index):
+        row, k = rows[index], 0
+        if row.unsafe:
+            row = dataclasses.replace(row, rejected=row.rejected[: args.max_length - len(row.prompt) - 2])
+            k = examples.draw_prefix(args.seed, epoch, index, len(row.rejected))
+        names = ("method", "resets", "reset_weight", "restart")
+        views = examples.sft_views(row, k, tok, **{name: getattr(args, name) for name in names})
+        return [dataclasses.replace(view, tokens=view.tokens[: args.max_length]) for view in views]
+
+    return views
 
 
 # ── The command line ──────────────────────────────────────────────────────────────────────────────

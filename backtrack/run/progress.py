@@ -186,8 +186,8 @@ def start(args, tok, count: int, data, **more) -> Run:
 def length_of(args, count: int) -> tuple[int, int]:
     """(steps, rows visited in all) over `count` rows; with --epochs the last step may be smaller."""
     per_step = args.batch_size * args.grad_accum
-    if args.steps is not None:
-        return args.steps, args.steps * per_step
+    if args.steps is not None:  # --steps 0 still looks at the first step's rows: see reset_row.py
+        return args.steps, max(1, args.steps) * per_step
     visited = math.ceil(round(args.epochs * count, 6))
     return math.ceil(visited / per_step), visited
 
