@@ -13,10 +13,10 @@ import math
 
 import torch
 
-from backtrack.run import parallel
 from backtrack.run.say import say
 from backtrack.trees import Batch
 from model import Transformer
+from model.slices import as_a_whole
 from model.transformer import softcap
 
 START = 0.01  # p([RESET]) before the first step
@@ -34,7 +34,7 @@ def start_new_tokens(model: Transformer, tok, batches: list[Batch]) -> None:
     if output is not embedding:
         tables["output"] = output
     for name, table in tables.items():
-        with parallel.as_a_whole(table) as rows:
+        with as_a_whole(table) as rows:
             fresh = set_untrained_rows(rows, tok)
         say(
             f"untrained {name} rows of special tokens, set to the mean of the trained rows: {fresh}"
@@ -119,7 +119,7 @@ def move_row(
     cap = model.config.final_logit_softcapping
     if cap is not None:  # the logit before the cap
         wanted = cap * torch.atanh((wanted / cap).clamp(-0.99, 0.99))
-    with parallel.as_a_whole(model.lm_head.weight) as table:
+    with as_a_whole(model.lm_head.weight) as table:
         w = table[reset_id].to(h)
         gram = h.T @ h  # (D, D)
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(w), device=h.device)

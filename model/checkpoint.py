@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from model.config import ModelConfig
 from model.errors import InputError, refuse_pointer
 from model.files import atomic_directory, write_tensors
-from model.transformer import Transformer, own_rows
+from model.slices import own_rows
+from model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 32 << 20

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.linear import Linear
+from model.slices import own_rows
 
 
 class Transformer(nn.Module):
@@ -99,19 +100,6 @@ class Transformer(nn.Module):
             drawn.normal_(0.0, 0.02 / math.sqrt(depth), generator=generator)
             rows, first = own_rows(p)
             rows.copy_(drawn[first : first + len(rows)])
-
-
-def own_rows(p: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The rows of a weight that lie in this process, and the number of the first.
-
-    All of them, from 0, unless it is a DTensor: of those each process holds a slice, cut as
-    torch.chunk cuts.
-    """
-    if not hasattr(p, "to_local"):
-        return p, 0
-    rows, ranks = p.to_local(), p.device_mesh.size()
-    first = p.device_mesh.get_local_rank() * math.ceil(len(p) / ranks)
-    return rows, min(first, len(p))
 
 
 class Decoder(nn.Module):

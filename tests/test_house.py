@@ -1,4 +1,4 @@
-"""Imports run one way: train.py, sample.py, data → wings → run → method → model. And nothing imports what it must not."""
+"""Imports run one way: train.py, sample.py, data → wings → run → method → model. No circle, no arrow back."""
 
 import ast
 from pathlib import Path

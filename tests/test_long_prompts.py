@@ -243,7 +243,7 @@ def test_an_evaluation_locks_its_answers(place, tmp_path, monkeypatch, asked):
     def held(path):
         raise InputError(f"{path}: process 7 writes there")
 
-    monkeypatch.setattr(evaluate, "locked", held)
+    monkeypatch.setattr(answers, "locked", held)
     _, err = evaluated(place, tmp_path / "a.json", code=2)
     assert f"{tmp_path / 'a.answers.jsonl'}: process 7" in err and not asked
 

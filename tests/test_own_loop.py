@@ -20,6 +20,7 @@ def test_the_loop_of_ones_own(tmp_path):
     [line] = re.findall(r"^INIT, .*$", code, flags=re.MULTILINE)
     mine = [str(tmp_path / name) for name in ("init", "rows.jsonl", "mine")]
     scope: dict = {}
-    exec(code.replace(line, f"INIT, ROWS, OUT, STEPS = {mine[0]!r}, {mine[1]!r}, {mine[2]!r}, 60").replace("lr=1e-3", "lr=2e-2"), scope)
+    code = code.replace(line, f"INIT, ROWS, OUT, STEPS = {mine[0]!r}, {mine[1]!r}, {mine[2]!r}, 60")
+    exec(code.replace("lr=1e-3", "lr=2e-2"), scope)
     assert scope["loss"].item() < 2.0  # from ln 1024 = 6.9
     assert load_model(tmp_path / "mine").config.reset_token_id == scope["tok"].reset_id

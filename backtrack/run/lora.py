@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backtrack.run.parallel import whole
-from model.transformer import Transformer, own_rows
+from model.slices import own_rows, whole
+from model.transformer import Transformer
 
 
 def adapt(model: Transformer, rank: int, ids: list[int]) -> None:

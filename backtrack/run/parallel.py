@@ -15,10 +15,9 @@ torchrun there is one rank, no process group, and every function here hands back
 How the processes find each other, and end together, is in launch.py.
 """
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ from backtrack.run.options import Machine
 from backtrack.trees import NO_ROW, Tree
 from model import Transformer
 from model.errors import InputError
-from model.transformer import own_rows
+from model.slices import whole
 
 
 def rank() -> int:
@@ -70,26 +69,10 @@ def shard(model: Transformer, machine: Machine) -> None:
         part.set_gradient_divide_factor(1.0)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All rows of a tensor of which the ranks hold slices. Every rank must ask for it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def lend(tensors: Iterable[torch.Tensor]) -> None:
     """Take part while rank 0 writes them, one after another: see write_tensors in model/files.py."""
     for tensor in tensors:
         whole(tensor)
-
-
-@contextlib.contextmanager
-def as_a_whole(table: torch.Tensor) -> Iterator[torch.Tensor]:
-    """All of a weight (V, D) on every rank, to be read and changed: each then keeps its own rows."""
-    with torch.no_grad():
-        everything = whole(table)
-        yield everything
-        if everything is not table:
-            rows, first = own_rows(table)
-            rows.copy_(everything[first : first + len(rows)])
 
 
 # ── Rows and numbers ──────────────────────────────────────────────────────────────────────────────

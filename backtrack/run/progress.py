@@ -41,7 +41,7 @@ from model.files import (
     try_save,
     write_tensors,
 )
-from model.transformer import own_rows
+from model.slices import own_rows
 
 PROGRESS = "training.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from backtrack.judge import Judge, Verdict, judge_all, load_judge
-from backtrack.judge.refusals import files_of
+from backtrack.judge.fitted import files_of
 from backtrack.rows import json_line, json_lines
 from backtrack.run.say import Ticker, say
 from data.prepare import Outcome
