@@ -46,8 +46,10 @@ help:  ## list the targets
 setup: $(VENV)/.installed  ## install what is needed to train, sample and evaluate into .venv
 
 $(VENV)/.installed: requirements.txt
+	@echo 'Installing torch and five small packages. On Linux that is the CUDA build, several GB:'
+	@echo 'for the small CPU build stop here and see requirements.txt.'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -r requirements.txt
+	$(PY) -m pip install --progress-bar on -r requirements.txt
 	@touch $@
 
 $(VENV)/.installed-%: requirements-%.txt $(VENV)/.installed
@@ -115,10 +117,11 @@ train-dpo: $(RUN)/dpo.done  ## preference optimisation on top of train-sft
 train-dpo-baseline: $(RUN)/dpo-baseline.done  ## the same without backtracking
 
 sample: $(RUN)/sft.done  ## answers of the toy model, what it took back struck through like ~~this~~
+	@echo 'A made-up world of potions, in single turns: ask for a recipe ("Hello" is no question here).'
 	@while IFS='	' read -r kind prompt prefill; do \
 		printf '\n[%s] %s\n' "$$kind" "$$prompt"; \
 		if [ -n "$$prefill" ]; then printf 'answer forced to begin: %s\n' "$$prefill"; fi; \
-		$(PY) sample.py --ckpt $(RUN)/sft --prompt "$$prompt" --prefill "$$prefill" --show-discarded || exit 1; \
+		$(PY) sample.py --ckpt $(RUN)/sft --prompt "$$prompt" --prefill "$$prefill" --show-discarded --slow || exit 1; \
 	done < $(RUN)/data/demo.tsv
 	@printf '\nYour turn: %s sample.py --ckpt %s\n' $(PY) $(RUN)/sft
 

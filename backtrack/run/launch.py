@@ -41,15 +41,15 @@ def together() -> Iterator[None]:
         return
     from torch.distributed.rendezvous import rendezvous
 
+    signal.signal(signal.SIGTERM, terminated)  # torchrun sends it when a rank was killed
     store, number, count = next(rendezvous("env://"))
     if torch.cuda.is_available():  # "cuda" is this rank's own from here on
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if number > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end)
-    signal.signal(signal.SIGTERM, terminated)  # torchrun sends it when a rank was killed
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     try:
+        dist.init_process_group(backend, store=store, rank=number, world_size=count)
         yield
         dist.barrier()
         dist.destroy_process_group()

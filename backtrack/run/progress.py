@@ -216,7 +216,7 @@ def stored(args, settings: dict) -> Position:
         )
     progress = read_progress(out)
     for name, now in settings.items():
-        before = progress.settings.get(name)
+        before = progress.settings.get(name, now)  # an older run may not name it
         if before != now:
             way_out = "resume with the same settings"
             if name == "steps":  # the learning rate has come down on the way to the last step
