@@ -61,11 +61,20 @@ def test_both_losses_by_a_loop(both, row):
 
 
 def test_train_computes_the_same(both, row):
-    """Each target of both views counts one half in train.py; a pair counts once."""
+    """Each target of both views counts one half there; a pair counts once."""
     model, reference = both
     batch = make_batch([view_tree(sft_views(row, K, TOK, resets="drawn"), 64)])
     loss = 2 * train.sft_loss(train.logprobs(model, batch), batch.weight)
     torch.testing.assert_close(loss, sum(plain.sft_losses(model, row, K, TOK).values()), rtol=1e-5, atol=0)
+    every = sft_views(row, K, TOK, resets="every", reset_weight=4)  # its mean over k, instead of one k
+    batch = make_batch([view_tree(every, 64)])
+    expected = plain.sft_losses(model, row, K, TOK)
+    if row.unsafe:
+        x, reset = row.prompt, [TOK.reset_id]
+        at = [-plain.logprobs(model, x + row.rejected[:k], reset)[0] for k in range(1, len(row.rejected) + 1)]
+        expected["backtrack"] += 4 * sum(at) / len(at) - at[K - 1]
+    loss = 2 * train.sft_loss(train.logprobs(model, batch), batch.weight)
+    torch.testing.assert_close(loss, sum(expected.values()), rtol=1e-5, atol=0)
     pairs = dpo_pairs(row, K, J, TOK)
     batch = make_batch([pair_tree(pairs, {"elicit": 1.0, "discourage": 1.0}, 64)])
     policy, before = (pairs_of(batch.by_sequence(train.logprobs(network, batch))) for network in both)
@@ -78,7 +87,6 @@ def test_the_command(tmp_path, both):
     save_model(both[1], tmp_path / "ckpt", tokenizer=TOK)
     rows = write(tmp_path / "rows.jsonl", row_of("Hi", "yes", "no"), UNSAFE)
     printed, _ = command(plain.main, tmp_path / "ckpt", rows)
-    assert "y+            'no'" in printed and "y−            'yes'" in printed  # the first unsafe row
     losses = [float(loss) for loss in re.findall(r"step: loss ([\d.]+)", printed)]
     assert len(losses) == 4 and losses[1] < losses[0] and losses[3] < losses[2]  # a step goes down
     assert "DPO before the step: loss 1.3863 = discourage 0.6931 + elicit 0.6931" in printed

@@ -438,16 +438,22 @@ def die_at(number, directory):
     sys.addaudithook(watch)
 
 
-def test_kill_at_every_point_of_a_save(world, tmp_path):
-    """Dies again and again, each time a little later than the time before; what is there always loads and goes on."""
+@pytest.mark.parametrize("save", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_kill_at_every_point_of_a_save(world, tmp_path, save):
+    """The first of three, the second or the last. Each death comes a little later than the one before; what is there
+    always loads and goes on."""
     more = ("--steps", 3, "--save-every", 1, "--log-every", 1, "--batch-size", 1, "--max-length", 16)
     trained(*base(world, tmp_path / "unbroken", *more))
-    out, deaths, seen = tmp_path / "out", 0, set()
-    while life(base(world, out, *more, "--resume"), partial(die_at, deaths + 1, tmp_path)):
+    out, deaths = tmp_path / "out", 0
+    words = base(world, out, *more, "--resume")
+    if save > 1:
+        interrupted(words, at=save)
+    while saved_step(out) < save:
         deaths += 1
-        seen.add(saved_step(out))
-        assert loads(out)
-    assert deaths > 20 and seen >= {0, 1, 2}
+        assert life(words, partial(die_at, deaths, tmp_path))
+        assert loads(out) and saved_step(out) in (save - 1, save)
+    assert deaths > 20
+    trained(*words)
     same_run(out, tmp_path / "unbroken")
 
 
