@@ -20,14 +20,17 @@ from model.slices import as_a_whole
 from model.transformer import softcap
 
 START = 0.01  # p([RESET]) before the first step
+LOGITS = 2**28  # that many are in memory at once, 1 GiB
 RIDGE = 0.01  # of the mean square of a hidden state's coordinate
-SPREAD = 3.0  # a row is untrained if it lies so many times as near to [RESET]'s as spare rows do
 
 
-def start_new_tokens(model: Transformer, tok, batches: list[Batch]) -> None:
+def start_new_tokens(
+    model: Transformer, tok, batches: list[Batch], untrained: list[int] | None = None
+) -> None:
     """Give [RESET], and every template token that the base never saw, rows at trained scale.
 
-    A trained row is never overwritten. batches: answers, at whose tokens p([RESET]) is to start at 1%.
+    batches: answers, at whose tokens p([RESET]) is to start at 1%. untrained: the ids of the
+    template tokens to start anew besides [RESET], for who knows better than `find_untrained`.
     """
     embedding, output = model.model.embed_tokens.weight, model.lm_head.weight
     tables = {"embedding": embedding}
@@ -35,9 +38,10 @@ def start_new_tokens(model: Transformer, tok, batches: list[Batch]) -> None:
         tables["output"] = output
     for name, table in tables.items():
         with as_a_whole(table) as rows:
-            fresh = set_untrained_rows(rows, tok)
+            fresh, left, measured = set_untrained_rows(rows, tok, untrained)
         say(
             f"untrained {name} rows of special tokens, set to the mean of the trained rows: {fresh}"
+            f"; left as they are: {left} ({measured})"
         )
     if batches:
         set_level(model, tok.reset_id, batches)
@@ -46,24 +50,51 @@ def start_new_tokens(model: Transformer, tok, batches: list[Batch]) -> None:
 
 
 @torch.no_grad()
-def set_untrained_rows(table: torch.Tensor, tok) -> list[int]:
-    """Set the rows of untrained template tokens in table (V, D); returns which they were.
+def set_untrained_rows(
+    table: torch.Tensor, tok, untrained: list[int] | None = None
+) -> tuple[list[int], list[int], str]:
+    """Set the rows of [RESET] and of untrained template tokens in table (V, D).
 
-    Where spare tokens lie, untrained ones do: initialisation and the softmax left them all there.
+    Returns the ids of those, the ids of the other template tokens, and the distances that decided.
     """
-    used = {tok.bos_id, *tok.stop_ids, *tok.template_ids}
-    spare = [t for t in tok.special_ids if t not in used and t < len(table)]
-    distance = (table - table[tok.reset_id]).float().norm(dim=1)  # (V,)
-    near = SPREAD * distance[spare].median() if spare else 0.0
+    distance, near, measured = find_untrained(table, tok)
+    if untrained is None:
+        # What stands around every plain text has been trained, wherever it lies.
+        named = {tok.text_start_id, tok.text_end_id}
+        untrained = [t for t in tok.template_ids if distance[t] <= near and t not in named]
+    fresh = sorted({tok.reset_id, *untrained})
     is_trained = distance > near
-    fresh = [t for t in tok.template_ids if not is_trained[t]]
+    is_trained[fresh] = False
     rows = table[is_trained] if is_trained.any() else table
     mean, std = rows.float().mean(dim=0), rows.float().std(dim=0)
     generator = torch.Generator().manual_seed(0)
     for t in fresh:  # a little apart, so that they can be told from each other
         noise = torch.randn(std.shape, generator=generator).to(std)
         table[t] = (mean + 0.1 * std * noise).to(table.dtype)
-    return fresh
+    return fresh, [t for t in tok.template_ids if t not in fresh], measured
+
+
+def find_untrained(table: torch.Tensor, tok) -> tuple[torch.Tensor, float, str]:
+    """How far each row of table (V, D) lies from where untrained rows do, (V,), and how far is near.
+
+    Spare tokens tell where: initialisation and the softmax left them all in one place, around which
+    they scatter. [RESET] is one of them. In doubt a row counts as trained, for a trained row that is
+    overwritten is lost, and an untrained one learns all the same, if more slowly. So in a chat
+    model, one that brings a template, only rows right among the spare ones are untrained: its
+    markers may have been trained for few steps (SmolLM2's have moved by a tenth of the way, and
+    spare rows by a thousandth). In a base it is those among the spare rows, however these scatter
+    (Gemma-3's do by half the way to the trained rows).
+    """
+    named = {tok.text_start_id, tok.text_end_id, *tok.stop_ids, *tok.template_ids} - {tok.reset_id}
+    spare = [t for t in tok.special_ids if t not in named and t < len(table)]
+    middle = table[spare].float().median(dim=0).values
+    distance = torch.cat([(rows - middle).norm(dim=1) for rows in table.split(2**14)])  # (V,)
+    trained = distance.quantile(0.95).item()  # many rows may belong to no text: in the toy most do
+    share, most = (0.75, 0.5) if tok.chat_template is None else (0.5, 0.05)
+    scatter = distance[spare].quantile(share).item()
+    near = min(2 * scatter, most * trained)
+    measured = f"from their middle spare rows lie {scatter:.2g}, trained rows {trained:.2g}"
+    return distance, near, measured
 
 
 @torch.no_grad()
@@ -97,11 +128,12 @@ def read_states(
     hidden, others, reset = [], [], []
 
     def read(states: torch.Tensor) -> None:  # (places, D)
-        logits = model.logits(states)  # (places, V)
-        reset.append(logits[:, reset_id].clone())
-        logits[:, reset_id] = -math.inf
-        hidden.append(states.float())
-        others.append(logits.logsumexp(dim=-1))
+        for some in states.split(max(1, LOGITS // model.config.vocab_size)):
+            logits = model.logits(some)  # (places, V)
+            reset.append(logits[:, reset_id].clone())
+            logits[:, reset_id] = -math.inf
+            hidden.append(some.float())
+            others.append(logits.logsumexp(dim=-1))
 
     for batch in batches:  # all of them on every rank, so that all find the same row
         where = {"positions": batch.positions, "visible": batch.visible, "at": batch.predicting}
