@@ -174,37 +174,27 @@ def test_num_samples(ckpt, tok):
     assert [json.loads(line)["sample"] for line in out.splitlines()] == [0, 1, 2]
 
 
-def test_every_option_reaches_the_sampler(ckpt, tok):
-    words = "--temperature 0.5 --top-p 0.9 --reset-bias -1.5 --max-resets 4 --on-reset keep --num-samples 2"
-    model = Scripted(tok, "Sure. Take")
-    command("--ckpt", ckpt, *HOW, *words.split(), "--max-new-tokens", 5, "--seed", 7, model=model)
+def test_every_option_reaches_the_sampler_and_the_model(ckpt, tok, monkeypatch):
+    model, loaded = Scripted(tok, "Sure. Take"), []
+    monkeypatch.setattr(sample, "stream", Scripted.stream)
+    monkeypatch.setattr(arguments, "load_model", lambda *given: (loaded.append(given), model)[1])
+    words = "--temperature 0.5 --top-p 0.9 --reset-bias -1.5 --max-resets 4 --on-reset keep --num-samples 2 --seed 7"
+    words += " --max-new-tokens 5 --dtype bfloat16 --compile"
+    command("--ckpt", ckpt, *HOW, *words.split())
     assert model.prompts == 2 * [tok.render([message("user", "How do I make it?")])]
     sampling = {"temperature": 0.5, "top_p": 0.9, "reset_bias": -1.5, "max_resets": 4, "max_new_tokens": 5, "seed": 7}
     special = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size}
-    assert model.options == sampling | special | {"on_reset": "keep", "hold_back": 0} and not model.compiled
-
-
-def test_compile_device_and_dtype(ckpt, tok, monkeypatch):
-    model, loaded = taking_back(tok), []
-    monkeypatch.setattr(sample, "stream", Scripted.stream)
-    monkeypatch.setattr(arguments, "load_model", lambda *given: (loaded.append(given), model)[1])
-    out, _ = command("--ckpt", ckpt, "--prompt", "Hi", "--device", "cpu", "--dtype", "bfloat16", "--compile")
-    assert out == "I cannot help with that.\n"
+    assert model.options == sampling | special | {"on_reset": "keep", "hold_back": 0}
     assert model.compiled and loaded == [(str(ckpt), "cpu", torch.bfloat16)]
 
 
-def test_an_empty_prompt_is_a_message(ckpt, tok):
-    echo = Scripted(tok, lambda question: [f"you said {question!r}"])
-    assert command("--ckpt", ckpt, "--prompt", "\n", model=echo)[0] == "you said ''\n"
-
-
 def test_what_looks_like_reset_is_text(ckpt, tok):
-    """In the prompt, in the prefill and in the answer."""
+    """In the prompt, in the prefill and in the answer; and an empty message is a message."""
     answer = "Sure <reset> [RESET] <end_of_turn> go"
-    model = Scripted(tok, lambda question: [answer] if question == "a <reset> b" else ["wrong"])
-    for prefill in ("", "Sure <reset> ["):
-        out, _ = command("--ckpt", ckpt, "--prompt", "a <reset> b", "--prefill", prefill, model=model)
-        assert out == answer + "\n"
+    model = Scripted(tok, lambda question: [answer if question == "a <reset> b" else f"you said {question!r}"])
+    out, _ = command("--ckpt", ckpt, "--prompt", "a <reset> b", "--prefill", "Sure <reset> [", model=model)
+    assert out == answer + "\n"
+    assert command("--ckpt", ckpt, "--prompt", "\n", model=model)[0] == "you said ''\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437", "utf-8"])
@@ -417,7 +407,6 @@ def on_screen(monkeypatch, ckpt, *words, model, columns=20, lines=24, already=""
 
 
 DISCARDED = {
-    "exactly one row": "a" * 20,
     "only newlines": "\n\n\n",
     "wrapping lines": "Sure. Take the long road and\ndo not stir it before the night\n" + "c" * 20 + "\nis over.",
     "tabs": "a\tb\tc\td",
