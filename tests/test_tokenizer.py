@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from model.errors import InputError
-from model.tokenizer import LLAMA3_SPLIT, Llama3Tokenizer, SentencePieceTokenizer, load_tokenizer
+from model import InputError, load_tokenizer
+from model.tokenizers.gemma import GemmaTokenizer
+from model.tokenizers.llama3 import LLAMA3_SPLIT, Llama3Tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data next to the repository")
@@ -208,7 +209,7 @@ def test_all_pieces_of_the_vocabulary_typed_as_text(tok):
     if isinstance(tok, Llama3Tokenizer):
         pieces = [tok.decode([i]) for i in range(0, tok.vocab_size, 1 + tok.vocab_size // 2000)]
     else:
-        sp = sentencepiece.SentencePieceProcessor(model_proto=tok._files["tokenizer.model"])
+        sp = sentencepiece.SentencePieceProcessor(model_proto=tok._files.data["tokenizer.model"])
         pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
     for piece in pieces:
         assert tok.special_ids.isdisjoint(tok.encode(piece) + tok.encode(f"x{piece}{piece}"))
@@ -594,7 +595,7 @@ def test_which_file_is_read(directories, tmp_path):
     """Gemma's own tokenizer.json lies next to its tokenizer.model and must not confuse."""
     train_sentencepiece(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}, "pre_tokenizer": None}))
-    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+    assert isinstance(load_tokenizer(tmp_path), GemmaTokenizer)
     (tmp_path / "tokenizer.model").write_bytes((directories / "llama-tiktoken" / "tokenizer.model").read_bytes())
     assert isinstance(load_tokenizer(tmp_path), Llama3Tokenizer)
 
@@ -602,7 +603,7 @@ def test_which_file_is_read(directories, tmp_path):
 def test_default_reset_ids(directories):
     def piece(name):
         tok = load_tokenizer(directories / name)
-        sp = sentencepiece.SentencePieceProcessor(model_proto=tok._files["tokenizer.model"])
+        sp = sentencepiece.SentencePieceProcessor(model_proto=tok._files.data["tokenizer.model"])
         return sp.id_to_piece(tok.reset_id)
 
     assert piece("toy") == "<reset>" and piece("gemma") == piece("gemma-unigram") == "<unused0>"

@@ -181,7 +181,7 @@ def test_the_text_of_a_token_is_that_token(tok):
 
 def test_21_bytes_are_missing(tok):
     missing = bytes.fromhex("04 06 13 14 16 1d c0 c1 f1 f2 f5 f6 f7 f8 f9 fa fb fc fd fe ff")
-    assert tok._bpe.missing_bytes == missing
+    assert tok._text.missing_bytes == missing
     assert tok.encode("!\x04!") == tok.encode("!!") and tok.encode("\x1d") == []
 
 
