@@ -151,7 +151,7 @@ def interleaved(weight, heads):
 @pytest.fixture(scope="module")
 def original():
     transformers = pytest.importorskip("transformers")
-    from test_chatml import byte_characters
+    from vocabularies import byte_characters
 
     torch.manual_seed(0)
     tokens = [*WORDS, *byte_characters().values(), "Ġt", "Ġth", "ĠĠ"]

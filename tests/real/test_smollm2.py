@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_chatml import TEXTS, fuzz_texts
+from vocabularies import NASTY, fuzz_texts
 
 from backtrack.generate import generate
 from model import load_model, load_tokenizer, save_model
@@ -160,7 +160,7 @@ def test_ids_of_5000_texts_are_those_of_tokenizers(tok):
     # Without its special tokens, which it would find in text.
     oracle = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
     texts = sorted({text for text in real_texts() if len(text) > 20})
-    texts = random.Random(0).sample(texts, min(3000, len(texts))) + TEXTS
+    texts = random.Random(0).sample(texts, min(3000, len(texts))) + NASTY
     texts += fuzz_texts(5000 - len(texts))
     assert len(texts) == 5000
     for text, encoding in zip(texts, oracle.encode_batch(texts), strict=True):
