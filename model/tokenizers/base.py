@@ -125,12 +125,12 @@ class Tokenizer:
         if self.chat_template is None and self._foreign:
             raise InputError(
                 f"this checkpoint's chats are not written as known here: {self._foreign}, not with"
-                f" {self.eos_id}; use a Llama, SmolLM2 or Gemma checkpoint, or mend eos_token_id"
+                f" {self.eos_id}; use a checkpoint of a family that is, or mend eos_token_id"
             )
         if self.chat_template is not None and self.marker not in self.chat_template:
             raise InputError(
                 f"this checkpoint's chat template has no {self.marker}, so its chats are not"
-                " written as known here; use a Llama, SmolLM2 or Gemma checkpoint, or mend"
+                " written as known here; use a checkpoint of a family that is, or mend"
                 " chat_template.jinja"
             )
         if not isinstance(messages, list | tuple) or not messages:
@@ -138,6 +138,15 @@ class Tokenizer:
         for position, message in enumerate(messages):
             _check_message(position, message)
         return [(message["role"], message["content"]) for message in messages]
+
+    def _check_order(self, turns: list[tuple[str, str]]) -> None:
+        if not turns:
+            raise InputError("a chat needs a user message behind the system message")
+        for position, (role, _) in enumerate(turns):
+            if role != ("user", "assistant")[position % 2]:
+                raise InputError(
+                    f"turn {position} is the {role}'s; these chats go user, assistant, user, …"
+                )
 
     def _set_stop_ids(self, ignored: set[int]) -> None:
         """An answer ends where the template ends it, and at whatever the checkpoint names besides.

@@ -1,6 +1,7 @@
-"""Byte-level BPE: text to token ids and back, for Llama-3 and SmolLM2.
+"""Byte-level BPE: text to token ids and back, for Llama-3, SmolLM2 and Qwen.
 
-    bpe = read_tokenizer_json(file, data)      # or read_tiktoken(file, data, split, special)
+    bpe = read_byte_level(file, spec)       # a tokenizer.json
+    bpe = read_tiktoken(file, data, split, special)
     text = bpe.decode(bpe.encode("plain text"))
 
 A regex cuts the text into words, and each word into bytes: every byte is a token. Of all pairs of
@@ -14,12 +15,12 @@ writes vocabularies; others are refused. A rank is the order of merging and need
 
 import base64
 import re
+import unicodedata
 
 import regex  # tiktoken brings it along
 import tiktoken
 
 from model.errors import InputError
-from model.tokenizers.base import read_json
 
 # How GPT-2 cuts text into words: what the pre-tokenizer ByteLevel does unless told otherwise.
 # https://github.com/openai/gpt-2/blob/master/src/encoder.py
@@ -32,9 +33,18 @@ TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?(?:\n|$)")
 
 
 class BytePairEncoding:
-    def __init__(self, file, tokens: dict[bytes, int], split: str, special: dict[str, int]):
-        """tokens: {bytes: id} in the order of merging. special: {name: id}; they are not tokens."""
-        self.file, self.special = file, special
+    def __init__(
+        self,
+        file,
+        tokens: dict[bytes, int],
+        split: str,
+        special: dict[str, int],
+        composes: bool = False,
+    ):
+        """tokens: {bytes: id} in the order of merging. special: {name: id}; they are not tokens.
+        composes: text becomes NFC first (Qwen): e and ◌́ become é.
+        """
+        self.file, self.special, self._composes = file, special, composes
         ranks = {token: rank for rank, token in enumerate(tokens)}
         # tiktoken is not told of the special tokens, so it cannot find them in text.
         self._tiktoken = tiktoken.Encoding(
@@ -49,6 +59,7 @@ class BytePairEncoding:
 
     def encode(self, text: str) -> list[int]:
         ids = []
+        text = unicodedata.normalize("NFC", text) if self._composes else text
         for part in short_parts(text):
             data = part.encode("utf-8")
             if len(data.translate(None, self.missing_bytes)) == len(data):
@@ -107,35 +118,23 @@ def read_tiktoken(file, data: bytes, split: str, special: dict[str, int]):
     return BytePairEncoding(file, tokens, split, special)
 
 
-def read_tokenizer_json(file, data: bytes):
-    """Hugging Face's file."""
-    spec = read_json(file, data)
-    try:
-        steps = spec["pre_tokenizer"] or {}
-        steps = steps.get("pretokenizers", [steps])
-        byte_level = any(step.get("type") == "ByteLevel" for step in steps)
-        if spec["model"]["type"] != "BPE" or not byte_level:
-            raise InputError(
-                f"{file}: not a byte-level BPE; put the checkpoint's tokenizer.model next to it"
-            )
-        split = split_regex(steps)
-        if split is None or spec.get("normalizer"):
-            raise InputError(
-                f"{file}: cuts text in a way not known here; use a Llama-3 or SmolLM2 checkpoint's"
-            )
-        special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        tokens = in_order_of_merging(file, spec["model"], special)
-        if not set(special.values()).isdisjoint(tokens.values()):
-            raise InputError(
-                f"{file}: an ordinary token and a special one share an id; download it again"
-            )
-        return BytePairEncoding(file, tokens, split, special)
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
+def read_byte_level(file, spec: dict) -> BytePairEncoding:
+    """Hugging Face's tokenizer.json. Raises KeyError and the like where its layout is damaged."""
+    steps = spec["pre_tokenizer"] or {}
+    split = split_regex(steps.get("pretokenizers", [steps]))
+    normalizer = spec.get("normalizer")
+    if split is None or (normalizer and normalizer != {"type": "NFC"}):
         raise InputError(
-            f"{file}: damaged or unknown layout ({error!r}); download the file again"
-        ) from None
+            f"{file}: cuts text in a way not known here; use a Llama-3, SmolLM2 or Qwen"
+            " checkpoint's"
+        )
+    special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    tokens = in_order_of_merging(file, spec["model"], special)
+    if not set(special.values()).isdisjoint(tokens.values()):
+        raise InputError(
+            f"{file}: an ordinary token and a special one share an id; download it again"
+        )
+    return BytePairEncoding(file, tokens, split, special, composes=bool(normalizer))
 
 
 def split_regex(steps: list[dict]) -> str | None:

@@ -1,4 +1,4 @@
-"""Gemma's chats: <start_of_turn>user⏎Hi<end_of_turn>⏎ … The toy writes its chats so, too."""
+"""Gemma-2's and Gemma-3's chats: <start_of_turn>user⏎Hi<end_of_turn>⏎ … So are the toy's."""
 
 import re
 
@@ -6,7 +6,7 @@ from model.errors import InputError
 from model.tokenizers.base import Tokenizer
 from model.tokenizers.pieces import MARKERS
 
-ALTERNATE = (  # the published templates of Gemma and Llama 2 refuse other orders so
+ALTERNATE = (  # the published templates of Gemma, Llama 2 and Mistral refuse other orders so
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must go user, assistant, user, …') }}{% endif %}"
 )
@@ -16,13 +16,23 @@ JINJA = (
     " + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+JINJA3 = (
+    "{% set turns, first_user_prefix = messages, '' %}{% if messages[0]['role'] == 'system' %}"
+    "{% set turns, first_user_prefix = messages[1:], messages[0]['content'] + '\n\n' %}{% endif %}"
+    + JINJA.replace("in messages", "in turns").replace(
+        "'\n' + message", "'\n' + (first_user_prefix if loop.first else '') + message"
+    )
+)
+NAME = {"user": "user", "assistant": "model"}
 
 
 class GemmaTokenizer(Tokenizer):
     marker = "<start_of_turn>"
 
     def __init__(self, files, text):
-        super().__init__(files, text, JINJA)
+        is_gemma3 = files.config.get("model_type", "").startswith("gemma3")
+        super().__init__(files, text, JINJA3 if is_gemma3 else JINJA)
+        self._takes_system = "first_user_prefix" in self.jinja
         special = text.special
         for name in ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"):
             if name not in special:
@@ -47,23 +57,27 @@ class GemmaTokenizer(Tokenizer):
         self.template_ids = sorted({self.bos_id, self._turn, self.eos_id, self.reset_id})
 
     def render(self, messages, add_generation_prompt=True, continues=False) -> list[int]:
-        """Gemma's template: no system turn, and user and assistant take turns.
+        """Gemma's template: user and assistant take turns. Gemma-3 puts a system message in front of
+        the first user's; Gemma-2 has none.
 
         continues: the messages continue a chat, so BOS is left out.
         """
+        turns, prefix = self._turns(messages), ""
+        if turns[0][0] == "system" and self._takes_system:
+            prefix = turns.pop(0)[1] + "\n\n"
+        if any(role == "system" for role, _ in turns):
+            raise InputError(
+                "Gemma's chat format has no system role; put its text into the first user message"
+            )
+        self._check_order(turns)
         ids = [] if continues else [self.bos_id]
-        for position, (role, content) in enumerate(self._turns(messages)):
-            if role == "system":
-                raise InputError(
-                    "Gemma's chat format has no system role;"
-                    " put its text into the first user message"
-                )
-            if role != ("user", "assistant")[position % 2]:
-                raise InputError(
-                    f"message {position} is the {role}'s; Gemma's chats go user, assistant, user, …"
-                )
-            ids += self._open(role) + self.encode(content.strip()) + self.turn_end
-        return ids + self._open("assistant") if add_generation_prompt else ids
-
-    def _open(self, role):
-        return [self._turn, *self.encode("model\n" if role == "assistant" else "user\n")]
+        for role, content in turns:
+            if prefix:  # in one piece with the line before it: it may begin with a line feed
+                ids += [self._turn, *self.encode(f"user\n{prefix}{content.strip()}")]
+            else:  # apart: an answer is encoded without the line before it
+                ids += [self._turn, *self.encode(f"{NAME[role]}\n"), *self.encode(content.strip())]
+            ids += self.turn_end
+            prefix = ""
+        if add_generation_prompt:
+            ids += [self._turn, *self.encode("model\n")]
+        return ids
