@@ -102,7 +102,8 @@ def read_merges(file, spec: dict) -> Pieces:
     higher the score of the piece. Raises KeyError and the like where its layout is damaged.
     """
     model = spec["model"]
-    special, user_defined = {model["unk_token"]}, set()
+    unknown = model.get("unk_token") or "<unk>"
+    special, user_defined = {unknown}, set()
     pieces = {i: piece for piece, i in model["vocab"].items()}
     for token in spec["added_tokens"]:
         pieces[token["id"]] = name = token["content"]
@@ -113,7 +114,7 @@ def read_merges(file, spec: dict) -> Pieces:
     for i in range(max(pieces) + 1):
         piece = pieces.get(i, f"<no piece {i}>")
         score = 0.0
-        if piece == model["unk_token"]:
+        if piece == unknown:
             kind = UNKNOWN
         elif piece in special or i not in pieces:
             kind = CONTROL
