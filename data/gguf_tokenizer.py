@@ -97,8 +97,7 @@ def sentencepiece(tokens: list[str], types: list[int], scores: list[float], pref
     """prefix: a text begins with a space, as in Llama 2, not in Gemma."""
     # llama.cpp writes user-defined pieces with spaces.
     tokens = [
-        token.replace(" ", "▁") if kind == USER_DEFINED else token
-        for token, kind in zip(tokens, types, strict=True)
+        token.replace(" ", "▁") if kind == USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)
     ]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -113,9 +112,7 @@ def sentencepiece(tokens: list[str], types: list[int], scores: list[float], pref
         "truncation": None,
         "padding": None,
         "added_tokens": added_tokens(tokens, types),
-        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]}
-        if prefix
-        else replace,
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]} if prefix else replace,
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},

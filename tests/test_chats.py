@@ -350,8 +350,7 @@ def check_chats(directory, with_system=CHATS, without=CHATS, **options):
                 assert tok.render(chat, add_generation_prompt=flag) == theirs, (template[:20], chat)
         options = {}  # exports need none
     whole = tok.render(user("Hi") + said("the rain"), add_generation_prompt=False)
-    after_space = getattr(tok, "_after_space", tok.encode)
-    assert whole == tok.render(user("Hi")) + after_space("the rain") + tok.turn_end
+    assert whole == tok.render(user("Hi")) + tok.encode("the rain") + tok.turn_end
     return tok
 
 
@@ -418,7 +417,7 @@ def test_mistral_v1_marks_turns_with_text(spec, tmp_path):
     for text in ("a [INST] b", "[/INST]"):
         with pytest.raises(InputError, match="marks turns"):
             tok.render(user(text))
-    history = tok.render(CHATS[2][:1]) + tok._after_space("other7") + tok.turn_end
+    history = tok.render(CHATS[2][:1]) + tok.encode("other7") + tok.turn_end
     assert history + tok.render(CHATS[2][2:], continues=True) == tok.render(CHATS[2])
 
 

@@ -94,10 +94,7 @@ class Tokenizer:
         self.jinja = jinja if self.chat_template is None else self.chat_template
 
     def encode(self, text: str) -> list[int]:
-        if not isinstance(text, str):
-            raise InputError(f"text to encode must be a string, not {type(text).__name__}")
-        # Half a surrogate pair has no UTF-8: it becomes U+FFFD. Two halves become their character.
-        return self._text.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return self._text.encode(valid(text))
 
     def decode(self, ids) -> str:
         """Without the special ones: they have no text."""
@@ -192,6 +189,13 @@ class Tokenizer:
                 f"{file}: reset_token_id {reset} is not a spare special token; try {default}"
             )
         self.reset_id = reset
+
+
+def valid(text: str) -> str:
+    """Half a surrogate pair has no UTF-8: it becomes U+FFFD. Two halves become their character."""
+    if not isinstance(text, str):
+        raise InputError(f"text to encode must be a string, not {type(text).__name__}")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _check_message(position: int, message) -> None:

@@ -11,7 +11,7 @@ Where [INST] is text, a user could type it. Such a message is refused, as in Met
 import re
 
 from model.errors import InputError
-from model.tokenizers.base import Tokenizer
+from model.tokenizers.base import Tokenizer, valid
 from model.tokenizers.gemma import ALTERNATE
 
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -25,18 +25,25 @@ LLAMA2_JINJA = (
     " + ' [/INST]' }}{% else %}"
     "{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# As github.com/mistralai/mistral-common writes chats. The published templates differ from release to
-# release in spaces. v3 puts the system text into the last user turn.
-MISTRAL_JINJA = (
-    "{{ bos_token }}{% set system, turns = '', messages %}"
-    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
-    "{% set system = messages[0]['content'] + '\n\n' %}{% endif %}"
-    "{% for message in turns %}" + ALTERNATE + "{% if message['role'] == 'user' %}"
-    "{{ LEAD + '[INST] ' + (system if SYSTEM_HERE else '') + message['content'] + '[/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
-)
-FIRST_TURN = "loop.first"
-LAST_USER_TURN = "loop.index0 == (turns | length - 1) // 2 * 2"
+
+
+def _mistral_jinja(is_v3: bool, lead: str) -> str:
+    """As github.com/mistralai/mistral-common writes chats: the published templates differ from
+    release to release in spaces. v3 puts the system text into the last user turn.
+    """
+    begin = f"'[INST]{lead}'" if is_v3 else f"'{lead}[INST] '"
+    end = "'[/INST]'" if is_v3 else "' [/INST]'"
+    answer = repr(lead) if is_v3 else "' '"
+    here = "loop.index0 == (turns | length - 1) // 2 * 2" if is_v3 else "loop.first"
+    return (
+        "{{ bos_token }}{% set system, turns = '', messages %}"
+        "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
+        "{% set system = messages[0]['content'] + '\n\n' %}{% endif %}"
+        "{% for message in turns %}" + ALTERNATE + "{% if message['role'] == 'user' %}"
+        "{{ " + begin + " + (system if " + here + " else '') + message['content'] + " + end + " }}"
+        "{% else %}{{ " + answer + " + message['content'] | trim + eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
 
 
 def inst_family(files, text) -> type[Tokenizer]:
@@ -96,7 +103,7 @@ class Llama2Tokenizer(InstTokenizer):
         for position, (role, content) in enumerate(turns):
             content = content.strip()
             if role == "assistant":
-                ids += self._text.encode_after_space(content) + self.turn_end
+                ids += self.encode(content) + self.turn_end
                 continue
             if position == 0 and system is not None:
                 content = f"<<SYS>>\n{system}\n<</SYS>>\n\n{content}"
@@ -107,15 +114,8 @@ class Llama2Tokenizer(InstTokenizer):
 class MistralTokenizer(InstTokenizer):
     def __init__(self, files, text):
         self._is_v3 = "[INST]" in text.special
-        jinja = MISTRAL_JINJA.replace("LEAD", repr(text.lead))
-        if self._is_v3:
-            jinja = jinja.replace("SYSTEM_HERE", LAST_USER_TURN).replace(
-                f"{text.lead!r} + '[INST] '", f"'[INST]{text.lead}'"
-            )
-        else:
-            jinja = jinja.replace("SYSTEM_HERE", FIRST_TURN).replace("'[/INST]'", "' [/INST]'")
-        super().__init__(files, text, jinja)
-        self.jinja = jinja
+        super().__init__(files, text, jinja := _mistral_jinja(self._is_v3, text.lead))
+        self.jinja = jinja  # the checkpoint's own may put other spaces than render() does
         self.turn_end = [self.eos_id]
 
     def render(self, messages, add_generation_prompt=True, continues=False) -> list[int]:
@@ -130,16 +130,12 @@ class MistralTokenizer(InstTokenizer):
             self._refuse_tags([("system", system), *turns], LLAMA2_TAGS[:2])
         with_system = (len(turns) - 1) // 2 * 2 if self._is_v3 else 0
         for position, (role, content) in enumerate(turns):
-            if role == "assistant":
-                ids += self._after_space(content.strip()) + self.turn_end
-                continue
             content = system + content if position == with_system else content
-            if self._is_v3:
+            if role == "assistant":
+                ids += self.encode(content.strip()) + self.turn_end
+            elif self._is_v3:
                 begin, end = self.special_tokens["[INST]"], self.special_tokens["[/INST]"]
-                ids += [begin, *self._after_space(content), end]
+                ids += [begin, *self._text.encode_after_space(valid(content)), end]
             else:
                 ids += self.encode(f"[INST] {content} [/INST]")
         return ids
-
-    def _after_space(self, content: str) -> list[int]:
-        return self._text.encode_after_space(content)

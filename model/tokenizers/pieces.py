@@ -21,6 +21,7 @@ from model.errors import InputError
 MARKERS = (
     r"<(?:pad|eos|bos|unk|mask|2mass|unused\d+|start_of_turn|end_of_turn|reset"
     r"|start_of_image|end_of_image|image_soft_token)>|\[@BOS@\]|\[multimodal\]"
+    r"|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|control_\d+)\]"  # Mistral's
 )
 # A piece in the model file: protobuf fields 1 (name: tag, length, bytes), 2 (score: a float) and 3
 # (type; 4 is user-defined). github.com/google/sentencepiece, src/sentencepiece_model.proto
@@ -40,8 +41,8 @@ class Pieces:
         self.special = {self.pieces[i]: i for i in sorted(self.special_ids)}
         self.unknown_id = sp.unk_id()
         # Llama 2's does: so a word is the same piece at the start of a text and within it.
-        first = sp.encode("a", out_type=str)[0]
-        self.begins_with_space = prefix is not None or first.startswith("▁")
+        begin = "".join(sp.encode("a", out_type=str))
+        self.begins_with_space = prefix is not None or begin.startswith("▁")
         # What a template must write behind a special token, so that a space comes out.
         self.lead = " " if prefix == "unless there is one" else ""
         if sum(sp.is_byte(ids)) != 256:
@@ -61,7 +62,7 @@ class Pieces:
 
     def encode_after_space(self, text: str) -> list[int]:
         """The ids of " text" within a longer text, where no other space is put before it."""
-        if self._prefix is not None or not self.begins_with_space:
+        if self._prefix:
             return self._sp.encode("▁" + text)
         return self._sp.encode(text) if text else self._sp.piece_to_id(["▁"])
 
