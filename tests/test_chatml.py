@@ -296,30 +296,11 @@ def test_what_is_not_known_is_refused(spec, tmp_path, change, words):
     ],
 )
 def test_published_configs(width, inner, layers, heads, kv_heads, theta, parameters):
-    config = ModelConfig.from_hf(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "hidden_act": "silu",
-            "hidden_size": width,
-            "intermediate_size": inner,
-            "is_llama_config": True,
-            "max_position_embeddings": 8192,
-            "mlp_bias": False,
-            "model_type": "llama",
-            "num_attention_heads": heads,
-            "num_hidden_layers": layers,
-            "num_key_value_heads": kv_heads,
-            "rms_norm_eps": 1e-05,
-            "rope_interleaved": False,
-            "rope_scaling": None,
-            "rope_theta": theta,
-            "tie_word_embeddings": True,
-            "vocab_size": 49152,
-        }
-    )
+    sizes = dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads)
+    others = dict(is_llama_config=True, rope_interleaved=False, rope_scaling=None, attention_bias=False, mlp_bias=False)
+    numbers = dict(vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-05, rope_theta=theta)
+    fields = dict(model_type="llama", hidden_act="silu", num_key_value_heads=kv_heads, tie_word_embeddings=True)
+    config = ModelConfig.from_hf(sizes | others | numbers | fields)
     with torch.device("meta"):
         model = Transformer(config)
     assert sum(p.numel() for p in model.parameters()) == parameters

@@ -121,24 +121,16 @@ def test_chat_content_cannot_open_or_close_a_turn(tok):
 # ── There and back ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("tok", [*EXACT, *REAL[:1]], indirect=True)
-def test_decode_undoes_encode(tok):
+@pytest.mark.parametrize("tok", [*EXACT, "gemma-nfkc", *REAL], indirect=True)
+def test_decode_undoes_encode(tok, request):
+    loses = request.node.callspec.params["tok"] in ("gemma-nfkc", "gemma-small-spm")  # by normalisation
     for text in [*NASTY, TEXT, *NAMES, *fuzz_texts(300)]:
-        assert tok.decode(tok.encode(text)) == text
-        assert tok.special_ids.isdisjoint(tok.encode(text))
+        ids = tok.encode(text)
+        assert tok.special_ids.isdisjoint(ids) and (loses or tok.decode(ids) == text)
     assert tok.encode("a\ud800b\udc00") == tok.encode("a\ufffdb\ufffd")  # halves of surrogate pairs
     assert tok.encode("\ud83d\ude00 \ude00\ud83d") == tok.encode("😀 \ufffd\ufffd")
     sheep = tok.encode("🐑")
-    if len(sheep) > 1:
-        assert "\ufffd" in tok.decode(sheep[:-1])
-        assert tok.decode(sheep[:-1] + tok.encode("a")).endswith("a")
-
-
-@pytest.mark.parametrize("tok", ["gemma-nfkc", *REAL[1:]], indirect=True)
-def test_fuzz_where_normalisation_loses_text(tok):
-    for text in [*NASTY, TEXT, *fuzz_texts(300)]:
-        ids = tok.encode(text)
-        assert tok.special_ids.isdisjoint(ids) and isinstance(tok.decode(ids), str)
+    assert len(sheep) == 1 or "\ufffd" in tok.decode(sheep[:-1])
 
 
 @pytest.mark.parametrize("tok", [*EXACT, *REAL], indirect=True)
@@ -399,20 +391,6 @@ def test_save_writes_the_files_that_were_read(directories, tmp_path, name):
     ):
         (new / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
         assert load_tokenizer(new).chat_template == chosen
-
-
-def test_transformers_loads_what_save_wrote(directories, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "tokenizer.json").write_bytes((directories / "llama-json" / "tokenizer.json").read_bytes())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": LLAMA3_TEMPLATE}))
-    tok = load_tokenizer(tmp_path / "source")
-    tok.save(tmp_path / "saved")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert theirs.encode(TEXT, add_special_tokens=False) == tok.encode(TEXT)
-    chat = [{"role": "user", "content": TEXT}]
-    assert theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == tok.render(chat)
 
 
 def test_which_file_is_read(directories, tmp_path):
