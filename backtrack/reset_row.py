@@ -21,7 +21,10 @@ from model.transformer import softcap
 
 START = 0.01  # p([RESET]) before the first step
 RIDGE = 0.01  # of the mean square of a hidden state's coordinate
-SPREAD = 3.0  # a row is untrained if it lies so many times as near to [RESET]'s as spare rows do
+AWAY = (
+    10.0  # [RESET] lies elsewhere than spare rows if it is so many times as far from their middle
+)
+SPREAD = 3.0  # a row is untrained if it lies at most so many times as far away as spare rows do
 
 
 def start_new_tokens(model: Transformer, tok, batches: list[Batch]) -> None:
@@ -50,13 +53,20 @@ def set_untrained_rows(table: torch.Tensor, tok) -> list[int]:
     """Set the rows of untrained template tokens in table (V, D); returns which they were.
 
     Where spare tokens lie, untrained ones do: initialisation and the softmax left them all there.
+    [RESET] is one of them, or else it was trained for something that nobody tells (Gemma-3's
+    <unused0>): its row is set in any case.
     """
     used = {tok.bos_id, *tok.stop_ids, *tok.template_ids}
     spare = [t for t in tok.special_ids if t not in used and t < len(table)]
-    distance = (table - table[tok.reset_id]).float().norm(dim=1)  # (V,)
-    near = SPREAD * distance[spare].median() if spare else 0.0
-    is_trained = distance > near
-    fresh = [t for t in tok.template_ids if not is_trained[t]]
+    place, near = table[tok.reset_id], 0.0
+    if spare:
+        middle = table[spare].median(dim=0).values
+        spread = (table[spare] - middle).float().norm(dim=1).median()
+        if (place - middle).float().norm() > AWAY * spread:
+            place = middle
+        near = SPREAD * (table[spare] - place).float().norm(dim=1).median()
+    is_trained = (table - place).float().norm(dim=1) > near  # (V,)
+    fresh = [t for t in tok.template_ids if t == tok.reset_id or not is_trained[t]]
     rows = table[is_trained] if is_trained.any() else table
     mean, std = rows.float().mean(dim=0), rows.float().std(dim=0)
     generator = torch.Generator().manual_seed(0)
