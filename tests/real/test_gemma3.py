@@ -73,7 +73,7 @@ def test_a_reset_beyond_the_window_is_a_fresh_run(model, tok):
     options = dict(reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=40)
     for prompt, prefill in ((STORY * 2, STORY * 30), (STORY * 30, STORY * 3)):
         prompt, prefill = [tok.bos_id, *tok.encode(prompt)], tok.encode(prefill)
-        [answer] = generate(model, [prompt], prefill=prefill, reset_bias=1000.0, max_resets=1, **options)
+        [answer] = generate(model, [prompt], prefill=[prefill], reset_bias=1000.0, max_resets=1, **options)
         assert answer.resets == 1 and answer.discarded == [prefill]
         assert len(prompt) + len(prefill) > model.config.sliding_window + 60
         [fresh] = generate(model, [[*prompt, tok.reset_id]], max_resets=0, **options)
@@ -110,16 +110,18 @@ def check_step(model, their_model, loss, their_loss):
         network.zero_grad()
         value.backward()
     theirs = dict(their_model.named_parameters())
-    for name, weight in model.named_parameters():
-        scale = theirs[name].grad.abs().max().item()
-        torch.testing.assert_close(weight.grad, theirs[name].grad, rtol=0, atol=1e-5 * max(1.0, scale), msg=name)
+    off = {name: (weight.grad - theirs[name].grad).norm() for name, weight in model.named_parameters()}
+    size = {name: theirs[name].grad.norm() for name in off}
+    assert torch.stack([*off.values()]).norm() <= 1e-5 * torch.stack([*size.values()]).norm()
+    for name in off:
+        assert off[name] <= 5e-5 * size[name], name
     model.zero_grad()
     their_model.zero_grad()
 
 
 def test_a_step_of_sft_is_that_of_separate_sequences(model, their_model, tok):
     row, k = a_row(tok), 4
-    batch = make_batch([view_tree(sft_views(row, k, tok), max_length=1024)])
+    batch = make_batch([view_tree(sft_views(row, k, tok, resets="drawn"), max_length=1024)])
     ours = train.sft_loss(train.logprobs(model, batch), batch.weight)
     terms = plain.sft_losses(Theirs(their_model), row, k, tok)
     assert terms.keys() == {"answer", "backtrack"}
@@ -132,8 +134,8 @@ def test_a_step_of_dpo_is_that_of_separate_sequences(model, their_model, tok):
     reference = load_model(DIRECTORY)
     with torch.no_grad():  # else all losses are ln 2, whatever the log-probabilities
         for name, weight in reference.named_parameters():
-            if name.endswith("o_proj.weight"):
-                weight *= 0.9
+            if name.endswith("post_feedforward_layernorm.weight"):
+                weight += 0.05
     tree = pair_tree(dpo_pairs(row, k, j, tok), {"discourage": 1.0, "elicit": 1.0}, max_length=1024)
     batch = make_batch([tree])
     with torch.no_grad():
