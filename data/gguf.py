@@ -91,8 +91,8 @@ def convert(file: Path, out: Path, licence: list[Path] = ()) -> None:
         except InputError as error:
             raise InputError(f"{file}: {error}".replace(f"{directory}/", "")) from None
     say(f"{out}: {metadata.get('general.name', file.stem)}, {len(tensors)} tensors")
-    for terms in licence:
-        say(f"{out / terms.name}: the terms under which this model may be used")
+    if licence:
+        say(f"{out}: may be used under the terms in {' and '.join(terms.name for terms in licence)}")
 
 
 def refuse_model(out: Path) -> None:

