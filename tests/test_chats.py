@@ -349,6 +349,9 @@ def check_chats(directory, with_system=CHATS, without=CHATS, **options):
                 )
                 assert tok.render(chat, add_generation_prompt=flag) == theirs, (template[:20], chat)
         options = {}  # exports need none
+    write(directory, json.loads((directory / "tokenizer.json").read_bytes()), tok.jinja)
+    again = load_tokenizer(directory)  # as exported
+    assert all(again.render(chat) == tok.render(chat) for chat in chats) and again.jinja == tok.jinja
     whole = tok.render(user("Hi") + said("the rain"), add_generation_prompt=False)
     assert whole == tok.render(user("Hi")) + tok.encode("the rain") + tok.turn_end
     return tok

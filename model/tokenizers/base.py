@@ -1,22 +1,24 @@
 """What the tokenizers of all families share. A family adds its ids and render().
 
-encode(text)        ids of plain text: no special id whatever the text contains, and no BOS
-decode(ids)         special ids become nothing, invalid UTF-8 becomes U+FFFD
-render(messages)    a chat as the published template writes it, as ids, with BOS once
-save(directory)     writes the files that were read, byte for byte
+Every tokenizer has
 
-bos_id              the checkpoint's BOS. In SmolLM2's chats that is <|im_start|>
-eos_id              ends an answer
-text_start_id       stands before a plain text, text_end_id behind it
-stop_ids            where sampling stops: eos_id, text_end_id, and what the checkpoint adds
-reset_id            the backtracking token [RESET]: a spare special id, which no text can spell
-turn_end            ids that close an assistant's turn: eos_id, and what stands around it
-template_ids        special ids that render() uses, and reset_id; a base has not trained them
-special_ids         all of them
-special_tokens      {name: id} of those that have a name
-vocab_size          ids are below this
-chat_template       the checkpoint's own Jinja template. render() does not run it
-jinja               a Jinja template that writes chats as render() does: exports carry it
+    encode(text)        ids of plain text: no special id whatever the text contains, and no BOS
+    decode(ids)         special ids become nothing, invalid UTF-8 becomes U+FFFD
+    render(messages)    a chat as the published template writes it, as ids, with BOS once
+    save(directory)     writes the files that were read, byte for byte
+
+    bos_id              the checkpoint's BOS. In SmolLM2's chats that is <|im_start|>
+    eos_id              ends an answer
+    text_start_id       stands before a plain text, text_end_id behind it
+    stop_ids            where sampling stops: eos_id, text_end_id, and what the checkpoint adds
+    reset_id            the backtracking token [RESET]: a spare special id, which no text can spell
+    turn_end            ids that close an assistant's turn: eos_id, and what stands around it
+    template_ids        special ids that render() uses, and reset_id; a base has not trained them
+    special_ids         all of them
+    special_tokens      {name: id} of those that have a name
+    vocab_size          ids are below this
+    chat_template       the checkpoint's own Jinja template. render() does not run it
+    jinja               a Jinja template that writes chats as render() does: exports carry it
 """
 
 import json

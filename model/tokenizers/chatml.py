@@ -28,6 +28,7 @@ def _jinja(system: str) -> str:
     )
 
 
+THINKING_OFF = "{%- set enable_thinking = false %}"
 # In Qwen3's chats the last answer has the block, and those before it have lost theirs.
 QWEN3_JINJA = (
     "{% for message in messages %}{% if loop.last and message['role'] == 'assistant' %}"
@@ -65,12 +66,14 @@ class ChatMLTokenizer(Tokenizer):
 
         self._think = []  # what an answer begins with
         if "enable_thinking" in self.jinja or self.jinja == QWEN3_JINJA:
+            if not {"<think>", "</think>"} <= special.keys():
+                raise InputError(f"{text.file}: has no <think> and </think>; use Qwen3's")
             blank = self.encode("\n\n")
             self._think = [special["<think>"], *blank, special["</think>"], *blank]
-        if "enable_thinking" in self.jinja:
-            self.jinja = "{%- set enable_thinking = false %}" + self.jinja
+            if not self.jinja.startswith((THINKING_OFF, QWEN3_JINJA)):
+                self.jinja = THINKING_OFF + self.jinja
 
-        markers = {self._start, *(i for i in self._think if i in self.special_ids)}
+        markers = {self._start, *self.special_ids.intersection(self._think)}
         spare = {*special.values()} - markers - {self.bos_id, *self.stop_ids}
         # Qwen's text models never see <|quad_end|>, a corner of a picture. Its other spare tokens
         # serve code (<|fim_pad|>, <|file_sep|>) and tools, and were trained.

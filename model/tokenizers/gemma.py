@@ -30,7 +30,7 @@ class GemmaTokenizer(Tokenizer):
     marker = "<start_of_turn>"
 
     def __init__(self, files, text):
-        is_gemma3 = files.config.get("model_type", "").startswith("gemma3")
+        is_gemma3 = str(files.config.get("model_type")).startswith("gemma3")
         super().__init__(files, text, JINJA3 if is_gemma3 else JINJA)
         self._takes_system = "first_user_prefix" in self.jinja
         special = text.special
