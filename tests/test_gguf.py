@@ -111,7 +111,7 @@ MODELS = {  # configuration class, its settings, the architecture in GGUF
     "llama": ("Llama", dict(tie_word_embeddings=True), "llama"),
     "mistral": ("Mistral", dict(tie_word_embeddings=False, sliding_window=None), "llama"),
     "gemma2": ("Gemma2", GEMMA_SIZES, "gemma2"),
-    "gemma3_text": ("Gemma3Text", GEMMA_SIZES, "gemma3"),
+    "gemma3_text": ("Gemma3Text", GEMMA_SIZES | {"num_hidden_layers": 7}, "gemma3"),  # the sixth sees everything
     "qwen2": ("Qwen2", dict(tie_word_embeddings=False), "qwen2"),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=True, head_dim=32), "qwen3"),
 }
@@ -193,7 +193,7 @@ def original(model_type):
         f"{architecture}.context_length": 64,
         f"{architecture}.embedding_length": 64,
         f"{architecture}.feed_forward_length": 96,
-        f"{architecture}.block_count": 3,
+        f"{architecture}.block_count": sizes["num_hidden_layers"],
         f"{architecture}.attention.head_count": 4,
         f"{architecture}.attention.head_count_kv": 2,
         f"{architecture}.attention.layer_norm_rms_epsilon": 1e-5,
