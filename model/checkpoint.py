@@ -214,6 +214,9 @@ def write_model(
         source = json.loads(file.read_bytes()) if file.is_file() else {}  # load_tokenizer has seen that it is JSON
         stops = _where_servers_stop(tokenizer, source.get("eos_token_id"), config.reset_token_id)
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops}
+        reset = config.reset_token_id
+        if reset is not None and reset in (raw.get("pad_token_id"), source.get("pad_token_id")):
+            ends["pad_token_id"] = stops[0]  # padding behind an answer must not look like a reset
         raw |= ends
         file.write_text(json.dumps(source | ends, indent=2) + "\n", encoding="utf-8")
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

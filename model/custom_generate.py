@@ -37,7 +37,7 @@ def generate(inputs=None, *, model, max_resets=1, reset_bias=0.0, forced=0, **op
     stops = options.pop("eos_token_id", None) or config.eos_token_id
     stops = [id for id in (stops if isinstance(stops, list) else [stops]) if id is not None and id != reset]
     padding = options.pop("pad_token_id", config.pad_token_id)
-    padding = stops[0] if padding is None else padding
+    padding = stops[0] if padding in (None, reset) else padding  # padding must not look like a reset
     masked = [*(options.pop("suppress_tokens", None) or config.suppress_tokens or []), reset]
     options |= {"eos_token_id": [*stops, reset], "pad_token_id": padding}
 

@@ -26,7 +26,7 @@ TEACHING := train.py sample.py tests/method \
 	$(addprefix backtrack/,plain.py examples.py trees.py generate.py sampling.py rows.py reset_row.py serve/terminal.py) \
 	$(addprefix backtrack/run/,chunks.py command.py launch.py load.py metrics.py options.py parallel.py progress.py) \
 	$(addprefix backtrack/run/,reference.py say.py) \
-	$(addprefix model/,transformer.py cache.py linear.py tokenizer.py bpe.py)
+	$(addprefix model/,transformer.py cache.py linear.py) $(wildcard model/tokenizers/*.py)
 
 lint: $(VENV)/.installed-dev  ## ruff: style and common mistakes
 	$(PY) -m ruff check .

@@ -33,7 +33,7 @@ def toy_tokenizer():
 
 @cache
 def toy_pieces():
-    """The toy's vocabulary as the sentencepiece library reads it, without model/tokenizer.py."""
+    """The toy's vocabulary as the sentencepiece library reads it, without model/tokenizers/."""
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(_toy_model())
     return processor

@@ -80,6 +80,13 @@ def test_a_trained_row_is_never_overwritten(tmp_path):
     assert changed_rows(before, after, EMBEDDING) == {TOK.reset_id}
 
 
+def test_a_reset_that_was_trained_for_something_else_says_nothing_of_the_others(tmp_path):
+    """As in Gemma-3, whose <unused0> lies as far from the spare rows as <bos> does: it alone starts anew."""
+    init = saved(tmp_path / "init", LLAMA, SPARE)
+    _, before, after = started(init, tmp_path / "out")
+    assert changed_rows(before, after, EMBEDDING) == {TOK.reset_id}
+
+
 @pytest.mark.parametrize("config", [LLAMA, UNTIED, GEMMA], ids=["llama", "llama untied", "gemma"])
 def test_reset_starts_at_one_in_a_hundred(tmp_path, config):
     """At every token of the first step's answers; to get there, its output row moves and no other."""

@@ -3,20 +3,16 @@ and tokenizers on the same directory.
 
     make test-real        # or: SMOLLM2=DIR python -m pytest -m real
 
-The directory is runs/smollm2 unless SMOLLM2 names another; without it the tests are skipped. Its
-texts are real ones of ../shared/data, where that is there, and generated ones.
+The directory is runs/smollm2 unless SMOLLM2 names another; without it the tests are skipped.
 """
 
-import csv
-import gzip
 import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from test_chatml import TEXTS, fuzz_texts
+from real import CLOSE, check_ids, conversations, model_in
+from samples import user
 
 from backtrack.generate import generate
 from model import load_model, load_tokenizer, save_model
@@ -24,19 +20,7 @@ from model import load_model, load_tokenizer, save_model
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-HERE = Path(__file__).resolve().parents[2]
-DIRECTORY = Path(os.environ.get("SMOLLM2", HERE / "runs" / "smollm2"))
-DATA = HERE.parent / "shared" / "data"
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        not (DIRECTORY / "model.safetensors").is_file(),
-        reason=f"no model in {DIRECTORY}: run `python -m data.smollm2 --out runs/smollm2`, or name"
-        " its directory in the environment variable SMOLLM2",
-    ),
-]
-# Ours equal transformers' bit for bit where it was tried. Another CPU may sum in another order.
-CLOSE = 1e-4
+DIRECTORY, pytestmark = model_in("SMOLLM2", "runs/smollm2", "python -m data.smollm2 --out runs/smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +41,6 @@ def their_model():
 @pytest.fixture(scope="module")
 def their_tok():
     return transformers.AutoTokenizer.from_pretrained(DIRECTORY)
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
 
 
 # ── The network ───────────────────────────────────────────────────────────────────────────────────
@@ -129,44 +109,8 @@ def test_a_bf16_directory_as_published_loads_the_same_way(their_model, tmp_path)
 # ── Text ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def strings(value):
-    """Every string in what JSON holds."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from strings(list(value.values()))
-    elif isinstance(value, list):
-        for element in value:
-            yield from strings(element)
-
-
-def real_texts():
-    """What people and models wrote, from whatever files ../shared/data has."""
-    for path in sorted(DATA.rglob("*")):
-        if path.suffix == ".csv":
-            with open(path, encoding="utf-8", newline="") as file:
-                for row in csv.reader(file):
-                    yield from row
-        elif path.suffix == ".json":
-            yield from strings(json.loads(path.read_text(encoding="utf-8")))
-        elif path.suffix in (".jsonl", ".gz"):
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-                for line in file:
-                    yield from strings(json.loads(line))
-
-
 def test_ids_of_5000_texts_are_those_of_tokenizers(tok):
-    spec = json.loads((DIRECTORY / "tokenizer.json").read_bytes())
-    # Without its special tokens, which it would find in text.
-    oracle = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
-    texts = sorted({text for text in real_texts() if len(text) > 20})
-    texts = random.Random(0).sample(texts, min(3000, len(texts))) + TEXTS
-    texts += fuzz_texts(5000 - len(texts))
-    assert len(texts) == 5000
-    for text, encoding in zip(texts, oracle.encode_batch(texts), strict=True):
-        assert tok.encode(text) == encoding.ids, repr(text)
-        assert tok.decode(encoding.ids) == oracle.decode(encoding.ids), repr(text)
-        assert tok.special_ids.isdisjoint(encoding.ids)
+    check_ids(tok, DIRECTORY)
 
 
 def test_the_text_of_a_token_is_that_token(tok):
@@ -181,38 +125,16 @@ def test_the_text_of_a_token_is_that_token(tok):
 
 def test_21_bytes_are_missing(tok):
     missing = bytes.fromhex("04 06 13 14 16 1d c0 c1 f1 f2 f5 f6 f7 f8 f9 fa fb fc fd fe ff")
-    assert tok._bpe.missing_bytes == missing
+    assert tok._text.missing_bytes == missing
     assert tok.encode("!\x04!") == tok.encode("!!") and tok.encode("\x1d") == []
 
 
 # ── Chats ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def conversations():
-    """20 of them: ten with a system turn and ten without, of 1 to 6 messages."""
-    rng = random.Random(0)
-    contents = [
-        "Hi",
-        "What is 12 times  34?",
-        "  white space around it \n",
-        "\n\nTwo lines first,\nthen 7.",
-        "",
-        "Ça va ? 東京 🐑 !\x04!",
-        "def f(x):\n    return x  # 1",
-        "I'm sure you'll say it's 2024.",
-    ]
-    for number in range(20):
-        roles = ["user", "assistant"] * 3
-        chat = [{"role": r, "content": rng.choice(contents)} for r in roles[: 1 + number % 6]]
-        system = [{"role": "system", "content": rng.choice(["Be brief.", "", " Rhyme.\n"])}]
-        yield system + chat if number % 2 else chat
-
-
 @pytest.mark.parametrize("prompt", [True, False])
 def test_20_chats_are_the_template(tok, their_tok, prompt):
-    chats = list(conversations())
-    assert len(chats) == 20 and sum(chat[0]["role"] == "system" for chat in chats) == 10
-    for chat in chats:
+    for chat in conversations():
         theirs = their_tok.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=False)
         assert tok.render(chat, add_generation_prompt=prompt) == theirs, chat
 

@@ -1,20 +1,21 @@
-"""Byte-level BPE: text to token ids and back, for Llama-3 and SmolLM2.
+"""Byte-level BPE: text to token ids and back, for Llama-3, SmolLM2 and Qwen.
 
-    bpe, special = read_tokenizer_json(file, data)      # or read_tiktoken(file, data)
+    bpe = read_byte_level(file, spec)       # a tokenizer.json
+    bpe = read_tiktoken(file, data, split, special)
     text = bpe.decode(bpe.encode("plain text"))
 
-A regex cuts the text into words. A word is a row of bytes, and every byte is a token. Of all pairs
-of neighbours, the one that was merged first in training becomes one token; and so on until no pair
-is left that training merged. tiktoken does that.
+A regex cuts the text into words, and each word into bytes: every byte is a token. Of all pairs of
+neighbours, the pair that training merged first becomes one token, and so on, until training merged
+none of the pairs that are left. tiktoken does that.
 
-tiktoken knows no pairs: it gives every token a rank and joins the neighbours that make the token of
-the lowest rank. That is the same where every token is made of earlier ones, as in all vocabularies
-that BPE training wrote; others are refused. A rank is the order of merging and need not be the id.
+tiktoken knows no pairs. It gives every token a rank, and joins the neighbours that make the token of
+the lowest rank. The result is the same if every token is made of earlier ones, as BPE training
+writes vocabularies; others are refused. A rank is the order of merging and need not be the id.
 """
 
 import base64
-import json
 import re
+import unicodedata
 
 import regex  # tiktoken brings it along
 import tiktoken
@@ -24,30 +25,41 @@ from model.errors import InputError
 # How GPT-2 cuts text into words: what the pre-tokenizer ByteLevel does unless told otherwise.
 # https://github.com/openai/gpt-2/blob/master/src/encoder.py
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2 makes each digit a word before that. So to GPT-2's regex the white space before a digit
-# ends a text, and it takes all of it. Tried on every code point: ids equal those of tokenizers 0.23
-# but for 13 digits that Unicode 17 brought.
+# SmolLM2 first makes each digit a word. GPT-2's regex then sees the text between two digits alone,
+# and takes all the white space at its end. Tried on every code point: ids equal those of tokenizers
+# 0.23, except for 13 digits that are new in Unicode 17.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?(?:\n|$)")
 
 
 class BytePairEncoding:
-    """tokens: {bytes: id}, in the order of merging, without the special tokens."""
-
-    def __init__(self, tokens: dict[bytes, int], split: str):
+    def __init__(
+        self,
+        file,
+        tokens: dict[bytes, int],
+        split: str,
+        special: dict[str, int],
+        composes: bool = False,
+    ):
+        """tokens: {bytes: id} in the order of merging. special: {name: id}; they are not tokens.
+        composes: text becomes NFC first (Qwen): e and ◌́ become é.
+        """
+        self.file, self.special, self._composes = file, special, composes
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        # It is not told of the special tokens at all: what it does not know it cannot find in text.
+        # tiktoken is not told of the special tokens, so it cannot find them in text.
         self._tiktoken = tiktoken.Encoding(
             "bpe", pat_str=split, mergeable_ranks=ranks, special_tokens={}
         )
         self._id_of_rank = list(tokens.values())
         self._bytes_of_id = {i: token for token, i in tokens.items()}
         self._words = regex.compile(split)
-        self.ids = frozenset(tokens.values())
+        self.size = max(*tokens.values(), *special.values()) + 1
+        self.special_ids = frozenset(range(self.size)) - frozenset(tokens.values())
         self.missing_bytes = bytes(b for b in range(256) if bytes([b]) not in tokens)
 
     def encode(self, text: str) -> list[int]:
         ids = []
+        text = unicodedata.normalize("NFC", text) if self._composes else text
         for part in short_parts(text):
             data = part.encode("utf-8")
             if len(data.translate(None, self.missing_bytes)) == len(data):
@@ -58,8 +70,8 @@ class BytePairEncoding:
         return ids
 
     def _without_missing_bytes(self, text: str) -> list[int]:
-        """SmolLM2 lacks 21 bytes. Hugging Face's tokenizers drops them from each word, so what they
-        parted may merge: "!\\x04!" is the token of "!!". tiktoken would panic.
+        """SmolLM2 lacks 21 bytes. Hugging Face's tokenizers drops them from each word, so what stood
+        on both sides may merge: "!\\x04!" becomes the token of "!!". tiktoken would panic.
         """
         ranks = []
         for word in self._words.finditer(text):
@@ -89,10 +101,7 @@ def short_parts(text: str):
 
 
 def read_tiktoken(file, data: bytes, split: str, special: dict[str, int]):
-    """Meta's file: lines of `base64 rank`. Its special tokens and its regex stand elsewhere.
-
-    Returns (BytePairEncoding, special tokens {name: id}); special's ids count from the last rank.
-    """
+    """Meta's file: lines of `base64 rank`. special: {name: id counted from the last rank}."""
     tokens, number = {}, 0
     for number, line in enumerate(data.splitlines(), start=1):
         match = TIKTOKEN_LINE.fullmatch(line)
@@ -105,38 +114,27 @@ def read_tiktoken(file, data: bytes, split: str, special: dict[str, int]):
     if not tokens or sorted(tokens.values()) != list(range(number)):
         raise InputError(f"{file}: its ranks are not 0, 1, 2, …; download the file again")
     tokens = dict(sorted(tokens.items(), key=lambda item: item[1]))
-    return BytePairEncoding(tokens, split), {name: number + i for name, i in special.items()}
+    special = {name: number + i for name, i in special.items()}
+    return BytePairEncoding(file, tokens, split, special)
 
 
-def read_tokenizer_json(file, data: bytes):
-    """Hugging Face's file. Returns (BytePairEncoding, special tokens {name: id})."""
-    spec = read_json(file, data)
-    try:
-        steps = spec["pre_tokenizer"] or {}
-        steps = steps.get("pretokenizers", [steps])
-        byte_level = any(step.get("type") == "ByteLevel" for step in steps)
-        if spec["model"]["type"] != "BPE" or not byte_level:
-            raise InputError(
-                f"{file}: not a byte-level BPE; put the checkpoint's tokenizer.model next to it"
-            )
-        split = split_regex(steps)
-        if split is None or spec.get("normalizer"):
-            raise InputError(
-                f"{file}: cuts text in a way not known here; use a Llama-3 or SmolLM2 checkpoint's"
-            )
-        special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        tokens = in_order_of_merging(file, spec["model"], special)
-        if not set(special.values()).isdisjoint(tokens.values()):
-            raise InputError(
-                f"{file}: an ordinary token and a special one share an id; download it again"
-            )
-        return BytePairEncoding(tokens, split), special
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
+def read_byte_level(file, spec: dict) -> BytePairEncoding:
+    """Hugging Face's tokenizer.json. Raises KeyError and the like where its layout is damaged."""
+    steps = spec["pre_tokenizer"] or {}
+    split = split_regex(steps.get("pretokenizers", [steps]))
+    normalizer = spec.get("normalizer")
+    if split is None or (normalizer and normalizer != {"type": "NFC"}):
         raise InputError(
-            f"{file}: damaged or unknown layout ({error!r}); download the file again"
-        ) from None
+            f"{file}: cuts text in a way not known here; use a Llama-3, SmolLM2 or Qwen"
+            " checkpoint's"
+        )
+    special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    tokens = in_order_of_merging(file, spec["model"], special)
+    if not set(special.values()).isdisjoint(tokens.values()):
+        raise InputError(
+            f"{file}: an ordinary token and a special one share an id; download it again"
+        )
+    return BytePairEncoding(file, tokens, split, special, composes=bool(normalizer))
 
 
 def split_regex(steps: list[dict]) -> str | None:
@@ -190,13 +188,3 @@ BYTES = byte_alphabet()
 
 def to_bytes(text: str) -> bytes:
     return bytes(BYTES[c] for c in text)
-
-
-def read_json(file, data: bytes) -> dict:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error}); download the file again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: not a JSON object; download the file again")
-    return value
