@@ -1,11 +1,21 @@
-"""Rows to start from, for tokens that the base never saw: [RESET] and unused template tokens.
+"""The row that [RESET] starts from, and those of template tokens that the base never saw.
 
-    start_new_tokens(model, tok, batches)      # before the first step of supervised fine-tuning
+    start_new_tokens(model, tok, batches)              # before the first step of SFT
+    add_to_level(model, tok.reset_id, batches, nats)   # afterwards: evaluate/shift_level.py
 
-Two things decide whether [RESET] is learned from few rows. Its rows must not lie where untrained rows lie:
-they have one direction in common, far from all others, and the token is confused with every other spare one.
-And it must not start too unlikely: Adam moves a row by about a learning rate per step, so from a log-probability
-of −20, where the mean of the trained rows puts it, training ends before it is ever said (level.py).
+Two things decide whether [RESET] is learned from few rows. Its row must not lie where untrained rows
+lie: they share one direction, far from all others, and [RESET] would be confused with every other
+spare token. And [RESET] must not start too unlikely: Adam moves a row by about a learning rate per
+step, so from a log-probability of −20, where the mean of the trained rows puts it, training would
+end before it is ever said.
+
+So the rows are set to the mean of the trained ones, and then [RESET]'s output row is changed as
+little as possible until p([RESET]) is 1% wherever the first step predicts. With hidden states
+h (M, D), row w (D,) and wanted logits (M,) that is least squares with a ridge:
+
+    min over w'  Σ (h·w' − wanted)²  +  ridge · |w' − w|²
+
+Where the head is tied, the same row is read at the input too, after a reset.
 """
 
 import dataclasses

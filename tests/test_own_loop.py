@@ -12,7 +12,8 @@ README = Path(__file__).resolve().parents[1] / "data/README.md"
 
 
 def test_the_loop_of_ones_own(tmp_path):
-    [code] = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    [code] = [block for block in blocks if "INIT, ROWS" in block]
     rows = [row_of(f"Hi {i}", "no word", f"yes {i}", unsafe=i % 2 == 0) for i in range(10)]
     write(tmp_path / "rows.jsonl", *rows)
     save_model(network_of(LLAMA, scale=0.1), tmp_path / "init", tokenizer=None)
