@@ -56,7 +56,7 @@ $(VENV)/.installed-%: requirements-%.txt $(VENV)/.installed
 	$(PY) -m pip install --quiet -r $<
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-figures.txt
+$(VENV)/.installed-dev: requirements-figures.txt requirements-real.txt
 
 test: $(VENV)/.installed-dev  ## the test suite; installs transformers, the tests' oracle
 	$(PY) -m pytest
@@ -67,8 +67,8 @@ test-gpu: $(VENV)/.installed-dev  ## what needs a CUDA device
 test-slow: $(VENV)/.installed-dev  ## the checks that take minutes, such as training the toy world
 	$(PY) -m pytest -m slow
 
-test-real: $(VENV)/.installed-dev runs/smollm2/model.safetensors  ## the real model against transformers; downloads 93 MB once
-	SMOLLM2=runs/smollm2 $(PY) -m pytest -m real
+test-real: $(VENV)/.installed-dev runs/smollm2/model.safetensors runs/gemma3-270m/model.safetensors  ## real models against transformers; downloads 346 MB once
+	SMOLLM2=runs/smollm2 GEMMA3=runs/gemma3-270m $(PY) -m pytest -m real
 
 # ── The toy world: data, a pretrained base, fine-tuning with and without backtracking ──────────────
 # In the rules below % is the seed and $(@D) its directory; in those of results/tuning.mk % is something else.

@@ -149,7 +149,7 @@ def test_a_step_of_dpo_is_that_of_separate_sequences(model, their_model, tok):
 
 
 def test_steps_0_leaves_plain_text_as_it_was(model, tok, tmp_path):
-    """[RESET] gets a row to start from. <bos> and all others, which were trained, keep theirs."""
+    """[RESET] and the turn tokens get rows to start from. <bos>, <eos> and all that was trained keep theirs."""
     out = tmp_path / "out"
     rows = write(tmp_path / "rows.jsonl", row_of("Hi", "No, I will not.", "Yes, of course.", unsafe=True))
     trained(
@@ -158,7 +158,7 @@ def test_steps_0_leaves_plain_text_as_it_was(model, tok, tmp_path):
     before, after = (load_file(path / "model.safetensors") for path in (DIRECTORY, out))
     name = "model.embed_tokens.weight"
     changed = (before[name] != after[name]).any(dim=1).nonzero()[:, 0].tolist()
-    assert changed == [tok.reset_id]
+    assert changed == [tok.reset_id, 105, 106]
     assert all(torch.equal(before[n], after[n]) for n in before if n != name)
     started = load_model(out)
     ids = [tok.bos_id, *tok.encode(STORY * 3 + "She climbed the stairs, lit the lamp and waited for the first ship.")]
