@@ -3,6 +3,8 @@
 import ast
 import contextlib
 import io
+import json
+import os
 import re
 import runpy
 import subprocess
@@ -11,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from training import arguments, toy_files, visited
 
 from backtrack.attacks.table import ATTACKERS
 
@@ -98,3 +101,31 @@ def help_of(program: list[str], sub: list[str]) -> str:
                 runpy.run_path(str(ROOT / program[0]), run_name="__main__")
     assert end.value.code in (0, None), said.getvalue()
     return said.getvalue()
+
+
+def test_the_step_of_sft_to_debug_shows_the_method():
+    """The two rows of its batch are an ordinary one and an unsafe one: a branch, a [RESET]."""
+    text = README.replace("\\\n", " ")
+    [line] = re.findall(r"^python -m pdb train.py (sft .*)$", text, flags=re.MULTILINE)
+    launch = (ROOT / ".vscode/launch.json").read_text(encoding="utf-8")
+    args = arguments(line.split())
+    assert f'"--seed", "{args.seed}"' in launch and f'"--batch-size", "{args.batch_size}"' in launch
+    rows = [json.loads(row) for row in toy_files()["sft.jsonl"].splitlines()]
+    first = [rows[index]["unsafe"] for _, index in visited(args, len(rows))(0)]
+    assert sorted(first) == [False, True]
+
+
+def test_the_special_rule_of_make_comes_first():
+    """GNU make 3.81 takes the first pattern that matches."""
+    lines = (ROOT / "results/tuning.mk").read_text(encoding="utf-8").splitlines()
+    rules = [line.split(":")[0] for line in lines if line.startswith("$(RUN)/tried-ours-dpo")]
+    assert [rule.removeprefix("$(RUN)/tried-ours-dpo-") for rule in rules] == ["of-%.done", "%.done"]
+
+
+def test_a_model_py_in_the_way_is_named(tmp_path):
+    (tmp_path / "model.py").write_text("x = 1\n")
+    words = [sys.executable, "-m", "backtrack.plain"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env)
+    expected = f"error: {tmp_path / 'model.py'} hides backtrack's `model`; start from another folder\n"
+    assert (done.returncode, done.stderr) == (2, expected)
