@@ -27,8 +27,8 @@ Preference pairs for DPO, chosen ≻ rejected, both given x (section 3.2):
 The control in place has elicit and discourage without [RESET]: what has been said stays said.
 
 In SFT no loss ever falls on the prefix: the model must learn to leave it, not to say it. In DPO a
-prefix that both sides share cancels. The restart view is what the model sees after a reset that cuts
-the cache; it puts no loss on [RESET], which would teach to reset out of nothing.
+prefix that both sides share cancels. The restart view is what the model sees after a reset that
+cuts the cache; it puts no loss on [RESET], which would teach to reset out of nothing.
 """
 
 import random

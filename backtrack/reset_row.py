@@ -3,11 +3,11 @@
     start_new_tokens(model, tok, batches)              # before the first step of SFT
     add_to_level(model, tok.reset_id, batches, nats)   # afterwards: evaluate/shift_level.py
 
-Two things decide whether [RESET] is learned from few rows. Its row must not lie where untrained rows
-lie: they share one direction, far from all others, and [RESET] would be confused with every other
-spare token. And [RESET] must not start too unlikely: Adam moves a row by about a learning rate per
-step, so from a log-probability of −20, where the mean of the trained rows puts it, training would
-end before it is ever said.
+Two things decide whether [RESET] is learned from few rows. Its row must not lie where untrained
+rows lie: they share one direction, far from all others, and [RESET] would be confused with every
+other spare token. And [RESET] must not start too unlikely: Adam moves a row by about a learning
+rate per step, so from a log-probability of −20, where the mean of the trained rows puts it,
+training would end before it is ever said.
 
 So the rows are set to the mean of the trained ones, and then [RESET]'s output row is changed as
 little as possible until p([RESET]) is 1% wherever the first step predicts. With hidden states
@@ -85,10 +85,10 @@ def set_untrained_rows(
 
 
 def find_untrained(table: torch.Tensor, tok) -> tuple[torch.Tensor, float, str]:
-    """How far each row of table (V, D) lies from where untrained rows do, (V,), and how far is near.
+    """How far each row of table (V, D) lies from where untrained rows do, (V,), and what is near.
 
     Spare tokens tell where: initialisation and the softmax left them all in one place, around which
-    they scatter. [RESET] is one of them. In doubt a row counts as trained, for a trained row that is
+    they scatter. [RESET] is one of them. In doubt a row counts as trained: a trained row that is
     overwritten is lost, and an untrained one learns all the same, if more slowly. So in a chat
     model, one that brings a template, only rows right among the spare ones are untrained: its
     markers may have been trained for few steps (SmolLM2's have moved by a tenth of the way, and
@@ -115,26 +115,27 @@ def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
     after = move_row(model, reset_id, hidden, wanted)
     after = after - torch.logaddexp(after, others)
     before = before - torch.logaddexp(before, others)
-    say(
-        f"log p([RESET]) starts at {after.mean():.1f} ± {after.std():.1f}; its row had {before.mean():.1f}"
-    )
+    found = f"{after.mean():.1f} ± {after.std():.1f}"
+    say(f"log p([RESET]) starts at {found}; its row had {before.mean():.1f}")
 
 
 @torch.no_grad()
 def add_to_level(model: Transformer, reset_id: int, batches: list[Batch], nats: float) -> None:
-    """Change the output row of [RESET] so that its logit is `nats` more wherever the batches predict."""
+    """Change the output row of [RESET]: its logit is `nats` more wherever the batches predict."""
     hidden, _, before = read_states(model, reset_id, batches)
     change = move_row(model, reset_id, hidden, before + nats) - before
-    say(
-        f"the logit of [RESET] has changed by {change.mean():+.2f} ± {change.std():.2f} at {len(change):,} places"
-    )
+    found = f"{change.mean():+.2f} ± {change.std():.2f}"
+    say(f"the logit of [RESET] has changed by {found} at {len(change):,} places")
 
 
 def read_states(
     model: Transformer, reset_id: int, batches: list[Batch]
 ) -> tuple[torch.Tensor, ...]:
-    """At the M places where the batches predict: hidden states (M, D), the log-sum-exp of all other tokens' logits (M,)
-    and the logit of [RESET] (M,)."""
+    """What is there at the M places where the batches predict.
+
+    Returns hidden states (M, D), the log-sum-exp of all other tokens' logits (M,), and the logit of
+    [RESET] (M,).
+    """
     hidden, others, reset = [], [], []
 
     def read(states: torch.Tensor) -> None:  # (places, D)
@@ -154,7 +155,7 @@ def read_states(
 def move_row(
     model: Transformer, reset_id: int, h: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
-    """Set the output row of [RESET] so that its logits at hidden states h (M, D) come near to those wanted (M,).
+    """Set the output row of [RESET] so that its logits at h (M, D) come near to those wanted (M,).
 
     Returns what they then are, (M,).
     """

@@ -51,9 +51,9 @@ class Row:
 def load_rows(paths: list[str], tok, max_length: int) -> list[Row]:
     """All rows of all files as ids. Says on stderr which rows it leaves out, and why.
 
-    Left out are rows whose prompt leaves no room under max_length for a token of the prefix, [RESET]
-    and a token of the answer; and unsafe rows whose answers are equal, which would teach to take a
-    safe answer back. Raises InputError if no row is left, or if a line is wrong.
+    Left out are rows whose prompt leaves no room under max_length for a token of the prefix,
+    [RESET] and a token of the answer; and unsafe rows whose answers are equal, which would teach to
+    take a safe answer back. Raises InputError if no row is left, or if a line is wrong.
     """
     rows, long, equal, spelling = [], [], [], []
     spells_special = special_text(tok)
@@ -99,9 +99,7 @@ def describe(rows: list[Row], paths: list[str], max_length: int) -> None:
     lengths = [len(r.prompt) + len(r.chosen) + len(r.rejected or []) + 2 for r in rows]
     long = sum(length > max_length for length in lengths)
     if long:
-        say(
-            f"{long} rows have more than --max-length {max_length} tokens with both answers: cut there"
-        )
+        say(f"{long} rows have more than --max-length {max_length} tokens with both answers: cut")
 
 
 def few_of(rows: Sequence) -> Sequence:
@@ -157,7 +155,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Yields ("file:line", value) of every line that is not blank, from .jsonl, .jsonl.gz, a pipe."""
+    """Yields ("file:line", value) of each line that is not blank: of .jsonl, .jsonl.gz, a pipe."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a directory; name the files in it, {path}/*.jsonl")
@@ -218,7 +216,8 @@ def refuse_format(head: bytes, path: Path, lists: bool = False) -> None:
         raise InputError(f'{path}: a table; {convert}csv{to_json}"')
     if not lists and re.match(rb"\s*\[\s*(\{|\n|$)", head[:256]):
         raise InputError(
-            f"{path}: one JSON list, not a line for each row; convert it: jq -c '.[]' '{path}' > {jsonl}"
+            f"{path}: one JSON list, not a line for each row; convert it:"
+            f" jq -c '.[]' '{path}' > {jsonl}"
         )
 
 
@@ -232,7 +231,7 @@ HINTS = {  # a key that tells what else a row without 'chosen' may be -> what to
 
 
 def as_conversation(row: object, where: str) -> object:
-    """The row with messages in 'prompt', 'chosen' and 'rejected'; check_row finds what else is wrong.
+    """The row with messages in 'prompt', 'chosen' and 'rejected'; check_row finds what is wrong.
 
     Raises InputError where one would have to guess: which of several turns is to be learned, or
     where a question ends and its answer begins.
@@ -276,7 +275,7 @@ def joined_parts(message: object) -> object:
 
 
 def prompt_apart(row: dict, where: str) -> dict:
-    """Cut chats in 'chosen' and 'rejected' before the last message: what is before it is the prompt."""
+    """Cut chats in 'chosen' and 'rejected' before the last message: the prompt is before it."""
     chats = {key: row[key] for key in ANSWERS if row.get(key) is not None}
     if not chats or not all(isinstance(chat, list) and len(chat) > 1 for chat in chats.values()):
         if "prompt" not in row:

@@ -51,7 +51,7 @@ def log_heldout(out: str, step: int, sums: Sums) -> None:
 
 
 def line(found: dict[str, float]) -> str:
-    """The losses, then p([RESET]); of DPO's other numbers the margin. metrics.jsonl has them all."""
+    """The losses, then p([RESET]); of DPO's other numbers the margin. metrics.jsonl has all."""
     parts = [f"loss {found['loss']:.3f}"] if "loss" in found else []
     parts += [f"{k.removeprefix('loss/')} {v:.3f}" for k, v in found.items() if "loss/" in k]
     if "margin" in found:

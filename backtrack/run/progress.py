@@ -184,7 +184,7 @@ def start(args, tok, count: int, data, **more) -> Run:
 
 
 def length_of(args, count: int) -> tuple[int, int]:
-    """(steps, rows visited in all) over `count` rows; with --epochs the last step may be smaller."""
+    """(steps, rows visited) over `count` rows; with --epochs the last step may be smaller."""
     per_step = args.batch_size * args.grad_accum
     if args.steps is not None:  # --steps 0 still looks at the first step's rows: see reset_row.py
         return args.steps, max(1, args.steps) * per_step
