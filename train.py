@@ -8,9 +8,9 @@ optimisation (section 3.2). Both read rows in TRL's preference format (backtrack
 baseline trains on the same rows without backtracking.
 
 Read backtrack/plain.py first: it computes both losses for one row. backtrack/examples.py decides
-which sequences a row gives, and backtrack/trees.py how they share one forward pass. The rest is here,
-top to bottom: losses, loop, the two commands, arguments. What a run needs around that (saves, logs,
-many devices, LoRA, memory) stands in backtrack/run/.
+which sequences a row gives, and backtrack/trees.py how they share one forward pass. The rest is
+here, top to bottom: losses, loop, the two commands, arguments. What a run needs around that (saves,
+logs, many devices, LoRA, memory) stands in backtrack/run/.
 
 Weights and optimizer are fp32; --dtype bfloat16 computes in bf16 by autocast. A killed run goes on
 with --resume. The model directory written to --out loads in transformers. torchrun --nproc-per-node
