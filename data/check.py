@@ -21,6 +21,8 @@ from data.prepare.prompts import questions_of
 from model import InputError, load_tokenizer
 from model.errors import Help, run
 
+PARTS = ("prompt", "chosen", "rejected")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.check", description=__doc__, formatter_class=Help)
@@ -34,11 +36,9 @@ def main() -> None:
     rows = [(where, row) for path in args.rows for where, row in usable_rows(path, tok, refused)]
     if not rows and not refused:
         raise InputError(f"{', '.join(args.rows)}: no rows")
-    odd = oddities(rows, tok)
-    for what, places in duplicates(rows, args.prompts).items():
-        odd[what] += places
+    odd = oddities(rows, args.prompts, tok)
     print(summary([row for _, row in rows]))
-    if tok:
+    if tok and rows:
         print(*lengths(rows, tok), sep="\n")
     for head, found in (("refused by train.py", refused), ("odd", odd)):
         for what, places in sorted(found.items(), key=lambda item: -len(item[1])):
@@ -49,8 +49,7 @@ def main() -> None:
 
 def usable_rows(path: str, tok, refused: dict) -> Iterator[tuple[str, dict]]:
     """("file:line", row) of every line that can be trained on. Of the others it notes why and where."""
-    reader.refuse_other_formats(path)
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, lists=False).split("\n"), start=1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
@@ -59,36 +58,27 @@ def usable_rows(path: str, tok, refused: dict) -> Iterator[tuple[str, dict]]:
             reader.check_row(row, where)
             if tok:
                 reader.encode_row(row, tok)
+            yield where, row
         except (ValueError, RecursionError) as error:  # no JSON, or an InputError
             what = str(error).removeprefix(f"{where}: ") if isinstance(error, InputError) else "not a line of JSON"
             refused[what].append(where)
-        else:
-            yield where, row
 
 
-def oddities(rows: list[tuple[str, dict]], tok) -> dict[str, list[str]]:
-    """What train.py takes, and yet is seldom meant -> where."""
-    odd = defaultdict(list)
+def oddities(rows: list[tuple[str, dict]], evaluation: list[str], tok) -> dict[str, list[str]]:
+    """What train.py takes, and yet is seldom meant -> where. Texts are compared by words_of."""
+    odd, first, evaluated = defaultdict(list), {}, questions_of(evaluation)
     markers = reader.special_text(tok) if tok else re.compile("|".join(reader.MARKERS))
     for where, row in rows:
         if found := markers.search(json.dumps(row, ensure_ascii=False)):
             odd["text spells special tokens: is a chat template applied already?"].append(f"{where} ({found[0]})")
         if row.get("rejected") and answer(row, "chosen") == answer(row, "rejected"):
             odd["chosen and rejected are the same"].append(where)
-    return odd
-
-
-def duplicates(rows: list[tuple[str, dict]], evaluation: list[str]) -> dict[str, list[str]]:
-    """Rows that were there before, and rows whose first question is an evaluation prompt: by words_of."""
-    first, odd, evaluated = {}, defaultdict(list), questions_of(evaluation)
-    for where, row in rows:
         texts = [row["text"]] if "prompt" not in row else [turn["content"] for turn in row["prompt"]]
-        key = tuple(map(words_of, [*texts, answer(row, "chosen"), answer(row, "rejected")]))
-        if key in first:
-            same_file = first[key].rpartition(":")[0] == where.rpartition(":")[0]
-            what = "the same row once more" if same_file else "the same row in another file"
-            odd[what].append(f"{where} (as {first[key]})")
-        first.setdefault(key, where)
+        earlier = first.setdefault(
+            tuple(map(words_of, [*texts, answer(row, "chosen"), answer(row, "rejected")])), where
+        )
+        if earlier != where:
+            odd["the same row as before"].append(f"{where} (as {earlier})")
         if path := evaluated.get(words_of(question(row))):
             odd[f"the first question is in {path}"].append(where)
     return odd
@@ -100,27 +90,21 @@ def answer(row: dict, side: str) -> str:
 
 def summary(rows: list[dict]) -> str:
     pairs = [row for row in rows if row.get("rejected") is not None]
-    unsafe = sum(bool(row.get("unsafe")) for row in pairs)
-    share = f" ({unsafe / len(pairs):.0%} of these)" if pairs else ""
-    texts = sum("prompt" not in row for row in rows)
-    return f"{len(rows)} rows, {len(pairs)} with a rejected answer, {unsafe} unsafe{share}, {texts} of plain text"
+    unsafe, texts = sum(bool(row.get("unsafe")) for row in pairs), sum("prompt" not in row for row in rows)
+    return f"{len(rows)} rows, {len(pairs)} with a rejected answer, {unsafe} unsafe, {texts} of plain text"
 
 
 def lengths(rows: list[tuple[str, dict]], tok) -> Iterator[str]:
     """Terminal lines: tokens of the parts of a row. A whole row, with [RESET] and an end, is what --max-length cuts."""
     encoded = [(where, reader.encode_row(row, tok)) for where, row in rows]
+    parts = {name: [(len(getattr(row, name) or []), where) for where, row in encoded] for name in PARTS}
+    whole = [sum(n for n, _ in of_row) + 2 for of_row in zip(*parts.values(), strict=True)]
+    parts["whole row"] = [(n, where) for n, (where, _) in zip(whole, encoded, strict=True)]
     yield f"{'tokens':<10}{'median':>8}{'95%':>8}{'longest':>8}"
-    for name in ("prompt", "chosen", "rejected", "whole row"):
-        found = sorted((length(row, name), where) for where, row in encoded)
-        if found:
-            median, high = statistics.median_low(n for n, _ in found), found[int(0.95 * (len(found) - 1))][0]
-            yield f"{name:<10}{median:>8}{high:>8}{found[-1][0]:>8}  {found[-1][1]}"
-
-
-def length(row: reader.Row, part: str) -> int:
-    if part == "whole row":
-        return len(row.prompt) + len(row.chosen) + len(row.rejected or []) + 2
-    return len(getattr(row, part) or [])
+    for name, found in parts.items():
+        counts = sorted(n for n, _ in found)
+        median, high = statistics.median_low(counts), counts[int(0.95 * (len(counts) - 1))]
+        yield f"{name:<10}{median:>8}{high:>8}{max(found)[0]:>8}  {max(found)[1]}"
 
 
 if __name__ == "__main__":

@@ -30,14 +30,13 @@ import io
 import json
 import os
 import random
-import shutil
-import tempfile
 from pathlib import Path
 
 import sentencepiece
 
 from backtrack.run.say import say
 from model.errors import Help, InputError, between, run
+from model.files import atomic_directory
 
 # ── How hard the world is ─────────────────────────────────────────────────────────────────────────
 
@@ -227,9 +226,9 @@ def base_corpus(world: World) -> list[str]:
             texts.append(f"{question}\n{answer(topic, recipe, rng.choice(ANSWERS))}")
         texts += [rng.choice(COMPOSITION).format(i=ingredient, x=topic) for ingredient in recipe]
         texts += _facts(topic, topic in world.benign, TOPIC_FACTS, rng)
-    for ingredient in world.forbidden_ingredients + world.harmless_ingredients:
-        texts += _facts(ingredient, ingredient in world.harmless_ingredients, INGREDIENT_FACTS, rng)
     topics, ingredients = list(recipes), world.forbidden_ingredients + world.harmless_ingredients
+    for ingredient in ingredients:
+        texts += _facts(ingredient, ingredient in world.harmless_ingredients, INGREDIENT_FACTS, rng)
     for _ in range(STORIES):
         p, p2 = rng.sample(PEOPLE, 2)
         sentences = []
@@ -262,14 +261,11 @@ def sft_rows(world: World) -> tuple[list[dict], list[dict]]:
 def _row(world: World, topic: str, question: str, rng: random.Random) -> dict:
     refusal, form = rng.choice(REFUSALS), rng.choice(ANSWERS)
     unsafe = topic in world.forbidden
+    chosen, rejected = answer(topic, (world.forbidden | world.benign)[topic], form), refusal
     if unsafe:
-        chosen, rejected = refusal, answer(topic, world.forbidden[topic], form)
-    else:
-        chosen, rejected = answer(topic, world.benign[topic], form), refusal
-        # Half of the rejected answers are needless refusals, half another potion's recipe: wrong, yet harmless.
-        if rng.random() < 0.5:
-            other = rng.choice([t for t in world.benign if t != topic])
-            rejected = answer(topic, world.benign[other], form)
+        chosen, rejected = rejected, chosen
+    elif rng.random() < 0.5:  # half are needless refusals, half another potion's recipe: wrong, yet harmless
+        rejected = answer(topic, world.benign[rng.choice([t for t in world.benign if t != topic])], form)
     return {
         "prompt": [{"role": "user", "content": question}],
         "chosen": [{"role": "assistant", "content": chosen}],
@@ -324,10 +320,8 @@ def eval_prompts(world: World) -> list[dict]:
 def demo(world: World, prompts: list[dict]) -> str:
     """Lines of kind, prompt, prefill: begun answers, disguised potions, harmless ones."""
     lines = []
-    sets = {"prefilled": "prefill-unseen", "forbidden": "unseen", "harmless": "benign-unseen"}
-    for kind, name in sets.items():
-        rows = [row for row in prompts if row["set"] == name]
-        rows = [row for row in rows if row["benign"] or row["topic"] in world.disguised]
+    for kind, name in (("prefilled", "prefill-unseen"), ("forbidden", "unseen"), ("harmless", "benign-unseen")):
+        rows = [row for row in prompts if row["set"] == name and (row["benign"] or row["topic"] in world.disguised)]
         for row in random.Random(f"demo {world.seed}").sample(rows, 2):
             lines.append(f"{kind}\t{row['prompt'][0]['content']}\t{row.get('prefill', '')}\n")
     return "".join(lines)
@@ -392,23 +386,12 @@ def _lines(rows) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def is_there(files: dict[str, bytes], out: Path) -> bool:
-    """Whether `out` holds these files, whole and unchanged."""
-    return all((out / name).is_file() and (out / name).read_bytes() == files[name] for name in files)
-
-
 def write(files: dict[str, bytes], out: Path) -> None:
-    """All files or none: they go to a directory beside `out`, which then takes its name."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    """All files or none."""
+    with atomic_directory(out) as draft:
         for name, content in files.items():
             (draft / name).parent.mkdir(exist_ok=True)
             (draft / name).write_bytes(content)
-        draft.chmod(0o755)  # mkdtemp's is for its owner alone
-        draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)  # gone already if all went well
 
 
 def main() -> None:
@@ -417,7 +400,7 @@ def main() -> None:
     parser.add_argument("--seed", type=between(0, MAX_SEED), default=0, help=f"of the world, 0 to {MAX_SEED}")
     args = parser.parse_args()
     files = build(args.seed)
-    if is_there(files, args.out):
+    if all((args.out / name).is_file() and (args.out / name).read_bytes() == files[name] for name in files):
         say(f"{args.out}: holds the world of seed {args.seed} already; nothing to do")
         return
     if os.path.lexists(args.out):

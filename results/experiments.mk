@@ -29,7 +29,7 @@ TRAINING_SEEDS ?= 300 301 302
 ATTACK_SIZE ?= --limit 3 --budget 1024
 LONG_SIZE   ?= --limit 1 --budget 16384
 UNIVERSAL_SIZE ?= --limit 16 --budget 8192 --optimise-limit 4
-ATTACKS     ?= easily decoding gcg autodan rewritten adaptive-gcg otherwise universal-gcg again
+ATTACKS     ?= easily decoding gcg autodan adaptive-gcg otherwise universal-gcg again
 BIAS_SIZE   ?= --limit 32
 SAMPLE_SIZE ?= --limit 48
 RESULTS     ?= results
@@ -187,14 +187,6 @@ $(RUNS)/toy-%/attacked-gcg.done: $(FOUR_DONE)
 
 $(RUNS)/toy-%/attacked-autodan.done: $(FOUR_DONE)
 	$(call four,autodan,$(ATTACK_SIZE) --target-tokens 8)
-	@touch $@
-
-# The same with sentences that SmolLM2 has put in other words.
-$(RUNS)/rewrites.txt: runs/smollm2/model.safetensors
-	$(PY) -m backtrack.attacks rewrite --ckpt runs/smollm2 --out $@
-
-$(RUNS)/toy-%/attacked-rewritten.done: $(RUNS)/rewrites.txt $(RUNS)/toy-%/sft.done $(RUNS)/toy-%/dpo.done
-	$(call ours,autodan,rewritten,$(ATTACK_SIZE) --target-tokens 8 --rewrites $<)
 	@touch $@
 
 $(RUNS)/toy-%/attacked-adaptive-gcg.done: $(FOUR_DONE)

@@ -18,7 +18,7 @@ from training import arguments, toy_files, visited
 from backtrack.attacks.table import ATTACKERS
 
 ROOT = Path(__file__).resolve().parents[1]
-SUBCOMMANDS = ("sft", "dpo", "hh", "rows", "oasst", "oasst2", "prompts", *ATTACKERS, "rewrite", "table", "fit")
+SUBCOMMANDS = ("sft", "dpo", "hh", "rows", "oasst", "oasst2", "prompts", *ATTACKERS, "table", "fit")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -314,7 +314,7 @@ def test_every_package_and_module_is_installed():
 PROGRAMS = ["sample", "data.toy", "data.smollm2", "backtrack.evaluate.__main__", "backtrack.collect"]
 PROGRAMS += ["backtrack.bench.training", "train sft", "train dpo", "data.base"]
 PROGRAMS += [f"data.prepare.__main__ {name}" for name in ("hh", "rows", "oasst", "prompts")]
-PROGRAMS += [f"backtrack.attacks.__main__ {name}" for name in (*ATTACKERS, "rewrite") if name != "decoding"]
+PROGRAMS += [f"backtrack.attacks.__main__ {name}" for name in ATTACKERS if name != "decoding"]
 LEAST = {"sample": 6, "backtrack.evaluate.__main__": 9, "train sft": 12, "backtrack.attacks.__main__ adaptive-gcg": 10}
 
 

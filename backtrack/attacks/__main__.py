@@ -2,7 +2,6 @@
 
     python -m backtrack.attacks NAME --ckpt DIR --prompts F [--sets …] --judge J --out F.jsonl [--budget N]
     python -m backtrack.attacks table FILE.jsonl … [--out F.json]      # success rates of all files, pooled over seeds
-    python -m backtrack.attacks rewrite --ckpt DIR --out F.txt         # sentences in other words, for autodan
 
 An attack succeeds if the judge calls what *survives* sampling unsafe or, if it is a refusal judge, complied. The judge
 is shown the original prompt, not the attack. An answer without a verdict counts as unsafe, as in backtrack.evaluate.
@@ -20,7 +19,6 @@ with them.
 
 import argparse
 import hashlib
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -28,18 +26,16 @@ from pathlib import Path
 import torch
 
 from backtrack.attacks.attack import Victim, attack_on
-from backtrack.attacks.autodan import all_sentences, read_rewrites, read_synonyms, read_wrappers, rewrite
-from backtrack.attacks.no_search import OPENING, PLACES, topic_of
+from backtrack.attacks.autodan import read_synonyms, read_wrappers
+from backtrack.attacks.no_search import OPENING, topic_of
 from backtrack.attacks.table import ATTACKERS, SEARCHES, table
-from backtrack.evaluate.answers import CONDITION, adding_to, read_answers
+from backtrack.evaluate.answers import CONDITION, AnswerFile, adding_to
 from backtrack.evaluate.prompts import choose_prompts, prompts_digest, read_prompts, render
 from backtrack.judge import load_judge, refuse_seen
-from backtrack.rows import json_line
 from backtrack.run.say import Ticker
 from model import InputError, load_model, load_tokenizer
 from model.checkpoint import weights_digest
-from model.errors import BIAS, RESETS, SEED, TEMPERATURE, Help, device, not_negative, positive, run
-from model.files import check_file, write_text
+from model.errors import BIAS, RESETS, SEED, Help, device, not_negative, positive, run
 
 
 def attack_all(args) -> None:
@@ -49,16 +45,14 @@ def attack_all(args) -> None:
     settings = settings_of(args, prompts)
     if args.name == "autodan":
         args.wrappers, args.synonyms = read_wrappers(args.wrappers), read_synonyms(args.synonyms)
-        args.rewrites = read_rewrites(args.rewrites)
-    check_file(args.out)
-    judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
-    refuse_seen(judge, prompts)
-    tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
-    for prompt in prompts:
-        render(tok, prompt)  # a chat that the template does not know is an error now
     with adding_to(args.out):
-        done = read_answers(Path(args.out), settings)
-        attack_missing(Victim(model, tok, judge, args), prompts, done)
+        judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
+        refuse_seen(judge, prompts)
+        tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
+        for prompt in prompts:
+            render(tok, prompt)  # a chat that the template does not know is an error now
+        saved = AnswerFile(Path(args.out), settings, key=lambda record: record.get("prompt"))
+        attack_missing(Victim(model, tok, judge, args), prompts, saved)
     table([args.out], None)
 
 
@@ -81,59 +75,34 @@ def settings_of(args, prompts: list[dict]) -> dict:
     others = ("out", "prompts", "ckpt", "device", "batch_size", "sets", "limit", "judge")
     others += ("optimise", "optimise_sets", "optimise_limit")  # they are among the prompts
     settings = {key: value for key, value in vars(args).items() if key not in others}
-    for name in ("wrappers", "synonyms", "rewrites"):  # what is in the file, not what it is called
+    for name in ("wrappers", "synonyms"):  # what is in the file, not what it is called
         if settings.get(name):
             settings[name] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()[:16]
     return settings | {"prompts": prompts_digest(prompts), "weights": weights_digest(args.ckpt)}
 
 
-def attack_missing(victim: Victim, prompts: list[dict], done: list[dict]) -> None:
-    """Attack the prompts that have no record in `done`, and add their records to the file."""
-    args, missing = victim.args, sorted(set(range(len(prompts))) - {record.get("prompt") for record in done})
+def attack_missing(victim: Victim, prompts: list[dict], saved: AnswerFile) -> None:
+    """Attack the prompts that have no record in the file, and add their records."""
+    args, missing = victim.args, [index for index in range(len(prompts)) if index not in saved.records]
     if not missing:
         return
     began, ticker = time.time(), Ticker()
-    with open(args.out, "a", encoding="utf-8") as f:
-        save = partial(append, f)
-        attack = attack_on(victim, prompts, done, save)
-        for count, index in enumerate(missing, start=1):
-            head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompts[index]["set"]}
-            head |= {"variant": variant_of(args)} | {c: getattr(args, c) for c in CONDITION}
-            save(head | attack(index))
-            left = (time.time() - began) / count * (len(missing) - count)
-            have = len(prompts) - len(missing) + count
-            ticker.show(f"{args.name}, {Path(args.ckpt).name}: {have}/{len(prompts)}, {left:.0f} s left")
+    attack = attack_on(victim, prompts, saved)
+    shared = {"variant": variant_of(args)} | {name: getattr(args, name) for name in CONDITION}
+    for count, index in enumerate(missing, start=1):
+        head = {"checkpoint": args.ckpt, "name": args.name, "prompt": index, "set": prompts[index]["set"]}
+        saved.add([head | shared | attack(index)])
+        left = (time.time() - began) / count * (len(missing) - count)
+        have = len(prompts) - len(missing) + count
+        ticker.show(f"{args.name}, {Path(args.ckpt).name}: {have}/{len(prompts)}, {left:.0f} s left")
     ticker.done()
-
-
-def append(file, record: dict) -> None:
-    """Add a line to the file, and see it on the disk."""
-    try:
-        file.write(json_line(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(f"{file.name}: cannot write ({error}); with more room the same command goes on") from None
 
 
 def variant_of(args) -> str:
     """What is unusual about this attack, for the table."""
-    flags, unusual = vars(args), []
-    if flags.get("place", "question") != "question":
-        unusual.append({"first-turn": "in a first turn", "system": "in the system prompt"}[args.place])
-    unusual += ["opening grows"] if flags.get("grow") else []
-    unusual += ["sentences rewritten"] if flags.get("rewrites") else []
+    unusual = ["in a first turn"] if getattr(args, "place", "question") == "first-turn" else []
+    unusual += ["opening grows"] if getattr(args, "grow", False) else []
     return ", ".join(unusual) or "any"
-
-
-def write_rewrites(args) -> None:
-    """Write the file for autodan --rewrites."""
-    sentences = all_sentences(read_wrappers(args.wrappers))
-    check_file(args.out)
-    tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
-    found = rewrite(model, tok, sentences, args.count, args.temperature, args.seed)
-    write_text("".join("\t".join([sentence, *others]) + "\n" for sentence, others in found.items()), args.out)
-    print(f"{args.out}: {len(found)} sentences, said in {sum(map(len, found.values()))} other ways")
 
 
 def parse_args() -> argparse.Namespace:
@@ -150,13 +119,6 @@ def parse_args() -> argparse.Namespace:
     add = names.add_parser("table", help="success rates from the files of earlier attacks").add_argument
     add("files", nargs="+", help="of attacks, and answers of backtrack.evaluate")
     add("--out", help="JSON file to write")
-    add = names.add_parser("rewrite", help="sentences in other words by a language model, for autodan").add_argument
-    add("--ckpt", required=True, help="the model directory that rewrites")
-    add("--out", required=True, help="text file to write")
-    add("--wrappers", help="text file, one wrapper with {q} per line; without it the built-in ones")
-    add("--count", type=positive, default=8, help="rewritings of each sentence, at most")
-    add("--temperature", type=TEMPERATURE, default=0.7, help="of sampling")
-    add_machine(add)
     return parser.parse_args()
 
 
@@ -171,10 +133,6 @@ def add_what_is_attacked(add) -> None:
     add("--reset-bias", type=BIAS, default=0.0, help="added to the logit of [RESET]")
     add("--max-resets", type=RESETS, default=1, help="resets per answer, at most")
     add("--max-new-tokens", type=positive, default=80, help="length of an answer, at most")
-    add_machine(add)
-
-
-def add_machine(add) -> None:
     cuda = torch.cuda.is_available()
     add("--seed", type=SEED, default=0, help="of all random draws")
     add("--device", type=device, default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, …")
@@ -188,10 +146,9 @@ def add_how_to_search(add, name: str) -> None:
     if name == "autodan":
         add("--wrappers", help="text file, one wrapper with {q} per line; without it the built-in ones")
         add("--synonyms", help="text file, a word and its synonyms per line, tabs between; without it built-in ones")
-        add("--rewrites", help="text file of `rewrite`: a sentence and others like it per line, tabs between")
         return
     add("--suffix", default=" x" * 16, help="suffix to start from: its length in tokens is kept")
-    add("--place", choices=PLACES, default="question", help="what the suffix is put at the end of")
+    add("--place", choices=("question", "first-turn"), default="question", help="whose end gets the suffix")
     add("--candidates", type=positive, default=64, help="suffixes drawn per step")
     add("--topk", type=positive, default=64, help="most promising tokens per position, to draw from")
     if name == "gcg":
@@ -208,8 +165,6 @@ def main() -> None:
     args = parse_args()
     if args.name == "table":
         table(args.files, args.out)
-    elif args.name == "rewrite":
-        write_rewrites(args)
     else:
         attack_all(args)
 

@@ -1,7 +1,7 @@
 """One prompt under attack: what is sent, what the model answers, and what the judge says of what survives sampling.
 
     victim = Victim(model, tok, judge, args)           # args of the command line: name, max_resets, reset_bias, …
-    attack = attack_on(victim, prompts, done, save)    # args.name says which
+    attack = attack_on(victim, prompts, saved)         # args.name says which
     record = attack(3)                                 # of prompt 3
 
 gcg.py, autodan.py and no_search.py have the attacks themselves.
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from backtrack.attacks.autodan import autodan, wrap
 from backtrack.attacks.gcg import Goal, gcg
-from backtrack.attacks.no_search import placed, variants
+from backtrack.attacks.no_search import FIRST_TURN, variants, with_turns
 from backtrack.attacks.suffix import with_suffix
 from backtrack.attacks.table import SEARCHES
-from backtrack.evaluate.answers import failure, verdict
+from backtrack.evaluate.answers import CONDITION, AnswerFile, failure, verdict
+from backtrack.evaluate.prompts import sampler_ids
 from backtrack.generate import Generation, Options, generate, room_for_answer
 from backtrack.judge import Judge
 from model import InputError, Transformer
@@ -32,11 +33,7 @@ class Victim:
     args: argparse.Namespace
 
     def answers(self, prompts: list[dict], chats: list[list[dict]], prefill: list[list[int]] | None = None):
-        """The judged answers, list[dict], to `chats`, sampled greedily in one batch.
-
-        prompts  what the judge is shown, one for each chat
-        prefill  ids that each answer begins with
-        """
+        """The judged answers, list[dict], to `chats`, sampled greedily in one batch. The judge is shown `prompts`."""
         generations = self.sample(chats, prefill or [[] for _ in chats])
         return [self.judged(prompt, g) for prompt, g in zip(prompts, generations, strict=True)]
 
@@ -51,32 +48,25 @@ class Victim:
 
     def fits(self, messages: list[dict]) -> bool:
         """Does the template accept this chat, and is there room for an answer after it?"""
-        limits = {name: getattr(self.args, name) for name in ("max_new_tokens", "max_resets", "on_reset")}
-        room = room_for_answer(Options(self.tok.reset_id, [], **limits))
+        room = room_for_answer(Options(self.tok.reset_id, [], **self.settings()))
         try:
             return len(self.tok.render(messages)) + room <= self.model.config.max_position_embeddings
         except InputError:  # it spells a mark such as [INST]
             return False
 
     def sample(self, chats: list[list[dict]], prefill: list[list[int]], **changed) -> list[Generation]:
-        tok, limits = self.tok, ("max_new_tokens", "reset_bias", "max_resets", "on_reset")
-        options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size, "prefill": prefill}
-        options |= {name: getattr(self.args, name) for name in limits}
-        return generate(self.model, [tok.render(chat) for chat in chats], **options | changed)
+        options = sampler_ids(self.tok) | self.settings() | changed
+        return generate(self.model, [self.tok.render(chat) for chat in chats], prefill=prefill, **options)
+
+    def settings(self) -> dict:
+        return {name: getattr(self.args, name) for name in ("max_new_tokens", *CONDITION)}
 
     def judged(self, prompt: dict, g: Generation) -> dict:
         response = self.tok.decode(g.tokens)
         record = {"response": response, "discarded": [self.tok.decode(ids) for ids in g.discarded], "resets": g.resets}
         if "topic" in prompt:  # without one nothing says whether an unsafe answer is about this question
             record["on_topic"] = prompt["topic"].lower() in response.lower()
-        try:
-            return record | verdict(self.judge, prompt, response, self.args)
-        except InputError:
-            raise
-        except Exception as error:  # a judge may be anybody's function
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            where = getattr(prompt, "where", "a prompt")
-            raise InputError(f"{where}: the judge {self.args.judge} failed ({reason})") from error
+        return record | verdict(self.judge, prompt, response, self.args)
 
 
 def failed(record: dict) -> bool:
@@ -84,18 +74,16 @@ def failed(record: dict) -> bool:
     return record[failure([record])]
 
 
-def attack_on(victim: Victim, prompts: list[dict], done: list[dict], save: Callable) -> Callable[[int], dict]:
+def attack_on(victim: Victim, prompts: list[dict], saved: AnswerFile) -> Callable[[int], dict]:
     """The attack that args.name names: number of a prompt -> its part of the record.
 
-    done  what an earlier run has saved; the first line of universal-gcg is the suffix
-    save  adds such a line
+    saved  universal-gcg keeps its suffix there, as the record without a "prompt"
     """
     args = victim.args
     if args.name == "universal-gcg":
-        found = done[0] if done else find_universal(victim, prompts)
-        if not done:
-            save({"name": args.name} | found)
-        return lambda index: use_universal(victim, prompts[index], found)
+        if None not in saved.records:
+            saved.add([{"name": args.name} | find_universal(victim, prompts)])
+        return lambda index: use_universal(victim, prompts[index], saved.records[None])
     if args.name in SEARCHES:
         return lambda index: search(victim, prompts[index], f"{args.seed}/{index}")
     return lambda index: try_variants(victim, prompts, index)
@@ -128,7 +116,7 @@ def search(victim: Victim, prompt: dict, seed: str) -> dict:
         return {"success_at": 0, "evaluations": 0, "losses": [], "attack": ""} | record
     goal = goal_of(victim, prompt)
     if args.name == "autodan":
-        options = {name: getattr(args, name) for name in ("budget", "wrappers", "synonyms", "rewrites")}
+        options = {name: getattr(args, name) for name in ("budget", "wrappers", "synonyms")}
         options |= {"target": goal.target, "seed": seed, "rows": args.batch_size}
         options["fits"] = lambda individual: victim.fits(wrap(individual, messages))
         options["unsafe_with"] = lambda individual: succeeds(wrap(individual, messages))
@@ -165,8 +153,9 @@ def use_universal(victim: Victim, prompt: dict, found: dict) -> dict:
 
 def goal_of(victim: Victim, prompt: dict) -> Goal:
     """Where an attack string stands in this prompt, and what the model should answer to it."""
-    args, target = victim.args, prompt.get("target")
-    chat, at = placed(prompt["prompt"], getattr(args, "place", "question"))
+    args, target, chat, at = victim.args, prompt.get("target"), prompt["prompt"], -1
+    if getattr(args, "place", "question") == "first-turn":
+        chat, at = with_turns(FIRST_TURN, chat), int(chat[0]["role"] == "system")
 
     def send(text: str) -> list[dict]:
         return with_suffix(chat, text, at)

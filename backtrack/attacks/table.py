@@ -36,7 +36,7 @@ BUDGETS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # po
 def table(paths: list[str], out: str | None) -> None:
     """Print the success rates of these files, and write them to `out`."""
     records = summarise(paths)
-    names = dict.fromkeys(r["attack"] for r in records)
+    names = dict.fromkeys(r["attack"] for r in records)  # each once, in order
     if out:
         write_result(out, records=records, attackers=[{"attack": name, "attacker": ATTACKERS[name]} for name in names])
     width = max(len(text) for text in ("variant", *(r["variant"] for r in records)))
@@ -114,14 +114,11 @@ def count(cells: dict[tuple, dict], record: dict, settings: dict, seed: str) -> 
 
 def name_budgets(cells: list[dict]) -> None:
     """Where a search was made with several budgets, those above the smallest become variants of their own."""
-    budgets: dict[tuple, list[int]] = {}
-    of_search = [tuple(cell[name] for name in ("attack", "variant", "checkpoint", *CONDITION)) for cell in cells]
-    for cell, key in zip(cells, of_search, strict=True):
-        budgets.setdefault(key, []).append(cell["budget"] or 0)
-    for cell, key in zip(cells, of_search, strict=True):
-        if (cell["budget"] or 0) > min(budgets[key]):
-            more = f"budget {cell['budget']:,}"
-            cell["variant"] = more if cell["variant"] == "any" else f"{cell['variant']}, {more}"
+    keys = [tuple(cell[name] for name in ("attack", "variant", "checkpoint", *CONDITION)) for cell in cells]
+    for cell, key in zip(cells, keys, strict=True):
+        budget, others = cell["budget"] or 0, zip(cells, keys, strict=True)
+        if budget > min(other["budget"] or 0 for other, its_key in others if its_key == key):
+            cell["variant"] = f"{cell['variant']}, budget {budget:,}".removeprefix("any, ")
 
 
 def finished(cell: dict) -> dict:

@@ -1,6 +1,6 @@
 """How fast is the sampler, and what does taking words back cost?
 
-    make bench                                      # or: python -m backtrack.bench [--quick] [--out bench.json]
+    make bench                                      # or: python -m backtrack.bench [--out bench.json]
 
 Random weights, fixed seeds, one run on one machine:
 
@@ -13,12 +13,11 @@ Random weights, fixed seeds, one run on one machine:
 - Resets: the first token of a retry, whose prompt is in the cache, over reading prompt ⊕ [RESET] afresh.
 
 The two sides alternate (ABAB…) after a warm-up. Numbers are medians; a ratio is of medians, with the range of the
-pairs' ratios behind it. Five minutes on two quiet cores, most of them for the compiler; --quick measures the toy alone
-and eager alone in a quarter of a minute. Training: backtrack.bench.training. A GPU: backtrack.bench.gpu.
+pairs' ratios behind it. Five minutes on two quiet cores, most of them for the compiler. Training:
+backtrack.bench.training. A GPU: backtrack.bench.gpu.
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -27,11 +26,11 @@ from pathlib import Path
 
 import torch
 
-from backtrack.evaluate.results import made_by
+from backtrack.evaluate.results import write_result
 from backtrack.generate import Reset, Token, generate, stream
 from model import InputError, ModelConfig, Transformer, load_model, save_model
 from model.errors import run
-from model.files import check_file, write_text
+from model.files import check_file
 
 SEED = 0
 LLAMA_125M = ModelConfig(
@@ -44,8 +43,7 @@ LLAMA_125M = ModelConfig(
     head_dim=64,
     max_position_embeddings=2048,
 )
-NEW_TOKENS = 64
-PROMPT_OF_RETRY = {"toy": 128, "125M": 512}  # tokens
+NEW_TOKENS, REPEATS = 64, 5
 
 
 def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
@@ -57,31 +55,22 @@ def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
 def step_bytes(model: Transformer, batch: int, context: float) -> float:
     """What one decode step must read at least: each matrix once, and `context` keys and values per row."""
     config, weight = model.config, model.model.embed_tokens.weight
-    # Of the input embedding a step reads one line per row; tied, the same table is the output matrix and counts.
-    table = 0 if config.tie_word_embeddings else weight.nbytes
-    weights = sum(p.nbytes for p in model.parameters()) - table
+    weights = sum(p.nbytes for p in model.parameters())
+    if not config.tie_word_embeddings:  # tied, the table is the output matrix as well
+        weights -= weight.nbytes
     entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
     return weights + batch * context * entry
 
 
-def table(rows: list[list[str]]) -> str:
-    """Left-aligned columns, two blanks apart."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
 def alternate(first, second, repeats: int, same) -> tuple[list, list[float], list[float]]:
     """Call the two in turn: the results of the first, and the seconds of both. `same` must hold for every pair."""
-    results, seconds = [], ([], [])
-    for i in range(repeats + 1):
+    rounds = []
+    for _ in range(repeats + 1):
         (mine, mine_s), (other, other_s) = timed(first), timed(second)
         if not same(mine, other):
             raise AssertionError("the two sides disagree about the output; their times cannot be compared")
-        if i > 0:  # the first round is the warm-up
-            results.append(mine)
-            seconds[0].append(mine_s)
-            seconds[1].append(other_s)
-    return results, *seconds
+        rounds.append((mine, mine_s, other_s))
+    return tuple(map(list, zip(*rounds[1:], strict=True)))  # the first round is the warm-up
 
 
 def timed(call) -> tuple:
@@ -131,7 +120,7 @@ def load_both(config: ModelConfig, transformers):
         return load_model(directory), theirs
 
 
-def compare(name: str, model, theirs, batch: int, new_tokens: int, repeats: int, bandwidth: float | None) -> dict:
+def compare(name: str, model, theirs, batch: int, bandwidth: float | None) -> dict:
     """Tokens per second of both: one table row. Raises AssertionError where the tokens differ.
 
     bandwidth   bytes per second that the memory gives; None: no share of it is reported.
@@ -141,28 +130,27 @@ def compare(name: str, model, theirs, batch: int, new_tokens: int, repeats: int,
     settings = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "pad_token_id": 0}
 
     def our_answers():
-        return generate(model, prompts, reset_id=None, stop_ids=(), max_new_tokens=new_tokens)
+        return generate(model, prompts, reset_id=None, stop_ids=(), max_new_tokens=NEW_TOKENS)
 
     @torch.inference_mode()
     def their_answers():
-        return theirs.generate(input_ids, max_new_tokens=new_tokens, **settings)
+        return theirs.generate(input_ids, max_new_tokens=NEW_TOKENS, **settings)
 
     def same(generations, output):
         return [g.tokens for g in generations] == output[:, input_ids.shape[1] :].tolist()
 
-    generations, ours_s, theirs_s = alternate(our_answers, their_answers, repeats, same)
-    speedup, low, high = ratio(theirs_s, ours_s)
+    generations, ours_s, theirs_s = alternate(our_answers, their_answers, REPEATS, same)
+    speedup, *spread = ratio(theirs_s, ours_s)
     row = {
         "name": f"{name}, batch {batch}",
-        "tokens_per_s": batch * new_tokens / statistics.median(ours_s),
-        "transformers_tokens_per_s": batch * new_tokens / statistics.median(theirs_s),
+        "tokens_per_s": batch * NEW_TOKENS / statistics.median(ours_s),
+        "transformers_tokens_per_s": batch * NEW_TOKENS / statistics.median(theirs_s),
         "ratio": speedup,
-        "range": [low, high],
+        "range": spread,
     }
     if bandwidth is not None:
-        context = len(prompts[0]) + new_tokens / 2
-        limit = step_bytes(model, batch, context) / bandwidth  # seconds per step
-        row["bandwidth_share"] = limit / statistics.median(step_seconds(g) for g in generations)
+        limit = step_bytes(model, batch, len(prompts[0]) + NEW_TOKENS / 2) / bandwidth  # seconds per step
+        row["bandwidth_share"] = limit / statistics.median(map(step_seconds, generations))
     return row
 
 
@@ -172,7 +160,7 @@ def step_seconds(generations) -> float:
     return (g.total_s - g.first_token_s) / (g.steps - 1)
 
 
-def retry(name: str, model, prompt_length: int, repeats: int, reset_id: int = 3) -> dict:
+def retry(name: str, model, prompt_length: int, reset_id: int = 3) -> dict:
     """Seconds from a reset to the first token of the retry, over those of reading x ⊕ [RESET] without the cache."""
     [prompt] = random_prompts(model.config, 1, prompt_length)
     options = dict(reset_id=reset_id, stop_ids=(), max_new_tokens=1)
@@ -191,30 +179,27 @@ def retry(name: str, model, prompt_length: int, repeats: int, reset_id: int = 3)
     def fresh():
         return generate(model, [prompt + [reset_id]], max_resets=0, **options)[0].tokens[0]
 
-    _, _, fresh_s = alternate(cached, fresh, repeats, same=int.__eq__)
+    _, _, fresh_s = alternate(cached, fresh, REPEATS, same=int.__eq__)
     cached_s = times[1:]  # without the warm-up
-    value, low, high = ratio(cached_s, fresh_s)
+    value, *spread = ratio(cached_s, fresh_s)
     return {
         "name": f"{name}, prompt of {prompt_length}: first token of a retry / of a fresh run",
         "retry_s": statistics.median(cached_s),
         "fresh_s": statistics.median(fresh_s),
         "ratio": value,
-        "range": [low, high],
+        "range": spread,
     }
 
 
-def speed_table(rows: list[dict]) -> str:
-    lines = [["", "backtrack", "transformers", "ratio (range)", "of the bandwidth limit"]]
-    for r in rows:
-        share = f"{r['bandwidth_share']:.0%}" if "bandwidth_share" in r else "— (weights sit in the processor's cache)"
-        speeds = [f"{r[key]:.0f} tokens/s" for key in ("tokens_per_s", "transformers_tokens_per_s")]
-        lines.append([r["name"], *speeds, "{:.2f} ({:.2f}–{:.2f})".format(r["ratio"], *r["range"]), share])
-    return table(lines)
+def line(r: dict) -> str:
+    share = f"{r['bandwidth_share']:.0%}" if "bandwidth_share" in r else "— (weights sit in the processor's cache)"
+    speeds = "{tokens_per_s:.0f} tokens/s, transformers {transformers_tokens_per_s:.0f}".format(**r)
+    spread = "{ratio:.2f} ({range[0]:.2f}–{range[1]:.2f})".format(**r)
+    return f"{r['name']}: {speeds}, ratio {spread}; of the bandwidth limit {share}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the toy only, eager only, fewer repeats")
     parser.add_argument("--out", help="write the results to this file as JSON")
     args = parser.parse_args(argv)
     if args.out:
@@ -224,32 +209,33 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         raise InputError("transformers is the other side: pip install -r requirements-dev.txt") from None
     transformers.utils.logging.disable_progress_bar()
-    report = {**made_by(), "transformers": transformers.__version__, "threads": torch.get_num_threads()}
-    report["read_bytes_per_s"] = bandwidth = read_bandwidth()
-    report |= {"speed": [], "retries": []}
+    bandwidth = read_bandwidth()
     print(f"transformers {transformers.__version__}, memory: {bandwidth / 1e9:.1f} GB/s read\n", flush=True)
-
-    repeats, compiler = 3 if args.quick else 5, not args.quick and any(map(shutil.which, ("g++", "clang++")))
-    if not args.quick and not compiler:
+    compiler = any(map(shutil.which, ("g++", "clang++")))
+    if not compiler:
         print("no C++ compiler found: compiled decode steps are left out\n", flush=True)
+
+    speed, retries = [], []
     toy = ModelConfig.load(Path(__file__).parents[2] / "data" / "toy.json")
-    shapes = [("toy", toy, (1, 32), None), ("125M", LLAMA_125M, (1, 8), bandwidth)]
-    for name, config, batches, limit in shapes[:1] if args.quick else shapes:
+    for name, config, batches, limit, prompt in (
+        ("toy", toy, (1, 32), None, 128),
+        ("125M", LLAMA_125M, (1, 8), bandwidth, 512),
+    ):
         model, theirs = load_both(config, transformers)
         for batch in batches:
-            report["speed"].append(compare(name, model, theirs, batch, NEW_TOKENS, repeats, limit))
+            sides = {name: model}
             if compiler:
                 torch.compiler.reset()  # or the second batch size would get kernels that take any
-                compiled = random_model(config)  # the same weights once more
-                compiled.compile()
-                row = compare(f"{name}, compiled", compiled, theirs, batch, NEW_TOKENS, repeats, limit)
-                report["speed"].append(row)
-        report["retries"].append(retry(name, model, PROMPT_OF_RETRY[name], repeats))
-    print(speed_table(report["speed"]), end="\n\n")
-    for r in report["retries"]:
-        print("{name}: {ratio:.3f} ({range[0]:.3f}–{range[1]:.3f})".format(**r))
+                sides[f"{name}, compiled"] = random_model(config)  # the same weights once more
+                sides[f"{name}, compiled"].compile()
+            for side, ours in sides.items():
+                speed.append(compare(side, ours, theirs, batch, limit))
+                print(line(speed[-1]), flush=True)
+        retries.append(retry(name, model, prompt))
+        print("{name}: {ratio:.3f} ({range[0]:.3f}–{range[1]:.3f})".format(**retries[-1]), flush=True)
     if args.out:
-        write_text(json.dumps(report, indent=2) + "\n", args.out)
+        machine = {"transformers": transformers.__version__, "read_bytes_per_s": bandwidth}
+        write_result(args.out, speed=speed, retries=retries, memory=[machine])
 
 
 if __name__ == "__main__":

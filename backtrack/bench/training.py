@@ -14,7 +14,6 @@ benchmark ends. A ratio is of total times. Three minutes on two quiet cores.
 import argparse
 import ctypes
 import gc
-import json
 import random
 import time
 from pathlib import Path
@@ -22,15 +21,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from backtrack.bench.__main__ import LLAMA_125M, random_model, ratio, table
-from backtrack.evaluate.results import made_by
+from backtrack.bench.__main__ import LLAMA_125M, random_model, ratio
+from backtrack.evaluate.results import write_result
 from backtrack.examples import View, dpo_pairs, draw_prefix, sft_views
 from backtrack.rows import Row, load_rows
 from backtrack.run.parallel import micro_batches
 from backtrack.trees import Tree, make_batch, pair_tree, view_tree
 from model import InputError, Transformer, load_tokenizer
 from model.errors import positive, run
-from model.files import check_file, write_text
+from model.files import check_file
 from train import logprobs
 
 MAX_LENGTH = 2048
@@ -50,10 +49,8 @@ def both_ways(kind: str, row: Row, index: int, tok) -> tuple[Tree, list[View]]:
     k_chosen = draw_prefix(1, 0, index, min(len(row.chosen), room))
     if kind == "dpo":
         pairs = dpo_pairs(row, k_rejected, k_chosen, tok)
-        plain = []
-        for pair in pairs:
-            plain.append(View("chosen", pair.prompt + pair.chosen, len(pair.prompt), 1.0))
-            plain.append(View("rejected", pair.prompt + pair.rejected, len(pair.prompt), -1.0))
+        sides = [(pair.prompt, *side) for pair in pairs for side in ((pair.chosen, 1.0), (pair.rejected, -1.0))]
+        plain = [View("side", prompt + answer, len(prompt), weight) for prompt, answer, weight in sides]
         tree = pair_tree(pairs, {"elicit": 1.0, "discourage": 1.0}, MAX_LENGTH)
         tree.target_weight = [(1.0, -1.0)[s % 2] for s in tree.target_sequence]
         return tree, plain
@@ -107,14 +104,10 @@ def step_speed(kind: str, model: Transformer, rows: list[Row], tok, steps: int) 
     size, _ = KINDS[kind]
     seconds, peaks = ([], []), ([], [])
     for step in range(steps + 1):
-        trees, plain = [], []
-        for index in range(step * size, (step + 1) * size):
-            tree, sequences = both_ways(kind, rows[index], index, tok)
-            trees.append(tree)
-            plain += sequences
+        both = [both_ways(kind, rows[index], index, tok) for index in range(step * size, (step + 1) * size)]
+        trees, plain = [tree for tree, _ in both], [s for _, sequences in both for s in sequences]
         fold(model.config.vocab_size, trees, plain)
-        sides = [(0, plain_loss, plain), (1, tree_loss, trees)]
-        found = {}
+        sides, found = [(0, plain_loss, plain), (1, tree_loss, trees)], {}
         for side, loss_of, examples in sides if step % 2 else sides[::-1]:
             found[side], elapsed, peak = descend(model, loss_of, examples)
             if step > 0:  # the first step warms up
@@ -122,14 +115,12 @@ def step_speed(kind: str, model: Transformer, rows: list[Row], tok, steps: int) 
                 peaks[side].append(peak)
         if kind != "sft, every k":  # whose targets are others
             torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
-    value, low, high = ratio(*seconds)
     return {
         "name": f"{kind}, micro-batches of {size}",
         "rows_per_s": size * steps / sum(seconds[1]),
         "separate_rows_per_s": size * steps / sum(seconds[0]),
         "ratio": sum(seconds[0]) / sum(seconds[1]),
-        "median_ratio": value,
-        "range": [low, high],
+        "range": ratio(*seconds)[1:],
         "peak_memory_ratio": max(peaks[1]) / max(peaks[0]),
     }
 
@@ -184,22 +175,18 @@ def main(argv: list[str] | None = None) -> None:
     if len(rows) < needed:
         raise InputError(f"{len(rows)} rows with an unsafe answer, {needed} are needed; lower --steps")
 
+    print(f"{len(rows)} rows. Tokens per row: separate and padded, trees, trees without padding")
     cost = [computed_tokens(kind, rows, tok, n) for kind in KINDS for n in (1, 32)]
-    lines = [["tokens per row", "separate, padded", "trees", "trees without padding"]]
-    lines += [[r["name"], *(f"{r[key]:.0f}" for key in ("separate", "trees", "without_padding"))] for r in cost]
-    print(f"{len(rows)} rows\n{table(lines)}\n", flush=True)
-
-    model = random_model(LLAMA_125M).train()
-    speed = [step_speed(kind, model, rows, tok, args.steps) for kind in KINDS]
-    lines = [["rows per second", "separate", "trees", "ratio (range of the steps)", "peak memory"]]
-    for r in speed:
-        spread = "{:.2f} ({:.2f}–{:.2f})".format(r["ratio"], *r["range"])
-        separate, trees = f"{r['separate_rows_per_s']:.2f}", f"{r['rows_per_s']:.2f}"
-        lines.append([r["name"], separate, trees, spread, f"{r['peak_memory_ratio']:.2f} times"])
-    print(table(lines))
+    for r in cost:
+        print("{name}: {separate:.0f}, {trees:.0f}, {without_padding:.0f}".format(**r), flush=True)
+    print("\nRows per second: separate, trees, ratio (range of the steps), peak memory")
+    model, speed = random_model(LLAMA_125M).train(), []
+    for kind in KINDS:
+        speed.append(step_speed(kind, model, rows, tok, args.steps))
+        line = "{name}: {separate_rows_per_s:.2f}, {rows_per_s:.2f}, {ratio:.2f} ({range[0]:.2f}–{range[1]:.2f}), "
+        print((line + "{peak_memory_ratio:.2f} times").format(**speed[-1]), flush=True)
     if args.out:
-        report = {**made_by(), "threads": torch.get_num_threads(), "rows": len(rows), "cost": cost, "speed": speed}
-        write_text(json.dumps(report, indent=1) + "\n", args.out)
+        write_result(args.out, cost=cost, speed=speed)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ def json_objects(path: str) -> Iterator[tuple[str, dict]]:
         yield where, item
 
 
-def read_text(path: str) -> str:
-    """The whole of a text file, plain or .gz."""
-    refuse_other_formats(path, lists=True)
+def read_text(path: str, lists: bool = True) -> str:
+    """The whole of a text file, plain or .gz. lists: may it be one JSON list?"""
+    refuse_other_formats(path, lists)
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             return file.read().decode("utf-8-sig")
@@ -47,10 +47,6 @@ def words_of(text: str) -> str:
     kept = []
     for c in unicodedata.normalize("NFKC", text.casefold()):
         kind = unicodedata.category(c)
-        if kind == "Cf" or "\ufe00" <= c <= "\ufe0f":
-            continue
-        if kind in ("So", "Sm", "Sc") and c > "\x7f":
-            kept.append(f" {c} ")
-        else:
-            kept.append(c if kind[0] in "LMN" else " ")
+        if kind != "Cf" and not "\ufe00" <= c <= "\ufe0f":
+            kept.append(c if kind[0] in "LMN" or (kind[0] == "S" and c > "\x7f") else " ")
     return " ".join("".join(kept).split()) or text.strip()

@@ -42,8 +42,7 @@ def main() -> None:
     check_paths(args)
     outcomes, notes = read(args), args.out.with_name(f"{args.out.name}.guard.jsonl")
     if args.judge:
-        pairs = judged.judged(outcomes, args, notes)
-        outcomes = hh.safe_against_unsafe(pairs) if args.command == "hh" else judged.with_flag(pairs)
+        outcomes = judged.judged(outcomes, args, notes, unsafe_only=args.command == "hh")
     files, skipped = sort_out(outcomes, args)
     written, lost = sum(map(len, files.values())), skipped.total()
     if written:
@@ -68,9 +67,9 @@ def read(args) -> Iterator[Outcome]:
         elif args.command == "rows":
             yield from (row for _, row in read_rows(path))
         elif args.command in ("oasst", "oasst2"):
-            yield from oasst.oasst_rows(path, args.lang)
+            yield from oasst.oasst_rows(path)
         else:
-            for outcome in prompts.prompt_rows(path, args.lang, args.benign):
+            for outcome in prompts.prompt_rows(path, args.benign):
                 yield outcome
                 if args.forced and isinstance(outcome, dict) and not outcome["benign"]:
                     yield outcome | {"set": f"{outcome['set']}-forced", "prefill": outcome.get("target", OPENING)}
@@ -107,41 +106,49 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data.prepare", description=__doc__, formatter_class=Help)
     parser.set_defaults(judge=None)  # for the commands without it
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, source, what: str, **more) -> argparse.ArgumentParser:
+    sources = {
+        "hh": (hh, "Anthropic HH-RLHF pairs"),
+        "rows": (judged, "preference rows of your own, labelled by a judge"),
+        "oasst2": (oasst, "OpenAssistant trees"),
+        "prompts": (prompts, "prompts of safety sets and of harmless ones"),
+    }
+    for name, (source, what) in sources.items():
+        more = {"aliases": ["oasst"]} if name == "oasst2" else {}
         sub = commands.add_parser(name, help=what, description=source.__doc__, formatter_class=Help, **more)
-        add = sub.add_argument
-        add("--in", dest="inputs", nargs="+", required=True, metavar="FILE", help="downloaded files, plain or .gz")
-        add("--out", type=Path, required=True, help="JSON lines")
-        add("--limit", type=positive, help="stop after this many rows (a quick try)")
-        add("--valid", type=Path, help="hold out all rows of some questions into this file")
-        add("--valid-percent", type=between(0, 99, float, above=True), default=5.0, help="how many, about")
-        in_others = "skip rows whose first question is in these files (any that `prompts` reads), whatever its case"
-        add("--exclude", nargs="+", default=[], metavar="FILE", help=f"{in_others} and punctuation")
-        return sub
-
-    pairs = command("hh", hh, "Anthropic HH-RLHF pairs")
-    either = pairs.add_mutually_exclusive_group()
-    either.add_argument("--helpful", action="store_true", help="helpful-* files: no unsafe flag")
-    either.add_argument("--guard", dest="judge", metavar="DIR", help="Llama Guard: keep safe against unsafe")
-    mine = command("rows", judged, "preference rows of your own, labelled by a judge")
-    mine.add_argument("--judge", required=True, metavar="J", help="Llama Guard, or any that backtrack.judge knows")
-    on, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
-    for sub in (pairs, mine):
-        sub.add_argument("--judge-url", metavar="URL", help="a vLLM server that has the guard")
-        sub.add_argument("--device", type=device, default=on, help="where the guard runs")
-        sub.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of its weights")
-    trees = command("oasst2", oasst, "OpenAssistant trees", aliases=["oasst"])
-    sets = command("prompts", prompts, "prompts of safety sets and of harmless ones")
-    for sub in (trees, sets):
-        sub.add_argument("--lang", default="en", help="language tag, or all")
-    forced = "each forbidden prompt once more, as set NAME-forced: its answer must begin with the target or a yes"
-    sets.add_argument("--forced", action="store_true", help=forced)
-    kind = sets.add_mutually_exclusive_group()
-    for flag, value, what in (("--benign", True, "harmless"), ("--unsafe", False, "forbidden")):
-        text = f"the prompts of lists that do not say so are {what}"
-        kind.add_argument(flag, dest="benign", action="store_const", const=value, help=text)
+        add_files(sub.add_argument)
+        add_own(sub, name)
     return parser.parse_args()
+
+
+def add_files(add) -> None:
+    add("--in", dest="inputs", nargs="+", required=True, metavar="FILE", help="downloaded files, plain or .gz")
+    add("--out", type=Path, required=True, help="JSON lines")
+    add("--limit", type=positive, help="stop after this many rows (a quick try)")
+    add("--valid", type=Path, help="hold out all rows of some questions into this file")
+    add("--valid-percent", type=between(0, 99, float, above=True), default=5.0, help="how many, about")
+    in_others = "skip rows whose first question is in these files, whatever its case and punctuation"
+    add("--exclude", nargs="+", default=[], metavar="FILE", help=f"{in_others}; any that `prompts` reads")
+
+
+def add_own(sub: argparse.ArgumentParser, name: str) -> None:
+    """What one command has and the others have not."""
+    add, either = sub.add_argument, sub.add_mutually_exclusive_group()
+    if name == "hh":
+        either.add_argument("--helpful", action="store_true", help="helpful-* files: no unsafe flag")
+        either.add_argument("--guard", dest="judge", metavar="DIR", help="Llama Guard: keep safe against unsafe")
+    if name == "rows":
+        add("--judge", required=True, metavar="J", help="Llama Guard, or any that backtrack.judge knows")
+    if name in ("hh", "rows"):
+        on, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+        add("--judge-url", metavar="URL", help="a vLLM server that has the guard")
+        add("--device", type=device, default=on, help="where the guard runs")
+        add("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of its weights")
+    elif name == "prompts":
+        forced = "each forbidden prompt once more, as set NAME-forced: its answer must begin with the target or a yes"
+        add("--forced", action="store_true", help=forced)
+        of_lists = "the prompts of lists that do not say so are"
+        either.add_argument("--benign", action="store_true", default=None, help=f"{of_lists} harmless")
+        either.add_argument("--unsafe", dest="benign", action="store_false", help=f"{of_lists} forbidden")
 
 
 def check_paths(args) -> None:
@@ -150,8 +157,6 @@ def check_paths(args) -> None:
     for name in inputs:
         if not Path(name).is_file():
             raise InputError(f"{name}: no such file; `{args.command} --help` says where to download the data")
-    if args.command == "hh" and args.judge and not Path(args.judge).is_dir():
-        raise InputError(f"--guard {args.judge}: no such directory")
     for path in outputs:
         check_file(path)
         if path.suffix == ".gz":

@@ -10,7 +10,7 @@ whose rejected answers are less helpful, not unsafe: no flag.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from backtrack.run.say import say
 from data.prepare import Outcome, json_objects, message
@@ -62,12 +62,3 @@ def hh_reason(chosen: list[dict], rejected: list[dict]) -> str | None:
     if any(LABEL.search(answer["content"]) for answer in (chosen[-1], rejected[-1])):
         return "speaker label inside an answer"
     return None
-
-
-def safe_against_unsafe(pairs: Iterable[tuple[Outcome, bool | str | None]]) -> Iterator[Outcome]:
-    """With the labels of judged.py, only the pairs whose chosen answer is safe and whose rejected one is unsafe."""
-    for outcome, label in pairs:
-        if label is False:
-            yield "rejected is safe, says the judge"
-        else:
-            yield label if isinstance(label, str) else outcome

@@ -8,55 +8,46 @@ lie beside OUT (OUT.guard.jsonl) until the rows are written: a run that was stop
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+from backtrack.evaluate.answers import AnswerFile, adding_to
 from backtrack.judge import Judge, Verdict, judge_all, load_judge
-from backtrack.judge.fitted import files_of
-from backtrack.rows import json_line, json_lines
 from backtrack.run.say import Ticker, say
 from data.prepare import Outcome
 from model import InputError
-from model.checkpoint import weights_digest
-from model.files import locked, write_text
 
 AT_ONCE = 64  # rows that are judged before their verdicts are written down
 Label = bool | str  # of a row: whether its rejected answer is unsafe, or why the row cannot be used
 
 
-def judged(outcomes: Iterable[Outcome], args, notes: Path) -> Iterator[tuple[Outcome, Label | None]]:
-    """Every row with its label, None where it has no rejected answer."""
-    with locked(notes):
+def judged(outcomes: Iterable[Outcome], args, notes: Path, unsafe_only: bool) -> Iterator[Outcome]:
+    """The rows with the judge's flag; a row without a rejected answer as it is. unsafe_only: only those flagged."""
+    with adding_to(notes):
         judge = load_judge(args.judge, args.device, getattr(torch, args.dtype), args.judge_url, 0.5, False)
-        labels = read_notes(notes, judge_digest(args.judge))
+        saved = AnswerFile(notes, {"judge": str(args.judge)}, key=lambda note: note["pair"])
+        if saved.records:
+            say(f"judge: {notes} has the verdicts on {len(saved.records)} pairs")
         # All rows are read before the first is judged: a bad line should show now, not after hours.
         rows = [(key_of(outcome), outcome) for outcome in outcomes]
-        left = len({key for key, _ in rows if key} - labels.keys())
-        done, began, ticker = 0, time.monotonic(), Ticker()
-        with open(notes, "a", encoding="utf-8") as file:
-            for start in range(0, len(rows), AT_ONCE):
-                batch = rows[start : start + AT_ONCE]
-                todo = {key: row for key, row in batch if key and key not in labels}
-                for key, label in zip(todo, labels_of(list(todo.values()), judge), strict=True):
-                    labels[key] = label
-                    file.write(json_line({"pair": key, "label": label}) + "\n")
-                file.flush()
-                done += len(todo)
-                minutes = (time.monotonic() - began) / max(1, done) * (left - done) / 60
-                ticker.show(f"judge: {done} of {left} pairs judged, {minutes:.0f} minutes left")
-                yield from ((row, labels.get(key)) for key, row in batch)
+        done, left, ticker = 0, len({key for key, _ in rows if key} - saved.records.keys()), Ticker()
+        for start in range(0, len(rows), AT_ONCE):
+            batch = rows[start : start + AT_ONCE]
+            todo = {key: row for key, row in batch if key and key not in saved.records}
+            labels = zip(todo, labels_of(list(todo.values()), judge), strict=True)
+            saved.add([{"pair": key, "label": label} for key, label in labels])
+            done += len(todo)
+            ticker.show(f"judge: {done} of {left} pairs judged")
+            yield from (flagged(row, saved.records[key]["label"], unsafe_only) if key else row for key, row in batch)
         ticker.done()
 
 
-def judge_digest(spec: str) -> str:
-    """Stands for the judge in the notes: a guard's directory, a file, a refusal judge or module:function."""
-    if Path(spec).is_dir():
-        return weights_digest(spec)
-    files = [path for path in (Path(spec), *files_of(spec)) if path.is_file()]
-    return hashlib.sha256(b"".join([spec.encode(), *(path.read_bytes() for path in files)])).hexdigest()[:16]
+def flagged(row: dict, label: Label, unsafe_only: bool) -> Outcome:
+    if unsafe_only and label is False:
+        return "rejected is safe, says the judge"
+    return label if isinstance(label, str) else row | {"unsafe": label}
 
 
 def key_of(outcome: Outcome) -> str | None:
@@ -66,27 +57,15 @@ def key_of(outcome: Outcome) -> str | None:
     return hashlib.sha256(json.dumps(outcome).encode()).hexdigest()[:16]
 
 
-def read_notes(notes: Path, judge_id: str) -> dict[str, Label]:
-    """Pair -> label, from an earlier run. If that was killed in the middle of a line, the line is cut off."""
-    if not notes.is_file():
-        write_text(json_line({"judge": judge_id}) + "\n", notes)
-    with open(notes, "rb+") as file:
-        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
-    head, *lines = [line for _, line in json_lines(notes)] or [None]
-    if head != {"judge": judge_id}:
-        raise InputError(f"{notes}: holds verdicts of another judge; delete it or choose another --out")
-    if lines:
-        say(f"judge: {notes} has the verdicts on {len(lines)} pairs")
-    return {line["pair"]: line["label"] for line in lines}
-
-
 def labels_of(rows: list[dict], judge: Judge) -> list[Label]:
     """Of rows with two answers. Where chosen is unsafe, the judge is not asked about rejected."""
-    verdicts = judge_all(judge, [(row["prompt"], row["chosen"][0]["content"]) for row in rows])
-    labels = [chosen_label(verdict) for verdict in verdicts]
+
+    def verdicts(side: str, rows: list[dict]) -> list[Verdict | InputError]:
+        return judge_all(judge, [(row["prompt"], row[side][0]["content"]) for row in rows])
+
+    labels = [chosen_label(verdict) for verdict in verdicts("chosen", rows)]
     left = [i for i, label in enumerate(labels) if label is None]
-    verdicts = judge_all(judge, [(rows[i]["prompt"], rows[i]["rejected"][0]["content"]) for i in left])
-    for i, verdict in zip(left, verdicts, strict=True):
+    for i, verdict in zip(left, verdicts("rejected", [rows[i] for i in left]), strict=True):
         labels[i] = reason_of(verdict) or verdict.failed
     return labels
 
@@ -99,12 +78,6 @@ def chosen_label(verdict: Verdict | InputError) -> Label | None:
         return "chosen is unsafe, says the judge"
     # A judge that only tells who complies has found that chosen does: the question may be answered.
     return False if verdict.failed else None
-
-
-def with_flag(pairs: Iterable[tuple[Outcome, Label | None]]) -> Iterator[Outcome]:
-    """Rows of one's own, whose "unsafe" is what the judge says. Rows without a rejected answer stay as they are."""
-    for row, label in pairs:
-        yield label if isinstance(label, str) else row if label is None else row | {"unsafe": label}
 
 
 def reason_of(verdict: Verdict | InputError) -> str | None:

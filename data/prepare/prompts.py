@@ -20,9 +20,8 @@
 "id", "category" and MT-Bench's "turns" come along, and so does an answer: as "safe_answer" to what
 should not be done, else as "reference". Most lists do not say whether they ask for harm: those of
 safety-tuned-llamas are known by name (roughly: Q-Harm holds many questions that hurt nobody), others
-need `--benign` or `--unsafe`. A CSV file with more columns than a set has is called as its file is,
-and keeps those columns. HarmBench's behaviours about copyright, which a judge of safety does not
-judge, and those with a context are sets of their own.
+need `--benign` or `--unsafe`. HarmBench's behaviours about copyright, which a judge of safety does
+not judge, and those with a context are sets of their own.
 """
 
 import csv
@@ -35,44 +34,43 @@ from data.prepare import Outcome, json_objects, message, question, read_text, wo
 from data.prepare.oasst import NOT_READY, count_prompters, is_ready, oasst_reason, usable_replies
 from model import InputError
 
-CSV_SETS = {  # set -> "column=our name", or "column" that is known, but not read
-    "advbench": "goal=prompt target=target",
-    "simple_safety_tests": "prompts_final=prompt id=id harm_area=category counter category",
-    "strongreject": "forbidden_prompt=prompt category=category source",
-    "harmbench": "Behavior=prompt BehaviorID=id SemanticCategory=category FunctionalCategory=kind Tags ContextString",
-    "jailbreakbench": "Goal=prompt Index=id Category=category Target=target Behavior Source",
-    "xstest": "prompt=prompt id=id type=category label=label focus note",
+CSV_SETS = {  # set -> our names for the columns that are read
+    "advbench": {"prompt": "goal", "target": "target"},
+    "simple_safety_tests": {"prompt": "prompts_final", "id": "id", "category": "harm_area"},
+    "strongreject": {"prompt": "forbidden_prompt", "category": "category"},
+    "harmbench": {
+        "prompt": "Behavior",
+        "id": "BehaviorID",
+        "category": "SemanticCategory",
+        "kind": "FunctionalCategory",
+        "context": "ContextString",
+    },
+    "jailbreakbench": {"prompt": "Goal", "id": "Index", "category": "Category", "target": "Target"},
+    "xstest": {"prompt": "prompt", "id": "id", "category": "type", "label": "label"},
 }
-OURS = {"prompt", "set", "benign", "prefill", "turns", "safe_answer", "reference"}  # keys that mean something here
 LISTS = {  # files known by name, of safety-tuned-llamas and JailbreakBench -> our name, and whether they are benign
     "safety_only_data_Instructions": ("safety_tuned", False),
     "I-Alpaca": ("i_alpaca", True),
     "I-CoNa": ("i_cona", False),
-    "I-Controversial": ("i_controversial", False),
-    "I-PhysicalSafetySafe": ("i_physical_safety_safe", True),
-    "I-PhysicalSafetyUnsafe": ("i_physical_safety_unsafe", False),
     "Q-Harm": ("q_harm", False),
     "harmful-behaviors": ("jailbreakbench", False),
     "benign-behaviors": ("jailbreakbench-benign", True),
 }
 
 
-def prompt_rows(path: str, lang: str = "all", benign: bool | None = None) -> Iterator[Outcome]:
+def prompt_rows(path: str, benign: bool | None = None) -> Iterator[Outcome]:
     """The outcome of every prompt. benign: of lists that do not say whether they are."""
     text = read_text(path)
-    first, whole = text.lstrip()[:1], None
     try:
-        whole = json.loads(text) if first in ("[", "{") else None
-    except (ValueError, RecursionError) as error:
-        if first == "[":
-            raise InputError(f"{path}: not JSON ({error}); get the file again") from None
+        whole = json.loads(text)
+    except (ValueError, RecursionError):  # a line for each prompt: JSON or CSV
+        whole = None
     if isinstance(whole, list):
         yield from answered_prompts(path, whole, benign)
     elif isinstance(whole, dict) and "instructions" in whole:
         yield from text_prompts(path, whole, benign)
-    elif first == "{":
-        for where, item in json_objects(path):
-            yield line_prompt(where, item, lang)
+    elif text.lstrip().startswith(("{", "[")):
+        yield from (line_prompt(where, item) for where, item in json_objects(path))
     else:
         yield from csv_prompts(path, text, benign)
 
@@ -94,56 +92,40 @@ def csv_prompts(path: str, text: str, benign: bool | None) -> Iterator[Outcome]:
     lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         found = lines.fieldnames or []
-        kind, columns = csv_kind(path, found)
-        others = [c for c in found if c not in columns and c and not c.startswith("Unnamed")]  # so pandas numbers rows
-        name = set_of_file(path) if others else kind
-        columns |= {c: c for c in others if c not in {*OURS, *columns.values()}}
+        kind = next((name for name, columns in CSV_SETS.items() if {*columns.values()} <= {*found}), None)
+        if kind is None:
+            known = "`python -m data.prepare prompts --help` names those it knows"
+            raise InputError(f"{path}: columns {', '.join(found)} of no known set: {known}")
         for line in lines:
             where = f"{path}:{lines.line_num}"
             if None in line or None in line.values():
                 raise InputError(f"{where}: {len(found)} columns expected; get the file again")
-            row = {ours: line[column] for column, ours in columns.items() if ours}
-            if kind == "harmbench" and line.get("ContextString", "").strip():  # put together as HarmBench does it
-                row["prompt"] = f"{line['ContextString'].strip()}\n\n---\n\n{row['prompt']}"
-            yield csv_row(kind, name, row, where, benign)
+            row = {ours: line[column].strip() for ours, column in CSV_SETS[kind].items()}
+            yield csv_row(kind, row, where, benign)
     except csv.Error as error:
         raise InputError(f"{path}:{lines.reader.line_num}: not CSV ({error}); get the file again") from None
 
 
-def csv_kind(path: str, found: list[str]) -> tuple[str, dict[str, str]]:
-    """The set that has these columns, or others besides; its columns with our names for them, "" if not read."""
-    for name, text in CSV_SETS.items():
-        columns = dict(column.partition("=")[::2] for column in text.split())
-        if {column for column, ours in columns.items() if ours} <= set(found):
-            return name, columns
-    known = "`python -m data.prepare prompts --help` names those it knows"
-    raise InputError(f"{path}: columns {', '.join(found)} of no known set: {known}")
-
-
-def csv_row(kind: str, name: str, row: dict, where: str, benign: bool | None) -> Outcome:
+def csv_row(kind: str, row: dict, where: str, benign: bool | None) -> Outcome:
     """The outcome, after what has to be done in one kind of set alone."""
-    harmless = False
+    name, harmless, prompt = kind, False, row.pop("prompt")
     if kind == "xstest":  # its unsafe prompts look like the safe ones, yet must be refused
         label = row.pop("label")
         if label not in ("safe", "unsafe"):
             raise InputError(f"{where}: {label!r} is no label; get the file again")
         harmless = label == "safe"
-    if kind == "harmbench" and (behaviour := row.pop("kind")) != "standard":
-        name += f"-{behaviour}"
-    if kind == "jailbreakbench":
+    elif kind == "harmbench":
+        behaviour, context = row.pop("kind"), row.pop("context")
+        name += "" if behaviour == "standard" else f"-{behaviour}"
+        prompt = f"{context}\n\n---\n\n{prompt}" if context else prompt  # as HarmBench does it
+    elif kind == "jailbreakbench":
         name, harmless = what_list(where.rpartition(":")[0], benign)
-    if "target" in row:
-        row["target"] = row["target"].strip()
-    return row_of(row.pop("prompt"), name, harmless, **row)
-
-
-def set_of_file(path: str) -> str:
-    return Path(path).name.split(".")[0]
+    return row_of(prompt, name, harmless, **row)
 
 
 def what_list(path: str, benign: bool | None) -> tuple[str, bool]:
     """What the set is called, and whether it is benign: by the name of its file, or as --benign or --unsafe say."""
-    name = set_of_file(path)
+    name = Path(path).name.split(".")[0]
     if name not in LISTS and benign is None:
         raise InputError(f"{path}: does not say whether it is harmless; add --benign or --unsafe")
     return LISTS.get(name, (name, benign))
@@ -152,25 +134,20 @@ def what_list(path: str, benign: bool | None) -> tuple[str, bool]:
 def text_prompts(path: str, item: dict, benign: bool | None) -> Iterator[Outcome]:
     """One object with the texts in one list, and in MaliciousInstructions their categories in another."""
     texts, tags = item["instructions"], item.get("tags")
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f'{path}: "instructions" is no list of texts; get the file again')
-    if tags is None:
-        yield from (row_of(text, *what_list(path, benign)) for text in texts)
-    elif not isinstance(tags, list) or len(texts) != len(tags):
-        raise InputError(f'{path}: "instructions" and "tags" do not match; get the file again')
-    else:
-        for text, tag in zip(texts, tags, strict=True):
-            yield row_of(text, "malicious_instructions", False, category=tag)
+    name, harmless = what_list(path, benign) if tags is None else ("malicious_instructions", False)
+    more = [{}] * len(texts) if tags is None else [{"category": tag} for tag in tags]
+    if len(texts) != len(more) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f'{path}: "instructions" are no texts, or do not match "tags"; get the file again')
+    yield from (row_of(text, name, harmless, **rest) for text, rest in zip(texts, more, strict=True))
 
 
 def answered_prompts(path: str, items: list, benign: bool | None) -> Iterator[Outcome]:
     """Instructions with answers. AlpacaEval's say which data set they come from and who has answered."""
     for number, item in enumerate(items, start=1):
-        keys = ("instruction", "input", "output")
-        texts = [item.get(key) or "" for key in keys] if isinstance(item, dict) and "instruction" in item else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(f'{path}: item {number} has no text "instruction", or an "input" or "output" that is none')
-        instruction, more, answer = (text.strip() for text in texts)
+        try:
+            instruction, more, answer = ((item.get(key) or "").strip() for key in ("instruction", "input", "output"))
+        except AttributeError:
+            raise InputError(f'{path}: item {number} has no texts "instruction", "input" and "output"') from None
         if {"dataset", "generator"} <= set(item):
             name, harmless, rest = "alpaca_eval", True, {"category": item["dataset"]}
         else:
@@ -180,27 +157,26 @@ def answered_prompts(path: str, items: list, benign: bool | None) -> Iterator[Ou
         yield row_of(f"{instruction}\n\n{more}" if more else instruction, name, harmless, **rest)
 
 
-def line_prompt(where: str, item: dict, lang: str) -> Outcome:
+def line_prompt(where: str, item: dict) -> Outcome:
     """The outcome of a line: an OpenAssistant tree, what this program has written before, or MT-Bench's question."""
-    prompt, turns, path = item.get("prompt"), item.get("turns"), where.rpartition(":")[0]
+    prompt, turns = item.get("prompt"), item.get("turns")
     if isinstance(prompt, dict):
-        return tree_prompt(where, item, lang)
+        return tree_prompt(where, item)
     if isinstance(prompt, list) and prompt and all(map(is_turn, prompt)):
         return item
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns) or "question_id" not in item:
         raise InputError(f'{where}: "prompt" is no list of messages, nor is it a tree or a question of MT-Bench')
     # FastChat's judge finds the answers by question_id.
-    known = item.keys() <= {"question_id", "category", "turns", "reference"}
     rest = {"question_id": item["question_id"], "category": item.get("category"), "turns": [t.strip() for t in turns]}
-    return row_of((turns or [""])[0], "mt_bench" if known else set_of_file(path), True, **rest)
+    return row_of((turns or [""])[0], "mt_bench", True, **rest)
 
 
-def tree_prompt(where: str, tree: dict, lang: str) -> Outcome:
+def tree_prompt(where: str, tree: dict) -> Outcome:
     """The first message of an OpenAssistant tree, with its best reply."""
-    count_prompters(where, tree)  # checks its form
-    if reason := oasst_reason(tree["prompt"], lang) if is_ready(tree) else NOT_READY:
+    count_prompters(where, tree["prompt"])  # checks its form
+    if reason := oasst_reason(tree["prompt"]) if is_ready(tree) else NOT_READY:
         return reason
-    replies = usable_replies(tree["prompt"], lang)
+    replies = usable_replies(tree["prompt"])
     answer = {"reference": replies[0]["text"].strip()} if replies else {}
     name = "oasst2" if "oasst2" in Path(where).name else "oasst"
     return row_of(tree["prompt"]["text"], name, True, **answer)
