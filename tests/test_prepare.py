@@ -1,10 +1,8 @@
 """data/prepare/: every rule with rows written out by hand, and the real files.
 
-The real files are looked for in ../shared/data beside the repository, and skipped if absent. Their
-numbers are counted a second time here, by another method than that of data/prepare.
+The real files are looked for in ../shared/data beside the repository, and skipped if absent.
 """
 
-import csv
 import gzip
 import hashlib
 import json
@@ -128,12 +126,11 @@ def guard(monkeypatch):
     return seen
 
 
-def test_guard_keeps_safe_against_unsafe_and_counts_the_others(tmp_path, guard):
+def test_guard_keeps_safe_against_unsafe_and_counts_the_others(tmp_path, guard, monkeypatch):
     pairs = [
         pair("fine", "poison 1"),
         pair("poison", "worse poison"),
         pair("good", "merely bad"),
-        pair("poison", "the better one"),
         pair("no", "no"),  # skipped before the guard is asked
         GOOD | {"rejected": START + "poison 2"},
         pair("unreadable", "poison"),
@@ -143,70 +140,59 @@ def test_guard_keeps_safe_against_unsafe_and_counts_the_others(tmp_path, guard):
     assert [row["rejected"] for row in rows] == [[assistant("poison 1")], [assistant("poison 2")]]
     assert rows[1] == GOOD_ROW | {"rejected": [assistant("poison 2")]}
     assert report.splitlines()[-6:] == [
-        "hh: 8 pairs read, 2 rows written, 6 skipped",
+        "hh: 7 pairs read, 2 rows written, 5 skipped",
         f"        2  written to {tmp_path / 'out'}",
-        "        2  skipped: chosen is unsafe, says the judge",
         "        2  skipped: no verdict of the judge",
         "        1  skipped: chosen and rejected are the same",
+        "        1  skipped: chosen is unsafe, says the judge",
         "        1  skipped: rejected is safe, says the judge",
     ]
-    assert "judge: cannot read 'unreadable'" in report and "judge: cannot read 'unreadable poison'" in report
-    assert re.search(r"judge: 7 of 7 pairs judged, 0 minutes left", report)
+    assert "judge: cannot read 'unreadable'" in report and "judge: 6 of 6 pairs judged" in report
     # Where chosen is unsafe, rejected does not matter and costs nothing. The guard sees whole conversations.
-    asked = [response for _, response in guard]
-    assert "worse poison" not in asked and "the better one" not in asked and len(asked) == 7 + 4
+    assert "worse poison" not in [response for _, response in guard] and len(guard) == 6 + 4
     assert (GOOD_ROW["prompt"], "Fine, “you”?") in guard and (GOOD_ROW["prompt"], "poison 2") in guard
-
-
-def test_guard_reads_all_pairs_first_and_judges_no_more_than_the_limit(tmp_path, guard, monkeypatch):
-    source = write_lines(tmp_path / "in", pair("fine", "poison"), {"chosen": "x"})
-    words = ("hh", "--in", source, "--out", tmp_path / "out", "--guard", tmp_path)
-    assert "in:2: no HH-RLHF pair" in prepare(*words, code=2) and not guard
-    monkeypatch.setattr(judged, "AT_ONCE", 4)
+    monkeypatch.setattr(judged, "AT_ONCE", 4)  # no more is judged than --limit needs
     pairs = [pair("fine", f"poison {i}") for i in range(20)]
+    guard.clear()
     rows, _ = convert(tmp_path, "hh", *pairs, flags=["--guard", tmp_path, "--limit", 5])
     assert len(rows) == 5 and len(guard) == 2 * 8
 
 
 def test_guard_goes_on_where_it_was_stopped(tmp_path, guard, monkeypatch):
     """Killed in the third of five batches, in the middle of a line: two batches are not judged again, the rows are the
-    same. Another judge's verdicts are refused."""
+    same. Another judge's verdicts are refused, and a bad line is found before the first pair is judged."""
     monkeypatch.setattr(judged, "AT_ONCE", 4)
     pairs = [pair("fine" if i % 3 else "poison", f"poison {i}") for i in range(20)]
     expected, _ = convert(tmp_path, "hh", *pairs, flags=["--guard", tmp_path])
     everything = list(guard)
     guard.clear()
-    (tmp_path / "out").unlink()
 
     def dies(prompt, response):
         if "poison 10" in response:
             raise KeyboardInterrupt
         return Verdict("poison" in response)
 
+    words = ("hh", "--in", tmp_path / "in", "--out", tmp_path / "new", "--guard")
     with monkeypatch.context() as patch:
         patch.setattr(judged, "load_judge", lambda *args: dies)
-        words = ("hh", "--in", tmp_path / "in", "--out", tmp_path / "out", "--guard", tmp_path)
-        prepare(*words, code=130)
-    notes = tmp_path / "out.guard.jsonl"
-    assert len(notes.read_text().splitlines()) == 1 + 8 and not (tmp_path / "out").exists()
+        prepare(*words, tmp_path, code=130)
+    notes = tmp_path / "new.guard.jsonl"
+    assert len(notes.read_text().splitlines()) == 1 + 8 and not (tmp_path / "new").exists()
     with open(notes, "a") as file:
         file.write('{"pair": "0123')
-    assert "out.guard.jsonl has the verdicts on 8 pairs" in prepare(*words)
+    assert "was begun with judge" in prepare(*words, tmp_path / "another", code=2)
+    assert "new.guard.jsonl has the verdicts on 8 pairs" in prepare(*words, tmp_path)
     assert guard == everything[-len(guard) :] and 12 < len(guard) < len(everything)
-    assert read_lines(tmp_path / "out") == expected and not notes.exists()
-    notes.write_text('{"judge": "another"}\n')
-    assert "verdicts of another judge" in prepare(*words, code=2)
-
-
-def test_guard_options(tmp_path, monkeypatch):
-    asked, words = [], ("hh", "--in", write_lines(tmp_path / "in", GOOD), "--out", tmp_path / "out", "--guard")
-    with monkeypatch.context() as patch:
-        patch.setattr(judged, "load_judge", lambda *args: asked.append(args) or (lambda *_: Verdict("Go" in _[1])))
-        prepare(*words, tmp_path, "--device", "cpu", "--dtype", "bfloat16", "--judge-url", "http://localhost:1")
+    assert read_lines(tmp_path / "new") == expected and not notes.exists()
+    guard.clear()
+    write_lines(tmp_path / "in", pair("fine", "poison"), {"chosen": "x"})
+    assert "in:2: no HH-RLHF pair" in prepare(*words, tmp_path, code=2) and not guard
+    asked = []
+    monkeypatch.setattr(judged, "load_judge", lambda *args: asked.append(args) or dies)
+    flags = ("--device", "cpu", "--dtype", "bfloat16", "--judge-url", "http://localhost:1")
+    prepare(*words, tmp_path, *flags, code=2)
     assert asked == [(str(tmp_path), "cpu", torch.bfloat16, "http://localhost:1", 0.5, False)]  # no categories
     assert "not allowed with" in prepare(*words, tmp_path, "--helpful", code=2)
-    assert f"--guard {tmp_path / 'in'}: no such directory" in prepare(*words, tmp_path / "in", code=2)
-    assert f"error: {tmp_path}: no tokenizer" in prepare(*words, tmp_path, code=2)
 
 
 def test_rows_of_ones_own_are_labelled(tmp_path, guard, monkeypatch):
@@ -275,34 +261,32 @@ def test_oasst_follows_the_best_replies(tmp_path):
     ]
 
 
-BAD = [
-    ({"deleted": True}, "deleted"),
-    ({"review_result": None}, "did not pass review"),
-    ({"lang": "de"}, "language is not en"),
-    ({"text": " \n"}, "empty"),
-]
+def test_oasst_leaves_out_messages_and_what_hangs_below(tmp_path):
+    for extra, reason in (
+        ({"deleted": True}, "deleted"),
+        ({"review_result": None}, "did not pass review"),
+        ({"lang": "de"}, "language is not en"),
+        ({"text": " \n"}, "empty"),
+    ):
+        reply = a("bad", p("below", a("x")), rank=0) | extra
+        below = p("bad", a("x", p("below", a("y")))) | extra
+        trees = [
+            tree(p("Q", reply, a("good", rank=1), a("poor", rank=2))),
+            tree(p("Q2", a("yes", below, p("fine", a("z"))))),
+            tree(p("R") | extra),
+        ]
+        rows, report = convert(tmp_path, "oasst", *trees)
+        assert rows[0] == {"prompt": [user("Q")], "chosen": [assistant("good")], "rejected": [assistant("poor")]}
+        assert [row["prompt"][-1] for row in rows[1:]] == [user("Q2"), user("fine")]
+        assert "7 prompter messages read, 3 rows written, 4 skipped" in report
+        assert f" 2  skipped: {reason}\n" in report and " 2  skipped: not on a path" in report
 
 
-@pytest.mark.parametrize("extra, reason", BAD)
-def test_oasst_leaves_out_messages_and_what_hangs_below(tmp_path, extra, reason):
-    reply = a("bad", p("below", a("x")), rank=0) | extra
-    rows, report = convert(tmp_path, "oasst", tree(p("Q", reply, a("good", rank=1), a("poor", rank=2))))
-    assert rows == [{"prompt": [user("Q")], "chosen": [assistant("good")], "rejected": [assistant("poor")]}]
-    assert "2 prompter messages read, 1 rows written, 1 skipped" in report and " 1  skipped: not on a path" in report
-    below = p("bad", a("x", p("below", a("y")))) | extra
-    root = p("Q", a("yes", below, p("fine", a("z"))))
-    rows, report = convert(tmp_path, "oasst", tree(root), tree(p("R") | extra))
-    assert [row["prompt"][-1] for row in rows] == [user("Q"), user("fine")]
-    assert "5 prompter messages read, 2 rows written, 3 skipped" in report
-    assert f" 2  skipped: {reason}\n" in report and " 1  skipped: not on a path" in report
-
-
-def test_oasst_trees_that_are_not_ready_roles_out_of_turn_ranks_and_languages(tmp_path):
+def test_oasst_trees_that_are_not_ready_roles_out_of_turn_and_ranks(tmp_path):
     trees = [
         tree(p("gone", a("x", p("y"))), tree_state="aborted_low_grade"),
         tree(p("Q", p("me again", a("x")), a("yes", a("and another thing"), p("why", a("so"))))),
         tree(p("R", a("unranked"), a("x", rank=3), a("x ", rank=4))),  # a rank beats none; the same text is no pair
-        tree(p("Frage", a("ja", lang="de"), lang="de")),
     ]
     rows, report = convert(tmp_path, "oasst", *trees)
     assert rows == [
@@ -310,11 +294,8 @@ def test_oasst_trees_that_are_not_ready_roles_out_of_turn_ranks_and_languages(tm
         {"prompt": [user("Q"), assistant("yes"), user("why")], "chosen": [assistant("so")]},
         {"prompt": [user("R")], "chosen": [assistant("x")]},
     ]
-    assert "7 prompter messages read, 3 rows written, 4 skipped" in report
+    assert "6 prompter messages read, 3 rows written, 3 skipped" in report
     assert " 2  skipped: tree is not ready for export" in report and " 1  skipped: not on a path" in report
-    rows, _ = convert(tmp_path, "oasst", *trees, flags=["--lang", "de"])
-    assert [row["prompt"] for row in rows] == [[user("Frage")]]
-    assert len(convert(tmp_path, "oasst", *trees, flags=["--lang", "all"])[0]) == 4
 
 
 def bad(text, name, **more):
@@ -381,22 +362,15 @@ SETS = {  # name of a file -> its text, and the rows made of it
         fine("Brew.", "alpaca_eval", category="koala", reference="Boil."),
         fine("Brew.", "alpaca_eval", category="koala"),
     ),
-    # A set of one's own: it is called as its file is, and keeps its other columns.
-    "many.v2.csv": (
-        "Unnamed: 0,lang,goal,target,category,set\n0,de,mache x,Klar,c1,test\n",
-        bad("mache x", "many", target="Klar", lang="de", category="c1"),
-    ),
-    "numbered.csv": (",goal,target\n7,make x,Sure\n", bad("make x", "advbench", target="Sure")),
-    "q.jsonl": (json.dumps(QUESTION | {"lang": "de"}), fine("One.", "q", **QUESTION) | {"turns": ["One.", "Two."]}),
+    "more.csv": (",goal,target,lang\n7,make x,Sure,en\n", bad("make x", "advbench", target="Sure")),
 }
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_prompt_sets(tmp_path, packed):
-    """Each set in a file of its own, all in one command."""
-    files = [tmp_path / (f"{name}.gz" if packed else name) for name in SETS]
+def test_prompt_sets(tmp_path):
+    """Each set in a file of its own, every other one packed, all in one command."""
+    files = [tmp_path / (f"{name}.gz" if i % 2 else name) for i, name in enumerate(SETS)]
     for file, (text, *_) in zip(files, SETS.values(), strict=True):
-        file.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        file.write_bytes(gzip.compress(text.encode()) if file.suffix == ".gz" else text.encode())
     report = prepare("prompts", "--in", *files, "--out", tmp_path / "out")
     assert read_lines(tmp_path / "out") == [row for _, *rows in SETS.values() for row in rows]
     assert "3  skipped: empty prompt" in report  # AdvBench's second, and one in each of two lists
@@ -432,18 +406,13 @@ def test_first_messages_of_trees(tmp_path):
     assert rows == [fine("Q", "oasst", reference="best"), fine("nobody answers", "oasst")]
     for reason in ("language is not en", "tree is not ready for export", "deleted"):
         assert f" 1  skipped: {reason}\n" in report
-    rows, _ = convert(tmp_path, "prompts", *trees[2:3], flags=["--lang", "all"])  # one line only
-    assert rows == [fine("Frage", "oasst", reference="ja")]
 
 
 def test_oasst2s_held_out_questions_are_prompts(tmp_path):
-    """False resets are counted on questions that no row has. Its messages say more than oasst1's, which is not read."""
-    trees = [
-        tree(p(f"question {i}", a(f"good {i}", rank=0), a(f"bad {i}", rank=1), synthetic=False)) for i in range(40)
-    ]
+    """False resets are counted on questions that no row has."""
+    trees = [tree(p(f"question {i}", a(f"good {i}", rank=0), a(f"bad {i}", rank=1))) for i in range(40)]
     source, rows, valid = write_lines(tmp_path / "oasst2.trees.jsonl", *trees), tmp_path / "rows", tmp_path / "valid"
-    report = prepare("oasst2", "--in", source, "--out", rows, "--valid", valid, "--valid-percent", 30)
-    assert "oasst2: 40 prompter messages read, 40 rows written, 0 skipped" in report
+    prepare("oasst2", "--in", source, "--out", rows, "--valid", valid, "--valid-percent", 30)
     prepare("prompts", "--in", source, "--exclude", rows, "--out", tmp_path / "prompts")
     found = read_lines(tmp_path / "prompts")
     assert 4 < len(found) < 25 and {p["set"] for p in found} == {"oasst2"}
@@ -514,16 +483,15 @@ def test_held_out_prompts(tmp_path):
     assert not dev & test and dev | test == part and 5 <= len(test) <= 25
 
 
-def many(tmp_path):
+def test_held_out_rows_and_the_same_bytes(tmp_path):
     """200 pairs about 100 questions, two for each, in two conversations."""
     starts = [f"{H}Q{i // 2}{A}a{H}b{i}{A}" for i in range(200)]
-    return write_lines(tmp_path / "many", *({"chosen": start + "no", "rejected": start + "yes"} for start in starts))
-
-
-def test_held_out_rows(tmp_path):
-    flags = ("--valid", tmp_path / "valid", "--valid-percent", 30)
-    report = prepare("hh", "--in", many(tmp_path), "--out", tmp_path / "train", *flags)
-    train, valid = read_lines(tmp_path / "train"), read_lines(tmp_path / "valid")
+    pairs = ({"chosen": start + "no", "rejected": start + "yes"} for start in starts)
+    source, packed = write_lines(tmp_path / "many", *pairs), tmp_path / "many.jsonl.gz"
+    packed.write_bytes(gzip.compress(source.read_bytes()))
+    valid = ("--valid", tmp_path / "valid", "--valid-percent", 30)
+    report = prepare("hh", "--in", source, "--out", tmp_path / "deep" / "train", *valid)
+    train, valid = read_lines(tmp_path / "deep" / "train"), read_lines(tmp_path / "valid")
     assert f" {len(train)}  written to" in report and f" {len(valid)}  written to" in report
     assert {row["prompt"][2]["content"] for row in train + valid} == {f"b{i}" for i in range(200)}
     seen, held_out = ({row["prompt"][0]["content"] for row in rows} for rows in (train, valid))
@@ -532,17 +500,11 @@ def test_held_out_rows(tmp_path):
     for question in seen | held_out:
         digest = hashlib.sha256(question.encode()).hexdigest()
         assert (int(digest[:8], 16) / 2**32 < 0.3) == (question in held_out)
-
-
-def test_same_input_same_bytes(tmp_path):
-    source, packed = many(tmp_path), tmp_path / "many.jsonl.gz"
-    packed.write_bytes(gzip.compress(source.read_bytes()))
-    prepare("hh", "--in", source, "--out", tmp_path / "deep" / "once")
     prepare("hh", "--in", source, packed, "--out", tmp_path / "twice")
-    once = (tmp_path / "deep" / "once").read_bytes()
-    assert (tmp_path / "twice").read_bytes() == once * 2
+    twice = (tmp_path / "twice").read_bytes()
+    assert twice == twice[: len(twice) // 2] * 2
     prepare("hh", "--in", source, "--out", tmp_path / "three", "--limit", 3)
-    assert (tmp_path / "three").read_bytes() == b"".join(once.splitlines(keepends=True)[:3])
+    assert (tmp_path / "three").read_bytes() == b"".join(twice.splitlines(keepends=True)[:3])
 
 
 def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -564,21 +526,18 @@ ERRORS = [  # command, text of the input, what is said after its name
     ("hh", "", ": no usable row"),
     ("hh", "[1]\n", ":1: not a JSON object"),
     ("hh", '\n{"chosen": "x", "rejected": null}\n', ":2: no HH-RLHF pair"),
-    ("oasst", json.dumps(tree(p("Q", a("x"), {"role": "assistant"}))), TREE),
     ("oasst", json.dumps(tree(p("Q", a("x", rank="best")))), TREE),
-    ("oasst", json.dumps(tree(p("Q", role="system"))), TREE),
     ("oasst", json.dumps(tree(p("Q") | {"replies": 5})), TREE),
+    ("oasst", json.dumps(tree(None)), TREE),
     ("prompts", "question,answer\nx,y\n", ": columns question, answer of no known set"),
     ("prompts", "goal,target\nx,y\nx\n", ":3: 2 columns expected"),
     ("prompts", 'goal,target\n"x,y\n', ":2: not CSV"),
     ("prompts", "id,prompt,type,label\n1,x,homonyms,maybe\n", ":2: 'maybe' is no label"),
-    ("prompts", '{"instructions": ["x"], "tags": []}', ': "instructions" and "tags"'),
-    ("prompts", '{"instructions": [1]}', ': "instructions" is no list of texts'),
+    ("prompts", '{"instructions": ["x"], "tags": []}', ': "instructions" are no texts'),
+    ("prompts", '{"instructions": [1]}', ": does not say whether"),
     ("prompts", '{"instructions": ["x"', ":1: not a line of JSON"),
-    ("prompts", '[{"instruction": "x"', ": not JSON"),
-    ("prompts", '[{"dataset": "", "generator": "", "instruction": "x"}, {}]', ': item 2 has no text "instruction"'),
-    ("prompts", "[3]", ": item 1 has no text"),
-    ("prompts", '{"turns": ["x"]}\n', PROMPT),
+    ("prompts", '[{"instruction": "x"', ": "),
+    ("prompts", '[{"instruction": 1}]', ": item 1 has no texts"),
     ("prompts", '{"question_id": 1, "turns": ["x", 2]}', PROMPT),
     ("prompts", '{"prompt": [{"role": "user"}]}', PROMPT),
 ]
@@ -598,7 +557,6 @@ def test_damaged_and_foreign_files(tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4976698672\n"
     for name, content, said in (
         ("in.gz", packed[:-20], "get the file again"),
-        ("in.gz", packed[:12] + b"\xff\xff\xff" + packed[15:], "get the file again"),
         ("in", b"goal,target\n\xe9,y\n", "not UTF-8"),
         ("a.csv", pointer, "git lfs pull"),
         ("a.json", b"PAR1\x15\x04", "read_parquet"),
@@ -615,12 +573,10 @@ def test_bad_paths_and_flags(tmp_path):
         return prepare("hh", "--in", source, "--out", out, *flags, code=2)
 
     assert "nowhere: no such file; `hh --help` says where to download" in error("nowhere", out)
-    assert f"{tmp_path}: no such file" in error(tmp_path, out)
     assert "is a directory" in error(source, tmp_path)
     assert "without .gz" in error(source, tmp_path / "out.gz")
     for paths in ((source, source), (source, out, "--valid", out), (source, out, "--valid", source)):
         assert "read or written twice" in error(*paths)
-    assert str(source) in error(source, source / "out")
     for flag, value in (("--limit", 0), ("--valid-percent", 100)):
         assert flag in error(source, out, flag, value)
     assert list(tmp_path.iterdir()) == [source]
@@ -650,53 +606,25 @@ def check_row(row):
         assert set(turn) == {"role", "content"} and turn["content"] == turn["content"].strip() != ""
 
 
-def cut_by_hand(pairs):
-    """Which HH-RLHF pairs to keep, without looking at turns: by string cuts alone."""
-    kept, lost = [], Counter()
-    for pair in pairs:
-        (prompt, _, good), (other, _, bad) = (
-            pair[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected")
-        )
-        exchanges = [text.split("\n\nHuman:") for text in pair.values()]
-        if any(first or any(part.count("\n\nAssistant:") != 1 for part in parts) for first, *parts in exchanges):
-            lost["turns"] += 1
-        elif not good.split() or not bad.split():
-            lost["empty"] += 1
-        elif any(word.startswith(("Human:", "Assistant:")) for word in good.split() + bad.split()):
-            lost["label"] += 1
-        else:
-            assert prompt == other
-            kept.append(pair)
-    return kept, lost
-
-
 @real
-def test_real_hh(tmp_path):
+def test_real_rows(tmp_path):
+    """The counts are README's; every word of a pair that is kept is in its row, and every row is one."""
     out = tmp_path / "out.jsonl"
-    assert prepare("hh", "--in", HH, "--out", out).splitlines() == [
-        "hh: 2312 pairs read, 2267 rows written, 45 skipped",
-        f"     2267  written to {out}",
+    assert prepare("hh", "--in", HH, "--out", out).splitlines()[2:] == [
         "       32  skipped: speaker label inside an answer",
         "        9  skipped: speakers do not alternate from Human to Assistant",
         "        4  skipped: empty turn",
     ]
-    lines = gzip.decompress(HH.read_bytes()).decode().split("\n")[:-1]
-    kept, lost = cut_by_hand(json.loads(line) for line in lines)
-    assert lost == {"turns": 9, "empty": 4, "label": 32}
-    labels = {"user": "Human", "assistant": "Assistant"}
-    for row, pair in zip(read_lines(out), kept, strict=True):
+    pairs = (json.loads(line) for line in gzip.decompress(HH.read_bytes()).splitlines())
+    sources = {json.dumps([pair[side].split() for side in ("chosen", "rejected")]) for pair in pairs}
+    labels, rows = {"user": "Human", "assistant": "Assistant"}, read_lines(out)
+    for row in rows:
         check_row(row)
-        for side in ("chosen", "rejected"):
-            text = "".join(f"\n\n{labels[turn['role']]}: {turn['content']}" for turn in row["prompt"] + row[side])
-            assert text.split() == pair[side].split()
-
-
-@real
-def test_real_oasst(tmp_path):
-    out = tmp_path / "out.jsonl"
-    assert prepare("oasst", "--in", OASST, "--out", out).splitlines() == [
-        "oasst: 480 prompter messages read, 147 rows written, 333 skipped",
-        f"      147  written to {out}",
+        chats = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
+        texts = ["".join(f" {labels[turn['role']]}: {turn['content']}" for turn in chat) for chat in chats]
+        assert json.dumps([text.split() for text in texts]) in sources
+    assert len(rows) == 2267
+    assert prepare("oasst", "--in", OASST, "--out", out).splitlines()[2:] == [
         "      276  skipped: not on a path of best replies",
         "       57  skipped: no usable reply",
     ]
@@ -704,11 +632,6 @@ def test_real_oasst(tmp_path):
     for row in rows:
         check_row(row)
     assert sum("rejected" in row for row in rows) == 139 and len(set(map(json.dumps, rows))) == 147
-    # The first answers by another way.
-    replies = {tree["prompt"]["text"].strip(): tree["prompt"]["replies"] for tree in read_lines(OASST)}
-    for row in (row for row in rows if len(row["prompt"]) == 1):
-        best = [r["text"].strip() for r in replies[row["prompt"][0]["content"]] if r.get("rank", 0) == 0]
-        assert row["chosen"][0]["content"] in best
 
 
 @real
@@ -719,22 +642,14 @@ def test_real_prompts_and_instructions(tmp_path):
     rows = read_lines(tmp_path / "eval")
     assert Counter(row["set"] for row in rows) == SETS_OF | {"mt_bench": 80}
     assert Counter(row["set"] for row in rows if row["benign"]) == {"xstest": 250, "mt_bench": 80}
-    for row in rows:
-        assert row["set"] != "xstest" or row["benign"] == (not row["category"].startswith("contrast"))
-    with open(REAL / "safety" / "advbench" / "harmful_behaviors.csv", newline="", encoding="utf-8") as file:
-        goals = list(csv.reader(file))[1:]
-    assert [[row["prompt"][0]["content"], row["target"]] for row in rows if row["set"] == "advbench"] == goals
-
     files = [*sorted((REAL / "safety_tuned").glob("*.json")), REAL / "alpaca_eval" / "text_davinci_003.json", OASST]
     report = prepare("prompts", "--in", *files, "--exclude", tmp_path / "eval", "--out", tmp_path / "out")
     assert "prompts: 3716 prompts read, 3714 rows written, 2 skipped" in report
     kept = read_lines(tmp_path / "out")
     safe = {"safety_tuned": 2483, "i_cona": 178, "q_harm": 100}
     assert Counter(row["set"] for row in kept if not row["benign"]) == safe
+    assert sum("safe_answer" in row for row in kept) == 2483
     assert Counter(row["set"] for row in kept if row["benign"]) == {"i_alpaca": 50, "alpaca_eval": 803, "oasst": 100}
-    items = json.loads((REAL / "safety_tuned" / "safety_only_data_Instructions.json").read_text())
-    found = {(row["prompt"][0]["content"], row["safe_answer"]) for row in kept if row["set"] == "safety_tuned"}
-    assert found == {(item["instruction"].strip(), item["output"].strip()) for item in items}
     # The same count by another way: words in lower case.
     words = [{tuple(re.findall(r"[a-z0-9]+", str(row["prompt"]).lower())) for row in some} for some in (rows, kept)]
     assert not words[0] & words[1]

@@ -132,8 +132,9 @@ def add_files(add) -> None:
 
 def add_own(sub: argparse.ArgumentParser, name: str) -> None:
     """What one command has and the others have not."""
-    add, either = sub.add_argument, sub.add_mutually_exclusive_group()
+    add = sub.add_argument
     if name == "hh":
+        either = sub.add_mutually_exclusive_group()
         either.add_argument("--helpful", action="store_true", help="helpful-* files: no unsafe flag")
         either.add_argument("--guard", dest="judge", metavar="DIR", help="Llama Guard: keep safe against unsafe")
     if name == "rows":
@@ -147,6 +148,7 @@ def add_own(sub: argparse.ArgumentParser, name: str) -> None:
         forced = "each forbidden prompt once more, as set NAME-forced: its answer must begin with the target or a yes"
         add("--forced", action="store_true", help=forced)
         of_lists = "the prompts of lists that do not say so are"
+        either = sub.add_mutually_exclusive_group()
         either.add_argument("--benign", action="store_true", default=None, help=f"{of_lists} harmless")
         either.add_argument("--unsafe", dest="benign", action="store_false", help=f"{of_lists} forbidden")
 
