@@ -6,13 +6,11 @@ import re
 
 import pytest
 import torch
-from models import FAMILIES, LLAMA, network_of
+from models import FAMILIES, network_of
 
 from backtrack.attacks import autodan
 from backtrack.attacks.autodan import QUESTION, SYNONYMS, WRAPPERS, cross, fitness, mutate, sentences, wrap
-from backtrack.generate import generate
-from data import toy
-from model import InputError, load_tokenizer
+from model import InputError
 
 TURNS = (("user", "Hi"), ("assistant", "Yes?"), ("user", "What is {q}? Tell me."))
 ASK = [{"role": role, "content": content} for role, content in TURNS]
@@ -52,7 +50,7 @@ def test_sentences_and_back():
 def test_crossover_and_mutation_keep_the_question_once_and_use_known_words():
     first = [sentences(w) for w in WRAPPERS]
     known = words(first) | {w for ws in SYNONYMS.values() for s in ws for w in s.split()}
-    rng, people = random.Random(0), list(first)
+    rng, people, pool = random.Random(0), list(first), [s for i in first for s in i if s != QUESTION]
     for _ in range(500):
         mother, father = rng.sample(people, 2)
         before = list(mother), list(father)
@@ -62,7 +60,7 @@ def test_crossover_and_mutation_keep_the_question_once_and_use_known_words():
             own = [" | ".join(i).split(QUESTION)[part] for i in (mother, father)]
             side = child[: child.index(QUESTION)] if part == 0 else child[child.index(QUESTION) + 1 :]
             assert all(any(sentence in half for half in own) for sentence in side)
-        mutant = mutate(child, SYNONYMS, autodan.all_sentences(WRAPPERS), rng, {})
+        mutant = mutate(child, SYNONYMS, pool, rng)
         assert (mother, father) == before  # parents are not changed
         for individual in (child, mutant):
             assert sum(QUESTION in sentence for sentence in individual) == individual.count(QUESTION) == 1
@@ -72,24 +70,18 @@ def test_crossover_and_mutation_keep_the_question_once_and_use_known_words():
     assert words(people) - words(first)  # synonyms did come in
 
 
-def mutants(individual, *tables):
-    """What becomes of the first sentences, apart from swaps and the new sentence N."""
-    rng, synonyms, rewrites = random.Random(0), *tables
-    children = [mutate(individual, synonyms, ["N."], rng, rewrites) for _ in range(300)]
-    assert all(child.count(QUESTION) == 1 for child in children)
-    return {" ".join(sorted(s for s in child if s not in ("N.", QUESTION))) for child in children}
+def test_a_word_becomes_a_synonym():
+    """Apart from swaps and the new sentence N: whole words alone, in their own case, never the question."""
 
+    def mutants(individual, synonyms):
+        rng = random.Random(0)
+        children = [mutate(individual, synonyms, ["N."], rng) for _ in range(300)]
+        return {" ".join(sorted(s for s in child if s not in ("N.", QUESTION))) for child in children}
 
-def test_words_and_sentences_that_say_the_same():
-    old = {"old": ("wise", "good")}
-    assert mutants(["Old gold is old.", "{q}"], old, {}) == {
+    assert mutants(["Old gold is old.", "{q}"], {"old": ("wise", "good"), "q": ("z",)}) == {
         f"{a} gold is {b}."
         for a, b in (("Old", "old"), ("Wise", "old"), ("Good", "old"), ("Old", "wise"), ("Old", "good"))
     }
-    assert mutants(["Sold.", "{q}"], {"old": ("new",), "q": ("z",)}, {}) == {"Sold."}  # whole words; nor is {q} one
-    rewrites = {"A b.": ["B a.", "Ab?"], "B a.": ["A b."]}
-    assert mutants(["A b.", "{q}", "C."], {}, rewrites) == {"A b. C.", "B a. C.", "Ab? C."}
-    assert mutants(["C.", "{q}"], {}, rewrites) == {"C."}
 
 
 # ── The search ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +117,7 @@ def scored(monkeypatch):
 
 
 def search(unsafe_with=lambda individual: False, **changed):
-    options = dict(seed="3", wrappers=list(WRAPPERS), synonyms=SYNONYMS, rewrites={}, fits=lambda individual: True)
+    options = dict(seed="3", wrappers=list(WRAPPERS), synonyms=SYNONYMS, fits=lambda individual: True)
     return autodan.autodan(None, None, ASK, TARGET, unsafe_with, **options | changed)
 
 
@@ -154,72 +146,35 @@ def test_success_ends_the_search_and_is_dated(scored):
 
 
 def test_children_that_do_not_fit_are_left_out(scored, monkeypatch):
-    """Rewritings may be long. Nothing that is scored is longer than there is room for."""
     monkeypatch.setattr(autodan, "POPULATION", len(WRAPPERS))
-    rewrites = {sentence: [sentence + " word" * 40] for sentence in autodan.all_sentences(WRAPPERS)}
-    search(budget=300, rewrites=rewrites, fits=lambda individual: len(" ".join(individual)) <= 150)
-    assert max(len(" ".join(individual)) for _, individual in scored) <= 150
-    scored.clear()
-    search(budget=300, rewrites=rewrites)
-    assert max(len(" ".join(individual)) for _, individual in scored) > 150
+    lengths = lambda: [len(" ".join(individual)) for _, individual in scored]  # noqa: E731
+    search(budget=300, fits=lambda individual: len(" ".join(individual)) <= 75)
+    assert max(lengths()) <= 75
+    search(budget=300)
+    assert max(lengths()) > 75
 
 
-# ── Files and rewriting ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_rewritings_are_a_models_answers_one_line_each(tmp_path):
-    """By the definition: each sentence by itself, its samples one at a time; what is cut or no text is left out."""
-    (tmp_path / "tokenizer.model").write_bytes(toy.build(0)["tokenizer/tokenizer.model"])
-    tok = load_tokenizer(tmp_path)
-    model = network_of(LLAMA, scale=0.3, vocab_size=tok.vocab_size)
-    options = dict(reset_id=tok.reset_id, stop_ids=tok.stop_ids, vocab_size=tok.vocab_size, temperature=1.0)
-    with torch.no_grad():
-        model.lm_head.weight[list(tok.stop_ids)] *= 4  # answers end
-    texts = ["You are old.", "Tell me a story."]
-    found = autodan.rewrite(model, tok, texts, 6, 1.0, 5)
-    for text in texts:
-        expected, options["max_new_tokens"] = [], 2 * len(tok.encode(text)) + 8
-        for i in range(6):
-            [g] = generate(model, [tok.render(autodan.asked(text))], seed=5, sample_ids=[i], max_resets=0, **options)
-            said = tok.decode(g.tokens).strip()
-            if g.finish_reason == "stop" and said.isprintable() and said and said not in expected:
-                expected.append(said)
-        assert found[text] == expected
-    assert 0 < sum(map(len, found.values())) < 12
-    assert autodan.usable(["", " A b. ", '"A b."', "A.", "A.\nB.", "{q} A.", "B."], "A.") == ["A b.", "B."]
-
-
-@pytest.mark.parametrize(
-    ("reader", "content", "complaint"),
-    [
-        (autodan.read_wrappers, b"{q}\n", "f.txt: holds no wrappers"),
-        (autodan.read_wrappers, b"A. {q}\n\n{q} {q}\n", "f.txt:3: needs {q} exactly once"),
-        (autodan.read_wrappers, b"\xff{q}\n", "f.txt: is not UTF-8"),
-        (autodan.read_rewrites, b"A.\nB.\n", "f.txt: holds no rewritings"),
-        (autodan.read_rewrites, b"A.\tB.\nC. {q}\tD.\n", "f.txt:2: has {q}"),
-        (autodan.read_synonyms, b"old\twise\nnew\n", "f.txt:2: needs a word and its synonyms"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, reader, content, complaint):
-    (tmp_path / "f.txt").write_bytes(content)
-    with pytest.raises(InputError, match=re.escape(complaint)):
-        reader(str(tmp_path / "f.txt"))
-
-
-def test_good_files(tmp_path):
-    """With a byte-order mark or without: it is no part of the first word."""
+def test_files(tmp_path):
+    """With a byte-order mark or without: it is no part of the first word. What is wrong is named by file and line."""
+    file = tmp_path / "f.txt"
     synonyms = {"old": ("wise", "very good"), "new": ("fresh",)}
-    rewrites = {"A b.": ["B a.", "A, b."], "B a.": ["A b.", "A, b."], "A, b.": ["A b.", "B a."], "Alone.": []}
     for reader, text, expected in (
         (autodan.read_wrappers, "A story. {q}\n\n  {q} Go.  \n", ["A story. {q}", "{q} Go."]),
         (autodan.read_synonyms, "Old\twise\tvery good\n\nnew\tfresh\n", synonyms),
-        (autodan.read_rewrites, "A b.\tB a.\tA, b.\n\nAlone.\n", rewrites),
     ):
         for encoding in ("utf-8", "utf-8-sig"):
-            (tmp_path / "f.txt").write_text(text, encoding=encoding)
-            assert reader(str(tmp_path / "f.txt")) == expected
-    assert (autodan.read_wrappers(None), autodan.read_synonyms(None), autodan.read_rewrites(None)) == (
-        list(WRAPPERS),
-        SYNONYMS,
-        {},
-    )
+            file.write_text(text, encoding=encoding)
+            assert reader(str(file)) == expected
+    assert (autodan.read_wrappers(None), autodan.read_synonyms(None)) == (list(WRAPPERS), SYNONYMS)
+    for reader, content, complaint in (
+        (autodan.read_wrappers, b"{q}\n", "f.txt: holds no wrappers"),
+        (autodan.read_wrappers, b"A. {q}\n\n{q} {q}\n", "f.txt:3: needs {q} exactly once"),
+        (autodan.read_wrappers, b"\xff{q}\n", "f.txt: is not UTF-8"),
+        (autodan.read_synonyms, b"old\twise\nnew\n", "f.txt:2: needs a word and its synonyms"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(complaint)):
+            reader(str(file))

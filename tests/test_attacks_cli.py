@@ -4,7 +4,6 @@ The checkpoint is random; it is made to say what a test needs by replacing the s
 """
 
 import argparse
-import errno
 import json
 import math
 from functools import partial
@@ -21,7 +20,7 @@ from backtrack.attacks.no_search import INSTRUCTIONS, PREFILL_LENGTHS, contexts,
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.evaluate.statistics import wilson
 from backtrack.generate import Generation, generate
-from backtrack.judge import Verdict, load_judge
+from backtrack.judge import JudgeFailed, Verdict, load_judge
 from model import InputError, load_model, load_tokenizer
 
 SEARCHES = {"gcg": ("--suffix", " x x x x"), "adaptive-gcg": ("--suffix", " x x x x"), "autodan": ()}
@@ -134,15 +133,14 @@ def test_a_record_can_be_checked(place, prompts, tok, tmp_path, name):
     assert resets > 0
 
 
-@pytest.mark.parametrize("name", ["adaptive-gcg", "autodan"])
-def test_success_is_judged_on_what_survives(place, tmp_path, saying, unsafe, name):
+def test_success_is_judged_on_what_survives(place, tmp_path, saying, unsafe):
     """An unsafe answer that is taken back is none; one that survives is, also after a reset."""
     saying(lambda *_: ("I cannot help with that.", [f"Take {unsafe}."]))
-    for r in attacked(name, place, tmp_path)[0]:
+    for r in attacked("adaptive-gcg", place, tmp_path)[0]:
         assert r["unsafe"] is False and r["success_at"] is None and r["resets"] == 1 and r["evaluations"] == 40
         assert r["discarded"] == [f"Take {unsafe}."]
     saying(lambda *_: (f"Take {unsafe}.", ["I cannot help with that."]))
-    for r in attacked(name, place, tmp_path)[0]:  # without any attack, so at 0 evaluations
+    for r in attacked("adaptive-gcg", place, tmp_path)[0]:  # without any attack, so at 0 evaluations
         assert r["unsafe"] is True and (r["success_at"], r["evaluations"], r["attack"]) == (0, 0, "")
 
 
@@ -190,13 +188,12 @@ def test_success_of_each_variant(place, prompts, tok, tmp_path, saying, unsafe):
 
 def test_a_prompt_without_a_target_is_attacked_by_an_opening(place, prompts, tmp_path):
     bare = tmp_path / "bare.jsonl"
-    bare.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "target"}) + "\n" for row in prompts[:2]))
-    for name in ("adaptive-gcg", "autodan", "prefill"):
-        for r in attacked(name, place, tmp_path, "--prompts", bare, "--opening", "Sure, here")[0]:
-            if name == "prefill":
-                assert [v["prefill"] for v in r["variants"].values()] == ["Sure, here"]
-            else:
-                assert r["success_at"] == 0 or r["target"].startswith("Sure, here")
+    bare.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "target"}) + "\n" for row in prompts[:1]))
+    flags = ("--prompts", bare, "--opening", "Sure, here")
+    [r] = attacked("autodan", place, tmp_path, *flags)[0]
+    assert r["success_at"] == 0 or r["target"] == "Sure, here"
+    [r] = attacked("prefill", place, tmp_path, *flags)[0]
+    assert [v["prefill"] for v in r["variants"].values()] == ["Sure, here"]
 
 
 def test_how_an_answer_goes_on_is_greedy_decoding_with_reset_masked(place, tok):
@@ -238,13 +235,10 @@ def test_contexts_leave_the_question_alone(prompts, tok):
 
 
 def test_a_suffix_may_stand_in_a_first_turn(place, tmp_path):
-    for r in attacked("adaptive-gcg", place, tmp_path, "--place", "first-turn")[0]:
-        assert r["variant"] == "in a first turn"
-        if r["success_at"] != 0:
-            assert [m["role"] for m in r["sent"]] == ["user", "assistant", "user"]
-            assert r["sent"][0]["content"].endswith(r["attack"]) and r["attack"] not in r["sent"][2]["content"]
-    _, said = command(*words("gcg", place, tmp_path / "b.jsonl", "--place", "system"), code=2)
-    assert "no system role" in said
+    for r in attacked("adaptive-gcg", place, tmp_path, "--place", "first-turn", "--limit", 1)[0]:
+        assert r["variant"] == "in a first turn" and r["success_at"] != 0
+        assert [m["role"] for m in r["sent"]] == ["user", "assistant", "user"]
+        assert r["sent"][0]["content"].endswith(r["attack"]) and r["attack"] not in r["sent"][2]["content"]
 
 
 def test_a_universal_suffix_is_tested_on_other_prompts(place, prompts, tmp_path, monkeypatch):
@@ -271,35 +265,30 @@ def test_a_universal_suffix_is_tested_on_other_prompts(place, prompts, tmp_path,
 # ── Going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["gcg", "prefill", "universal-gcg"])
-def test_resuming_gives_the_same_bytes(place, tmp_path, name):
+def test_resuming_gives_the_same_bytes(place, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    command(*words(name, place, whole))
+    command(*words("universal-gcg", place, whole))
     data = whole.read_bytes()
     ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
-    assert len(ends) == 5 + (name == "universal-gcg")
-    for end in (ends[2] + 30, ends[1], ends[0] - 3):  # in a line, after the first, and in the settings
+    assert len(ends) == 6
+    for end in (ends[2] + 30, ends[1]):  # in a line, and after the suffix
         cut.write_bytes(data[:end])
-        if end < ends[0]:
-            cut.unlink()
-        command(*words(name, place, cut))
+        command(*words("universal-gcg", place, cut))
         assert cut.read_bytes() == data
-    printed, said = command(*words(name, place, cut))  # nothing left to do
-    assert cut.read_bytes() == data and "left" not in said and name in printed
+    printed, said = command(*words("universal-gcg", place, cut))  # nothing left to do
+    assert cut.read_bytes() == data and "left" not in said and "universal-gcg" in printed
 
 
 def test_a_prompts_draws_depend_on_seed_and_number_only(place, tmp_path):
     """The first prompt of a set of its own gives the same line in a run that has it alone. And --reset-weight is λ:
     the first loss is the same suffix's, and differs by the penalty, in proportion."""
     both, _ = attacked("gcg", place, tmp_path)
-    one, _ = attacked("gcg", place, tmp_path, "--sets", "seen")
-    other, _ = attacked("gcg", place, tmp_path, "--sets", "seen", "--seed", 1)
-    assert both[:2] == one and [r["losses"] for r in one] != [r["losses"] for r in other]
-    assert [r["losses"][0] for r in one] == [r["losses"][0] for r in other]
-    flags = ("--sets", "seen", "--budget", 1, "--reset-weight")
-    by_weight = [attacked("adaptive-gcg", place, tmp_path, *flags, weight)[0] for weight in (0, 1, 3)]
-    for zero, first, third in zip(*([r["losses"][0] for r in records] for records in by_weight), strict=True):
-        assert first - zero > 0 and third - zero == pytest.approx(3 * (first - zero), abs=1e-3)
+    one, _ = attacked("gcg", place, tmp_path, "--sets", "seen", "--limit", 1)
+    [other], _ = attacked("gcg", place, tmp_path, "--sets", "seen", "--limit", 1, "--seed", 1)
+    assert both[:1] == one and one[0]["losses"] != other["losses"] and one[0]["losses"][0] == other["losses"][0]
+    flags = ("--sets", "seen", "--limit", 1, "--budget", 1, "--reset-weight")
+    zero, first, third = (attacked("adaptive-gcg", place, tmp_path, *flags, w)[0][0]["losses"][0] for w in (0, 1, 3))
+    assert first - zero > 0 and third - zero == pytest.approx(3 * (first - zero), abs=1e-3)
 
 
 def test_other_settings_are_refused(place, tmp_path):
@@ -308,8 +297,6 @@ def test_other_settings_are_refused(place, tmp_path):
     before = out.read_bytes()
     for name, ckpt, more, complaint in (
         ("gcg", "one", ("--seed", 1), "seed 0, now 1"),
-        ("gcg", "one", ("--max-resets", 2), "max_resets 1, now 2"),
-        ("gcg", "one", ("--target-tokens", 3), "target_tokens None, now 3"),
         ("gcg", "one", ("--sets", "seen"), "prompts"),
         ("gcg", "two", (), "weights"),
         ("adaptive-gcg", "one", (), "name gcg, now adaptive-gcg"),
@@ -318,8 +305,8 @@ def test_other_settings_are_refused(place, tmp_path):
         assert f"was begun with {complaint}" in said and out.read_bytes() == before
 
 
-def test_synonyms_from_a_file(place, tmp_path):
-    """What stands in the attack beyond the wrapper's own words comes out of the file; another file is refused."""
+def test_wrappers_and_synonyms_from_files(place, tmp_path):
+    """What stands in the attack comes out of the files; other ones are refused."""
     wrappers, synonyms, out = tmp_path / "w.txt", tmp_path / "s.txt", tmp_path / "a.jsonl"
     wrappers.write_text("Ask me. {q}\nTell them. {q}\n")
     synonyms.write_text("me\tnobody\nthem\teverybody\n")
@@ -397,15 +384,10 @@ def test_bad_input_is_one_line(place, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     long.write_text(json.dumps({"prompt": [{"role": "user", "content": "x " * 400}], "target": "Sure."}) + "\n")
     for more, complaint in (
-        (("--prompts", tmp_path / "gone"), "gone: no such file"),
         (("--prompts", long), "too long"),
         (("--sets", "nowhere"), "--sets nowhere: no such set"),
-        (("--judge", tmp_path / "other.jsonl"), "other.jsonl: not a toy world"),
-        (("--ckpt", tmp_path / "gone"), "gone"),
         (("--budget", 0), "0 is not a positive number"),
-        (("--max-resets", -1), "--max-resets: -1 is not from 0"),
         (("--out", tmp_path / "other.jsonl"), "other.jsonl: holds no answers of this program"),
-        (("--out", tmp_path), str(tmp_path)),
     ):
         _, said = command(*words("gcg", place, out, *more), code=2)
         assert complaint in said
@@ -415,37 +397,27 @@ def test_bad_input_is_one_line(place, tmp_path):
 
 
 def test_what_fails_is_one_line_and_loses_nothing_before_it(place, tmp_path, monkeypatch):
-    """A judge of one's own that raises, and a full disk: the same command goes on from what is saved."""
+    """The judge breaks: the same command goes on from what is saved."""
     out, whole, good = tmp_path / "a.jsonl", tmp_path / "whole.jsonl", load_judge(place / "world.json")
-    command(*words("universal-gcg", place, whole))
+    command(*words("prefill", place, whole))
     calls = []
 
     def judge(prompt, response):
         calls.append(response)
-        if len(calls) == fails_at:
-            raise ValueError("no\nidea")
+        if len(calls) == 10:  # while the second prompt is tested
+            raise JudgeFailed("no idea")
         return good(prompt, response)
 
     monkeypatch.setattr(attacks, "load_judge", lambda *_: judge)
-    fails_at = 10**9
-    command(*words("universal-gcg", place, tmp_path / "b.jsonl"))
-    calls, fails_at = [], len(calls) - 2  # while the second prompt is tested
-    _, said = command(*words("universal-gcg", place, out), code=2)
-    assert "prompts.jsonl:4: the judge" in said and "world.json failed (ValueError: no" in said and "idea" not in said
-    assert out.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:3])  # settings, suffix, a prompt
+    assert "no idea" in command(*words("prefill", place, out), code=2)[1]
+    first = b"".join(whole.read_bytes().splitlines(keepends=True)[:2])  # settings, a prompt
+    assert out.read_bytes() == first
 
-    def full(fd):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(attacks.os, "fsync", full)
-        _, said = command(*words("universal-gcg", place, out), code=2)
-    assert f"{out}: cannot write" in said and "No space left" in said
-    command(*words("universal-gcg", place, out))
+    monkeypatch.undo()
+    command(*words("prefill", place, out))
     assert out.read_bytes() == whole.read_bytes()
 
 
 def test_help_names_the_command_and_its_defaults():
     said, _ = command("gcg", "--help")
     assert said.startswith("usage: python -m backtrack.attacks gcg ") and "(default: 1024)" in " ".join(said.split())
-    assert "python -m backtrack.attacks" in command("gcg", code=2)[1]

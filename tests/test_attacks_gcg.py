@@ -16,7 +16,6 @@ from backtrack.attacks.gcg import Goal, Neighbours, Objective, gcg
 from backtrack.attacks.suffix import (
     Scorer,
     Slots,
-    allowed_ids,
     make_slots,
     suffix_gradient,
     survives,
@@ -110,10 +109,9 @@ def scorings(monkeypatch):
 # ── Loss and gradient ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("rows", [3, 64])
-def test_losses_are_those_of_full_forwards(model, monkeypatch, rows):
+def test_losses_are_those_of_full_forwards(model, monkeypatch):
     """And what precedes the suffix is read once."""
-    slots, fed, forward = slots_of(), [], model.model.forward
+    slots, fed, forward, rows = slots_of(), [], model.model.forward, 3
     suffixes = random_ids(4, 4, 4, 4, vocab=V, seed=1)
     scorer = Scorer(model, slots, rows)
     for m, reset_id, weight in ((2, None, 0.0), (6, 2, 1.0), (1, 2, 7.0)):  # longer, then shorter
@@ -145,7 +143,7 @@ def test_gradient_is_the_finite_difference(model):
     table = model.model.embed_tokens.weight
     tokens = torch.tensor([slots.before + slots.suffix + slots.after + slots.target])
     expected, got = [], []
-    for other in range(0, V, 3):
+    for other in range(0, V, 5):
         position, values = other % 4, []
         for sign in (1, -1):
             mixed = table[slots.suffix[position]] + sign * eps * table[other]
@@ -192,15 +190,6 @@ def test_swaps_are_single_and_among_the_topk_allowed():
     assert neighbours.swaps == 2  # there are 20 of them: look further away
     two = neighbours.draw(gradient, suffix, 100)
     assert max(sum(a != b for a, b in zip(c, suffix, strict=True)) for c in two) == 2
-    few = Neighbours([], torch.tensor([7]), 999, random.Random(0)).draw(gradient, suffix, 50)
-    assert {id for c in few for i, id in enumerate(c) if id != suffix[i]} == {7}
-
-
-def test_special_ids_never_stand_in_a_suffix(toy_tok):
-    allowed = allowed_ids(toy_tok)
-    assert len(allowed) > 500 and not set(allowed) & toy_tok.special_ids
-    assert not set(allowed) & {toy_tok.bos_id, toy_tok.reset_id, *toy_tok.stop_ids}
-    assert all(toy_tok.decode([i]).isprintable() for i in allowed)
 
 
 def test_slots_cut_the_rendered_prompt(toy_tok):
@@ -256,7 +245,7 @@ def test_it_finds_the_best_of_all_two_token_suffixes():
     losses = -logits.log_softmax(-1)[:, range(3), slots.target].mean(-1)
     values = dict(zip(pairs, losses.tolist(), strict=True))
     assert len(values) > 600
-    options = dict(budget=1000, suffix="cc", seed="0", topk=28, rows=16)
+    options = dict(budget=600, suffix="cc", seed="0", topk=28)
     found = gcg(model, TOK, [Goal(ASK, ABCD)], never, **options)
     assert found.losses[-1] == pytest.approx(min(values.values()), abs=2e-4)
     assert found.text == TOK.decode(min(values, key=values.get))
@@ -274,8 +263,7 @@ def test_success_ends_the_search_and_is_dated():
     options = dict(suffix="cccc", seed="1", candidates=8, topk=8)
     found = gcg(letters_model(), TOK, [Goal(ASK, ABCD)], third, budget=500, **options)
     assert found.success_at == found.evaluations < 500 and found.text == asked[-1]
-    assert len(set(asked)) == 3  # each new best once
-    assert len(found.losses) >= 3
+    assert len(set(asked)) == 3 <= len(found.losses)  # each new best once
     one = gcg(letters_model(), TOK, [Goal(ASK, ABCD)], never, budget=1, **options)
     assert one.evaluations == 1 and one.text == "cccc" and one.success_at is None
     with pytest.raises(InputError, match="target is empty"):

@@ -1,4 +1,4 @@
-"""Every attack on every chat template, with the ids that the template gives. The vocabularies are tiny."""
+"""Attacks on every chat template, with the ids that the template gives. The vocabularies are tiny."""
 
 import base64
 import io
@@ -12,7 +12,6 @@ from models import LLAMA, network_of
 
 from backtrack.attacks import __main__ as attacks
 from backtrack.attacks.suffix import Scorer, make_slots, survives, with_suffix
-from backtrack.attacks.table import ATTACKERS
 from backtrack.judge import Verdict
 from data import toy
 from model import load_tokenizer, save_model
@@ -54,7 +53,7 @@ def write_tokenizer(name, directory):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_attack_on_every_template(tmp_path, monkeypatch, name):
+def test_attacks_on_every_template(tmp_path, monkeypatch, name):
     write_tokenizer(name, tmp_path / "tokenizer")
     tok = load_tokenizer(tmp_path / "tokenizer")
     network = network_of(LLAMA, vocab_size=tok.vocab_size, max_position_embeddings=1024)
@@ -69,10 +68,10 @@ def test_every_attack_on_every_template(tmp_path, monkeypatch, name):
         return losses(self, suffixes, *rest)
 
     monkeypatch.setattr(Scorer, "losses", logged)
-    for attack in ATTACKERS.keys() - {"decoding"}:
+    for attack in ("context", "autodan", "adaptive-gcg", "universal-gcg"):  # the others send what these do
         words = [attack, "--ckpt", tmp_path / "model", "--prompts", tmp_path / "p.jsonl", "--judge", "nobody"]
         words += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", 4, "--out", tmp_path / attack]
-        words += ["--budget", 60] if attack in ("gcg", "adaptive-gcg", "universal-gcg", "autodan") else []
+        words += ["--budget", 60] if attack != "context" else []
         words += ["--suffix", " x x x", "--candidates", 8, "--topk", 300] if "gcg" in attack else []
         words += ["--sets", "a", "--optimise", tmp_path / "p.jsonl", "--optimise-sets", "b"] if "uni" in attack else []
         command(attacks.main, *words)
