@@ -29,14 +29,13 @@ def test_every_problem_is_named_with_its_places(tmp_path):
     roles = "'prompt' must hold {'role': system|user|assistant, 'content': string}"
     assert sorted(printed.splitlines()) == sorted(
         [
-            "8 rows, 7 with a rejected answer, 2 unsafe (29% of these), 1 of plain text",
+            "8 rows, 7 with a rejected answer, 2 unsafe, 1 of plain text",
             f"refused by train.py: 2 × not a line of JSON: {mine}:3, {mine}:7",
             f"refused by train.py: 1 × {roles}, not 'tool': {mine}:2",
             f"refused by train.py: 1 × 'unsafe' says that 'rejected' is unsafe, but there is none: {mine}:4",
             f"odd: 1 × text spells special tokens: is a chat template applied already?: {mine}:5 (<|im_start|>)",
             f"odd: 1 × chosen and rejected are the same: {mine}:6",
-            f"odd: 1 × the same row once more: {mine}:8 (as {mine}:1)",
-            f"odd: 1 × the same row in another file: {more}:1 (as {mine}:1)",
+            f"odd: 2 × the same row as before: {mine}:8 (as {mine}:1), {more}:1 (as {mine}:1)",
             f"odd: 1 × the first question is in {prompts}: {more}:2",
         ]
     )
