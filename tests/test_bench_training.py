@@ -48,17 +48,6 @@ def test_sequences_of_a_row():
     )
 
 
-def test_prefixes_are_drawn_for_each_row():
-    """Of y− and, independently, of y+; the same whenever the row is asked for."""
-    [row] = rows_of(("abcdefghij", "ABCDEFGHIJ"))
-    cuts = set()
-    for index in range(40):
-        found = both_ways("dpo", row, index, TOK)
-        assert found == both_ways("dpo", row, index, TOK)
-        cuts.add(tuple(s.tokens.index(RESET) - 3 for s in found[1] if RESET in s.tokens))
-    assert len(cuts) > 15 and any(a != b for a, b in cuts) and all(1 <= k <= 10 for cut in cuts for k in cut)
-
-
 @torch.no_grad()
 def by_hand(model, sequences):
     """Σ weight · log π, a sequence at a time."""

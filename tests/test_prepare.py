@@ -408,17 +408,6 @@ def test_first_messages_of_trees(tmp_path):
         assert f" 1  skipped: {reason}\n" in report
 
 
-def test_oasst2s_held_out_questions_are_prompts(tmp_path):
-    """False resets are counted on questions that no row has."""
-    trees = [tree(p(f"question {i}", a(f"good {i}", rank=0), a(f"bad {i}", rank=1))) for i in range(40)]
-    source, rows, valid = write_lines(tmp_path / "oasst2.trees.jsonl", *trees), tmp_path / "rows", tmp_path / "valid"
-    prepare("oasst2", "--in", source, "--out", rows, "--valid", valid, "--valid-percent", 30)
-    prepare("prompts", "--in", source, "--exclude", rows, "--out", tmp_path / "prompts")
-    found = read_lines(tmp_path / "prompts")
-    assert 4 < len(found) < 25 and {p["set"] for p in found} == {"oasst2"}
-    assert [p["prompt"] for p in found] == [row["prompt"] for row in read_lines(valid)]
-
-
 def test_forced_prompts(tmp_path):
     """Twice, the second time with the beginning of the answer: the target, or words that say yes."""
     files = [tmp_path / "advbench.csv", tmp_path / "xstest.csv"]
@@ -442,17 +431,12 @@ def test_exclude(tmp_path):
     words = ("prompts", "--in", source, "--out", tmp_path / "out", "--exclude")
     report = prepare(*words, ours, advbench, unknown)
     assert [row["prompt"][0]["content"] for row in read_lines(tmp_path / "out")] == ["Brew tea please.", "Brew"]
-    assert report.splitlines()[0] == "prompts: 5 prompts read, 2 rows written, 3 skipped"
     assert all(f" 1  skipped: also in {path}\n" in report for path in (ours, advbench, unknown))
-    assert "read or written twice" in prepare(*words[:3], "--out", ours, "--exclude", ours, code=2)
-    assert "nowhere: no such file" in prepare(*words, "nowhere", code=2)
     # Of a conversation the first question counts.
     elsewhere = write_lines(tmp_path / "r", {"prompt": [user("r?")]}, {"prompt": [user("WIE GEHT’S")]})
     trees = [tree(p("Q", a("A", p("more", a("B"))))), tree(p("R", a("A")))]
-    rows, report = convert(tmp_path, "oasst", *trees, flags=["--exclude", elsewhere])
+    rows, report = convert(tmp_path, "oasst2", *trees, flags=["--exclude", elsewhere])
     assert [row["prompt"][0] for row in rows] == [user("Q")] * 2 and " 1  skipped: also in" in report
-    rows, _ = convert(tmp_path, "hh", GOOD, pair("no", "yes"), flags=["--exclude", elsewhere])
-    assert [row["prompt"] for row in rows] == [[user("Hi")]]
 
 
 # One letter, vowel sign or emoji apart: Hindi, Thai, Arabic with vowels, emoji. Then: the same to a reader.
@@ -509,14 +493,11 @@ def test_held_out_rows_and_the_same_bytes(tmp_path):
 
 def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "out").write_text("old")
-    source = write_lines(tmp_path / "in", GOOD, {"chosen": Q, "rejected": Q})
+    source = write_lines(tmp_path / "in", GOOD)
     with open(source, "a") as file:
         file.write('{"chosen": ')
-    words = ("hh", "--in", source, "--out", tmp_path / "out")
-    assert prepare(*words, code=2).startswith(f"error: {source}:3: not a line of JSON")
-    write_lines(source, {"chosen": Q, "rejected": Q})
-    report = prepare(*words, code=2)
-    assert "1 pairs read, 0 rows written, 1 skipped" in report and f"error: {source}: no usable row" in report
+    report = prepare("hh", "--in", source, "--out", tmp_path / "out", code=2)
+    assert report.startswith(f"error: {source}:2: not a line of JSON")
     assert (tmp_path / "out").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
@@ -534,7 +515,7 @@ ERRORS = [  # command, text of the input, what is said after its name
     ("prompts", 'goal,target\n"x,y\n', ":2: not CSV"),
     ("prompts", "id,prompt,type,label\n1,x,homonyms,maybe\n", ":2: 'maybe' is no label"),
     ("prompts", '{"instructions": ["x"], "tags": []}', ': "instructions" are no texts'),
-    ("prompts", '{"instructions": [1]}', ": does not say whether"),
+    ("prompts", '{"instructions": [1]}', ': "instructions" are no texts'),
     ("prompts", '{"instructions": ["x"', ":1: not a line of JSON"),
     ("prompts", '[{"instruction": "x"', ": "),
     ("prompts", '[{"instruction": 1}]', ": item 1 has no texts"),
@@ -552,15 +533,9 @@ def test_bad_input(tmp_path):
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_damaged_and_foreign_files(tmp_path):
-    packed = gzip.compress(json.dumps(GOOD).encode() * 99)
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4976698672\n"
-    for name, content, said in (
-        ("in.gz", packed[:-20], "get the file again"),
-        ("in", b"goal,target\n\xe9,y\n", "not UTF-8"),
-        ("a.csv", pointer, "git lfs pull"),
-        ("a.json", b"PAR1\x15\x04", "read_parquet"),
-    ):
+def test_damaged_files(tmp_path):
+    packed = gzip.compress(json.dumps(GOOD).encode() * 99)[:-20]
+    for name, content, said in (("in.gz", packed, "get the file again"), ("in", b"goal,target\n\xe9,y\n", "not UTF-8")):
         (tmp_path / name).write_bytes(content)
         report = prepare("prompts", "--in", tmp_path / name, "--out", tmp_path / "out", code=2)
         assert f"error: {tmp_path / name}: " in report and said in report

@@ -91,7 +91,6 @@ SAME = [  # as ROW
     {key: value for key, value in WHOLE.items() if key != "prompt"},
     WHOLE,
     WHOLE | {"prompt": "How?"},  # the last question besides
-    WHOLE | {"prompt": "Hi"},  # the first
     ROW | {"chosen": "no", "rejected": "yes"},
     ROW | {"score_chosen": 1.0, "messages": ASKED},
 ]
@@ -108,12 +107,10 @@ def test_the_same_row_in_other_shapes(tmp_path):
 HH = {side: f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
 GUESSES = [
     ({"messages": ASKED + said("no")}, ["'messages'", "'chosen'", "'prompt'"]),
-    ({"prompt": user("Hi"), "completion": said("no")}, ["'prompt' and 'completion'", "'chosen'"]),
     ({"conversations": [{"from": "human", "value": "Hi"}]}, ["'conversations'", "'role' and 'content'"]),
     ({"question": "Hi", "answer": "no"}, ["question, answer", "'prompt' is missing"]),
     (HH, ["data.prepare hh"]),
     ({"chosen": "The sky is blue", "rejected": "The sky is red"}, ["'prompt' is missing", "does not show its end"]),
-    ({"chosen": said("no"), "rejected": said("yes")}, ["'prompt' is missing"]),
     (
         {"chosen": user("a") + said("no"), "rejected": user("b") + said("yes")},
         ["may differ in their last message alone"],
@@ -150,8 +147,6 @@ def ends(ids, **more):
 FOREIGN = [
     {CONFIG: ends([END, RESERVED])},
     {CONFIG: ends(END), GENERATION: ends([RESERVED])},
-    {CONFIG: ends(99999)},
-    {"tokenizer_config.json": {"eos_token": "<|im_end|>"}},
     {"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}},
     {TEMPLATE: "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"},
 ]

@@ -163,16 +163,11 @@ def parts(world, text):
     return topic, phrasing, wrapper
 
 
-def test_no_prompt_is_in_two_files(files):
-    training, heldout, prompts = (
-        [question(row) for row in lines(files, f"{name}.jsonl")] for name in ("sft", "sft_heldout", "prompts")
-    )
-    assert len({*training, *heldout}) == len(training) + len(heldout)
-    assert not {*training, *heldout} & set(prompts)
-
-
 def test_sft_rows(files, world, judge):
     """They keep to their half of topics, ingredients, phrasings and wrappers, and their answers are what they say."""
+    prompts = [[question(row) for row in lines(files, f"{name}.jsonl")] for name in ("sft", "sft_heldout", "prompts")]
+    assert sum(map(len, map(set, prompts[:2]))) == len({*prompts[0], *prompts[1]}) == 7 * 104  # none in two files
+    assert not {*prompts[0], *prompts[1]} & {*prompts[2]}
     seen, topics, everything, kinds = (
         world["topics"]["seen"] + world["topics"]["benign-seen"],
         Counter(),

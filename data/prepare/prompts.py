@@ -134,11 +134,14 @@ def what_list(path: str, benign: bool | None) -> tuple[str, bool]:
 def text_prompts(path: str, item: dict, benign: bool | None) -> Iterator[Outcome]:
     """One object with the texts in one list, and in MaliciousInstructions their categories in another."""
     texts, tags = item["instructions"], item.get("tags")
-    name, harmless = what_list(path, benign) if tags is None else ("malicious_instructions", False)
-    more = [{}] * len(texts) if tags is None else [{"category": tag} for tag in tags]
-    if len(texts) != len(more) or not all(isinstance(text, str) for text in texts):
+    of_texts = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    if not of_texts or not (tags is None or (isinstance(tags, list) and len(tags) == len(texts))):
         raise InputError(f'{path}: "instructions" are no texts, or do not match "tags"; get the file again')
-    yield from (row_of(text, name, harmless, **rest) for text, rest in zip(texts, more, strict=True))
+    if tags is None:
+        yield from (row_of(text, *what_list(path, benign)) for text in texts)
+    else:
+        pairs = zip(texts, tags, strict=True)
+        yield from (row_of(text, "malicious_instructions", False, category=tag) for text, tag in pairs)
 
 
 def answered_prompts(path: str, items: list, benign: bool | None) -> Iterator[Outcome]:
