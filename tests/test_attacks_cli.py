@@ -329,7 +329,7 @@ def test_table_pools_seeds_and_counts_against_budget(tmp_path):
     """A larger budget is a table row of its own, after the others, and never added to the curve of a smaller one."""
     a = attack_file(tmp_path / "0/a.jsonl", "runs/toy-0/sft", [0, 1, 17, None])
     b = attack_file(tmp_path / "1/a.jsonl", "runs/toy-1/sft", [64, 100, None, None])
-    c = attack_file(tmp_path / "1/b.jsonl", "runs/toy-1/dpo", [None])
+    c = attack_file(tmp_path / "1/b.jsonl", "runs/toy-1/dpo", [None], budget=1000)  # its only budget
     d = attack_file(tmp_path / "0/long.jsonl", "runs/toy-0/sft", [900], budget=1000)
     printed, _ = command("table", d, a, b, c, "--out", tmp_path / "t.json")
     sft, dpo, long = json.loads((tmp_path / "t.json").read_text())["records"]

@@ -10,6 +10,7 @@ from data import check
 
 def test_every_problem_is_named_with_its_places(tmp_path):
     chat = [*user("Hi"), *said("Hello"), *user("How?")]
+    other = {"prompt": [*chat[:2], *user("Why?")], "chosen": said("no"), "rejected": said("yes")}  # begins as chat does
     mine = write(
         tmp_path / "mine.jsonl",
         row_of("Hi there", "no", "yes", unsafe=True),
@@ -23,13 +24,13 @@ def test_every_problem_is_named_with_its_places(tmp_path):
         {"chosen": chat + said("no"), "rejected": chat + said("yes")},
         {"text": "Once"},
     )
-    more = write(tmp_path / "more.jsonl", row_of("Hi there!", "no", "yes"), row_of("D", "yes", "no"))
+    more = write(tmp_path / "more.jsonl", row_of("Hi there!", "no", "yes"), row_of("D", "yes", "no"), other)
     prompts = write(tmp_path / "prompts.jsonl", {"prompt": user("d."), "set": "x", "benign": True})
     printed, _ = command(check.main, mine, more, "--prompts", prompts, code=1)
     roles = "'prompt' must hold {'role': system|user|assistant, 'content': string}"
     assert sorted(printed.splitlines()) == sorted(
         [
-            "8 rows, 7 with a rejected answer, 2 unsafe, 1 of plain text",
+            "9 rows, 8 with a rejected answer, 2 unsafe, 1 of plain text",
             f"refused by train.py: 2 × not a line of JSON: {mine}:3, {mine}:7",
             f"refused by train.py: 1 × {roles}, not 'tool': {mine}:2",
             f"refused by train.py: 1 × 'unsafe' says that 'rejected' is unsafe, but there is none: {mine}:4",
