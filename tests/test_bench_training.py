@@ -115,6 +115,7 @@ def test_sides_that_disagree_end_the_benchmark(monkeypatch):
 
 def test_the_whole_command(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "LLAMA_125M", network_of(LLAMA).config)
+    monkeypatch.setattr(bench.gc, "collect", lambda: None)  # takes a quarter of a second each time
     rows = [row_of(f"Say {i}", "no" * (i % 3 + 1), "yes" * (i % 4 + 1), unsafe=i % 5 > 0) for i in range(40)]
     words = ["--rows", write(tmp_path / "rows.jsonl", *rows), "--tokenizer", tmp_path]
     TOK.save(tmp_path)
