@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model.errors import InputError
-from model.files import write_tensors, write_text
+from model.files import check_file, write_tensors, write_text
 
 
 def minimise(parameters: list[torch.Tensor], loss: Callable[[], torch.Tensor], **options) -> None:
@@ -41,6 +41,14 @@ def is_kind(about: Path, kind: str) -> bool:
         return json.loads(about.read_text(encoding="utf-8")).get("kind") == kind
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def check_out(name: str | Path, kind: str) -> None:
+    """Before the fit: refuse to overwrite anything but another one of this kind."""
+    for path in files_of(name):
+        check_file(path)
+        if path.exists() and not is_kind(files_of(name)[0], kind):
+            raise InputError(f"{path}: exists and is no {kind}; choose another --out")
 
 
 def save(name: str | Path, tensors: dict[str, torch.Tensor], content: dict) -> Path:
