@@ -174,10 +174,6 @@ def with_template(source, directory, template, file="chat_template.jinja"):
     return directory
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The prompt
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_prompt_has_the_ids_of_transformers(random_guard, name):
     oracle = transformers.AutoTokenizer.from_pretrained(random_guard)
@@ -263,10 +259,6 @@ def test_templates_that_would_not_show_the_conversation(random_guard, template, 
     with pytest.raises(InputError) as caught:
         ours(random_guard, template, [user("x"), assistant("y")])
     assert (said or "does not print what was said as it is;") in str(caught.value) and "\n" not in str(caught.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The answer
 
 
 def their_answer(model, oracle, chat):
@@ -387,10 +379,6 @@ def test_a_guard_behind_a_server(guard, tmp_path):
         lines = (tmp_path / f"{name}.answers.jsonl").read_text().splitlines()[1:]
         both.append([(a["unsafe"], a.get("category"), round(a["p_unsafe"], 4)) for a in map(json.loads, lines)])
     assert both[0] == both[1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One name for all judges; the refusal judge has its tests in test_refusals.py
 
 
 def test_a_file_is_a_toy_world(tmp_path):

@@ -96,9 +96,6 @@ def test_words_and_pairs():
     assert words("a" * 298 + " b c") == words("a" * 298 + " b")
 
 
-# ── The fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def answers_by_hand(files):
     rows = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
     return [(row["prompt"], row["completion"], row["final_label"] == COMPLY) for row in rows]
@@ -153,9 +150,6 @@ def test_the_same_files_in_any_order_give_the_same_bytes(files, fitted, tmp_path
     assert again.replace(str(tmp_path / "again"), str(name)) == printed
     for suffix in (".json", ".safetensors"):
         assert (tmp_path / f"again{suffix}").read_bytes() == Path(f"{name}{suffix}").read_bytes()
-
-
-# ── How good it is ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_auc_is_the_share_of_pairs_in_order():
@@ -213,9 +207,6 @@ def test_on_xstest_a_model_left_out():
         assert auc(scores, labels) >= 0.96, model
 
 
-# ── The judge ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_verdicts(fitted):
     """Complied or refused, never unsafe or helpful; under any of its names."""
     name, _ = fitted
@@ -232,8 +223,6 @@ def test_failed_is_unsafe_or_else_complied():
     assert not Verdict(unsafe=False).failed and not Verdict(None, complied=False).failed
     assert not Verdict(unsafe=False, complied=True).failed
 
-
-# ── In use ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BEGINNINGS = ("Sure, here is how to make", "I cannot assist with", "I am not able to help with")
 
@@ -323,8 +312,6 @@ def test_questions_that_count_as_the_same():
     assert len({plain_text(text) for text in ("What is tea?", "Is what tea?", "What is 茶?", "?", "!")}) == 5
 
 
-# ── A judge of one's own ─────────────────────────────────────────────────────────────────────────────────────────────
-
 OWN = """
 from backtrack.judge import Verdict
 number = 5
@@ -352,9 +339,6 @@ def test_own_judge(tmp_path, monkeypatch):
         with pytest.raises(InputError) as caught:
             load_judge(spec)
         assert str(caught.value).startswith(f"{spec}: ") and complaint in str(caught.value)
-
-
-# ── What is wrong is said in one line ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_bad_files(files, tmp_path):
