@@ -153,7 +153,7 @@ def test_it_goes_on_where_it_was_stopped(collected, tmp_path):
     judging.fails_at = None
     _, again, _ = collected()
     assert again == rows and judging.calls and first.isdisjoint(judging.calls[1:])
-    assert "was judged with judge " in collected("--judge", "judging:choosy", code=2)
+    assert "was judged by " in collected("--judge", "judging:choosy", code=2)
 
 
 def test_answers_without_a_verdict_are_left_out_and_told(collected):

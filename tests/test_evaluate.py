@@ -440,7 +440,7 @@ def test_judged_later(place, tmp_path, asked, unbroken):
     assert all(bare[key].items() <= a.items() for key, a in answers_of(out).items())
     (tmp_path / "world2.json").write_bytes((place / "world.json").read_bytes())
     _, said = command(*words(place, *LONG, "--judge", tmp_path / "world2.json", **which), code=2)
-    assert "was judged with judge " in said and "world2.json" in said
+    assert "was judged by " in said and "world2.json" in said
     assert {a["judge"] for a in answers_of(out).values()} == {str(place / "world.json")}
 
 
@@ -891,6 +891,6 @@ def test_a_guards_threshold_is_kept_with_its_verdicts(place, tmp_path, monkeypat
     assert asked == [5, 5, 2] and all(r["unsafe"] == r["n"] for r in result["records"])
     assert all(a["unsafe"] and (a["p_unsafe"], a["threshold"]) == (0.7, 0.6) for a in answers_of(out).values())
     _, said = command(*words(place, "--threshold", 0.8, out=out), code=2)
-    assert "was judged with threshold 0.6, now 0.8" in said
+    assert "was judged by " in said and "0.6" in said and "0.8" in said
     evaluated(place, "--threshold", 0.8, out=tmp_path / "other.json")
     assert not any(a["unsafe"] for a in answers_of(tmp_path / "other.json").values())

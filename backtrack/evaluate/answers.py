@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -38,8 +37,6 @@ from model.files import check_file, locked, write_text
 
 CONDITION = ("on_reset", "reset_bias", "max_resets")
 NO_VERDICT = "no verdict"  # the category of an answer on which a guard gave none
-
-# ── The file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
@@ -105,23 +102,16 @@ class AnswerFile:
                 write_text("".join(json_line(line) + "\n" for line in lines), self.path)
 
 
-# ── Verdicts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def judge_missing(judge: Judge, records: list[dict], prompts: list[Prompt], saved: AnswerFile, args) -> None:
     """Judge those of the records that have no verdict, one after another, and save each with its verdict.
 
     A guard reads --batch-size of them at once. Several ranks share them out. Raises InputError if another judge has
     judged the others.
     """
-    for r in (r for r in records if "judge" in r):
-        for what, before, now in (
-            ("judge", resolved(r["judge"]), resolved(args.judge)),
-            ("threshold", r.get("threshold"), getattr(judge, "threshold", None)),
-        ):
-            if before != now:
-                way_out = "choose another --out or delete it"
-                raise InputError(f"{saved.path}: was judged with {what} {before}, now {now}; {way_out}")
+    now = (resolved(args.judge), getattr(judge, "threshold", None))
+    before = {(resolved(r["judge"]), r.get("threshold")) for r in records if "judge" in r}
+    for other in before - {now}:
+        raise InputError(f"{saved.path}: was judged by {other}, now {now}; choose another --out or delete it")
     todo = [r for r in records if "judge" not in r]
     at_once = (args.batch_size if hasattr(judge, "judge_all") else 1) * parallel.size()
     for start in range(0, len(todo), at_once):
@@ -156,9 +146,6 @@ def failure(answers: list[dict]) -> str:
     return "unsafe" if all("unsafe" in a for a in answers) else "complied"
 
 
-# ── What is asked for, and what is there already ─────────────────────────────────────────────────────────────────────
-
-
 def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     """Every prompt, sample, condition and checkpoint: (the records in that order, made now or read from the file; the
     prompts that are left out)."""
@@ -186,7 +173,7 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
 def answer_missing(prompts: list[Prompt], questions, conditions, judge, saved: AnswerFile, missing: int, args) -> None:
     """Ask every checkpoint, in every condition, for the answers that are not in the file; judge them as they come."""
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    count, began, ticker = 0, time.time(), Ticker()
+    count, ticker = 0, Ticker()
     for ckpt in args.ckpt:
         ask, tok = None, load_tokenizer(ckpt)
         for condition in conditions:
@@ -201,8 +188,7 @@ def answer_missing(prompts: list[Prompt], questions, conditions, judge, saved: A
                 if judge is not None:
                     judge_missing(judge, records, prompts, saved, args)
                 count += len(records)
-                seconds = (time.time() - began) / count * (missing - count)
-                ticker.show(f"{Path(ckpt).name}: {count}/{missing} answers, {seconds:.0f} s left")
+                ticker.show(f"{Path(ckpt).name}: {count}/{missing} answers")
     ticker.done()
 
 
@@ -265,9 +251,6 @@ def answers_file(out: str) -> Path:
     """Beside OUT, and its own for every OUT: eval.json has eval.answers.jsonl, eval.v2 has eval.v2-answers.jsonl."""
     name = str(out)
     return Path(f"{name[:-5]}.answers.jsonl" if name.endswith(".json") else f"{name}-answers.jsonl")
-
-
-# ── Sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def generations(ask, tok, prompts: list[dict], todo: list[tuple[int, int]], options: dict, args) -> Iterator[list]:

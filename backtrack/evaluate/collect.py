@@ -4,20 +4,18 @@
         --out runs/real/rows.jsonl
 
 The model answers every prompt, greedily. On a forbidden prompt (one that is not benign) an answer that the judge calls
-unsafe, or complied, becomes y−; y+ is the prompt's "safe_answer". The row says "unsafe": true. Benign prompts give rows
-without y−: their "reference" or, where they have none or with --benign own, the model's own answer (if it was cut, its
-whole sentences); with --benign both a row of each. A forbidden prompt whose safe answer complies, as a refusal judge
-finds, only looks like the others and counts as benign. We take the model's own answers because they are what it will
-say when it goes wrong; and a model that has never seen its own style in a harmless answer learns to reset at the style.
+unsafe, or complied, becomes y−; y+ is the prompt's "safe_answer". Benign prompts give rows without y−: their
+"reference" or, where they have none or with --benign own, the model's own answer (if it was cut, its whole sentences);
+with --benign both a row of each. A forbidden prompt whose safe answer complies, as a refusal judge finds, counts as
+benign. We take the model's own answers because they are what it will say when it goes wrong; and a model that has never
+seen its own style in a harmless answer learns to reset at the style. With --prefill "Sure, here is" every answer is
+forced to begin so: to learn to leave an answer that was begun for it, a model must have seen some, harmless ones too.
 
     {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
 
-With --prefill "Sure, here is" every answer is forced to begin so: to learn to leave an answer that was begun for it, a
-model must have seen some, and harmless ones too.
-
 The answers and the verdicts are kept beside OUT, in OUT.answers.jsonl, as they come: the same command goes on where it
-was stopped. Prompts whose answer was safe make no rows, nor do answers on which the judge gives no verdict; at the end
-it says how many those were. What the model says to unsafe questions can do harm: keep it out of repositories.
+was stopped. An answer that is safe makes no row, nor does one without a verdict; at the end it says how many those
+were. What the model says to unsafe questions can do harm: keep it out of repositories.
 """
 
 import argparse

@@ -25,7 +25,7 @@ import torch
 
 from backtrack.evaluate.answers import AnswerFile, adding_to, answers_file, generations
 from backtrack.evaluate.prompts import add_device, add_prompts, chosen, prompts_digest
-from backtrack.evaluate.results import write_result
+from backtrack.evaluate.results import print_records, write_result
 from backtrack.evaluate.statistics import wilson
 from backtrack.generate import stream
 from backtrack.judge import judge_all, load_judge, refuse_seen
@@ -116,9 +116,7 @@ def main() -> None:
     if not records:
         raise InputError(f"{args.ckpt}: none of its answers is unsafe anywhere, so there is nothing to hold back")
     write_result(args.out, records=[{"checkpoint": args.ckpt} | record for record in records])
-    for r in records:
-        share = f"{r['seen']} of {r['unsafe']} unsafe answers seen, {r['survived']} survived"
-        print(f"{r['group']}, held back by {r['hold_back']} tokens: {share}, of {r['answers']}")
+    print_records(records)
 
 
 if __name__ == "__main__":

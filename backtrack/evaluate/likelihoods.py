@@ -21,11 +21,10 @@ import random
 import torch
 
 from backtrack.evaluate.prompts import add_device
-from backtrack.evaluate.results import write_result
+from backtrack.evaluate.results import print_records, write_result
 from backtrack.evaluate.statistics import mean_interval, wilson
 from backtrack.judge.refusals import auc
 from backtrack.rows import Row, cut, evenly, load_rows
-from backtrack.run.say import say
 from model import Transformer, load_model, load_tokenizer
 from model.errors import Help, positive, run
 from model.files import check_file
@@ -77,14 +76,6 @@ def kind(row: Row) -> str:
     return "unsafe" if row.unsafe else "worse" if row.rejected else "plain"
 
 
-def print_table(records: list[dict]) -> None:
-    """One line for each checkpoint and kind of rows: the numbers of the file, without the intervals."""
-    for r in records:
-        numbers = {name: value for name, value in r.items() if isinstance(value, int | float)}
-        line = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        print(f"{r['checkpoint']}  {r['rows']}  {line}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
@@ -104,10 +95,9 @@ def main() -> None:
         for name in ("unsafe", "worse", "plain"):
             some = evenly([row for row in rows if kind(row) == name], args.limit)
             if some:
-                say(f"{ckpt}: {len(some)} {name} rows")
                 records.append({"checkpoint": ckpt, "rows": name} | measure(model, some, tok.reset_id))
     write_result(args.out, records=records)
-    print_table(records)
+    print_records(records)
 
 
 if __name__ == "__main__":

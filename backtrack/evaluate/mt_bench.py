@@ -52,8 +52,8 @@ def answer(file: Path, path: Path, ckpt: str, prompts: list[Prompt], args) -> No
     saved = AnswerFile(file, settings, lambda answer: answer["question_id"])
     sampling = {"top_p": args.top_p, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
     left_out, ticker = [], Ticker()
-    for temperature in sorted({temperature_of(q) for q in prompts}):
-        asked = [(i, q) for i, q in enumerate(prompts) if temperature_of(q) == temperature]
+    for temperature in (0.0, *sorted(set(TEMPERATURE.values()))):
+        asked = [(i, q) for i, q in enumerate(prompts) if TEMPERATURE.get(q.get("category"), 0.0) == temperature]
         asked = [(i, q) for i, q in asked if q["question_id"] not in saved.records]
         for start in range(0, len(asked), args.batch_size):
             numbers, batch = zip(*asked[start : start + args.batch_size], strict=True)
@@ -71,10 +71,6 @@ def answer(file: Path, path: Path, ckpt: str, prompts: list[Prompt], args) -> No
     with naming(path):
         write_text("".join(json_line(answer) + "\n" for answer in saved.records.values()), path)
     print(f"wrote {path}")
-
-
-def temperature_of(question: Prompt) -> float:
-    return TEMPERATURE.get(question.get("category"), 0.0)
 
 
 def converse(ask, tok, batch, longest: int, sample_ids, options: dict) -> list[dict | str]:

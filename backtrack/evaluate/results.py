@@ -59,6 +59,15 @@ def commit_of(file: Path) -> str | None:
     return said.strip()
 
 
+def print_records(records: list[dict]) -> None:
+    """A line for each: all that is no list, such as an interval."""
+    for r in records:
+        cells = {
+            name: f"{v:.4g}" if isinstance(v, float) else v for name, v in r.items() if not isinstance(v, list | tuple)
+        }
+        print("  ".join(f"{name} {value}" for name, value in cells.items()))
+
+
 def write_result(path: str, **lists: list[dict]) -> None:
     """A result file: made_by() and lists of records, a line of JSON each, so that a diff shows what changed."""
     text = json.dumps(made_by(), indent=1)[:-2]

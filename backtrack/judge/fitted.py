@@ -62,10 +62,10 @@ def save(name: str | Path, tensors: dict[str, torch.Tensor], content: dict) -> P
 def load(name: str | Path, kind: str, use: Callable[[dict, dict[str, torch.Tensor]], object]):
     """use(content, tensors) of the two files. Raises InputError if they are damaged, or not of this kind."""
     about, file = files_of(name)
+    if not is_kind(about, kind):
+        raise InputError(f"{about}: is no {kind}")
     try:
         content = json.loads(about.read_text(encoding="utf-8"))
-        if content["kind"] != kind:
-            raise InputError(f"{about}: is no {kind}")
         if digest(file) != content["weights_sha256"]:
             raise InputError(f"{file}: does not belong to {about}; fit it again")
         return use(content, load_file(file))

@@ -59,13 +59,12 @@ def guard_judge(
         found, prompts = {}, {}
         for i, (prompt, response) in enumerate(conversations):
             try:
-                ids = guard_prompt(tok, template, [*prompt, {"role": "assistant", "content": response}])
-                if len(ids) + FIRST_TOKENS + ANSWER_TOKENS > guard.positions:
-                    has = f"{len(ids)} tokens, and the guard has {guard.positions} positions"
-                    raise InputError(f"the conversation is too long: {has}")
-                prompts[i] = ids
+                prompts[i] = guard_prompt(tok, template, [*prompt, {"role": "assistant", "content": response}])
             except InputError as error:
                 found[i] = error
+            if len(prompts.get(i, ())) + FIRST_TOKENS + ANSWER_TOKENS > guard.positions:
+                has = f"{len(prompts.pop(i))} tokens, and the guard has {guard.positions} positions"
+                found[i] = InputError(f"the conversation is too long: {has}")
         order = sorted(prompts, key=lambda i: len(prompts[i]))  # little padding
         for batch in (order[start : start + BATCH] for start in range(0, len(order), BATCH)):
             found |= zip(batch, verdicts(guard, tok, [prompts[i] for i in batch], threshold, categories), strict=True)
@@ -130,26 +129,22 @@ class GuardHere:
             odds.append(logits[:, unsafe] - logits[:, safe])
 
         found = self.generate(prompts, stop_ids=[], max_new_tokens=FIRST_TOKENS, watch=watch)
-        return [(g.tokens, of_row) for g, of_row in zip(found, torch.stack(odds, 1).tolist(), strict=True)]
+        return list(zip([g.tokens for g in found], torch.stack(odds, 1).tolist(), strict=True))
 
 
 class GuardThere:
     """The same behind a vLLM server."""
 
     def __init__(self, url: str, directory: str | Path, tok):
-        self.server = remote.look_for(url, str(directory))
-        self.positions = self.server.max_position_embeddings
-        name = self.server.name
-        self.generate = partial(remote.generate, self.server.url, name, reset_id=None, vocab_size=tok.vocab_size)
+        self.server = server = remote.look_for(url, str(directory))
+        self.positions = server.max_position_embeddings
+        self.generate = partial(remote.generate, server.url, server.name, reset_id=None, vocab_size=tok.vocab_size)
 
     def first(self, prompts: list[list[int]], safe: int, unsafe: int) -> list[tuple[list[int], list[float]]]:
-        def one(prompt):
-            ids, logprobs = remote.first_ids(self.server, prompt, FIRST_TOKENS)
-            # A word that is not among the likeliest is as good as impossible.
-            return ids, [among.get(unsafe, -1e3) - among.get(safe, -1e3) for among in logprobs]
-
         with ThreadPoolExecutor(BATCH) as threads:
-            return list(threads.map(one, prompts))
+            found = threads.map(lambda prompt: remote.first_ids(self.server, prompt, FIRST_TOKENS), prompts)
+        # A word that is not among the likeliest is as good as impossible.
+        return [(ids, [a.get(unsafe, -1e3) - a.get(safe, -1e3) for a in likeliest]) for ids, likeliest in found]
 
 
 def guard_template(directory: str | Path, tok) -> Callable[[list[dict]], str]:

@@ -79,9 +79,6 @@ def words(text: str) -> list[str]:
     return sorted({*singles, *pairs})
 
 
-# ── Fitting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def fit(answers: list[Answer]) -> Refusals:
     """Minimise the logistic loss plus L2/2 · |weights|². It is convex: there is one answer, and no seed."""
     vocabulary = shared_words(answers)
@@ -144,9 +141,6 @@ def auc(scores: list[float], labels: list[bool]) -> float:
         return math.nan
     below = sum(bisect_left(zeros, score) + bisect_right(zeros, score) for score in ones) / 2
     return round(below / (len(ones) * len(zeros)), 4)
-
-
-# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_answers(paths: list[str]) -> list[Answer]:
