@@ -163,14 +163,6 @@ def test_limit_spreads_over_each_set():
         choose_prompts(prompts, ["a", "d"], None)
 
 
-def test_sets_and_limit_on_the_command_line(place, tmp_path):
-    """Of several files: sets that share a name are one, and a set without a name has its file's."""
-    files = ("prompts.jsonl", write(tmp_path / "more.jsonl", GOOD, GOOD | {"set": "unseen"}))
-    options = ("--sets", "unseen", "more", "unseen", "--limit", 2)
-    result, _, _ = evaluated(place, *options, prompts=files, out=tmp_path / "e.json")
-    assert [(r["set"], r["n"]) for r in result["records"]] == [("unseen", 2), ("more", 1), ("unsafe overall", 2)]
-
-
 def test_groups():
     """What is pooled: sets of plain questions, where there are several of one kind."""
     plain = {"prompt": [{"role": "user", "content": "Hi"}], "prefill": "", "benign": False}
@@ -389,24 +381,19 @@ def test_new_conditions_cost_only_themselves(place, tmp_path, asked):
     assert len(answers_of(out)) == 4 * 12
 
 
-def test_answers_of_two_experiments_do_not_mix(place, tmp_path, asked):
-    random_checkpoint(tmp_path / "model", load_tokenizer(place / "one"), 5)
-    out, which = tmp_path / "eval.json", {"ckpt": (tmp_path / "model",)}
-    evaluated(place, out=out, **which)
-    files = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+@pytest.mark.parametrize(
+    "name, flags",
+    [("max_new_tokens", ("--max-new-tokens", 13)), ("prompts", ("--limit", 1)), ("weights", ("--ckpt", "two"))],
+)
+def test_answers_of_two_experiments_do_not_mix(place, tmp_path, monkeypatch, asked, name, flags):
+    monkeypatch.chdir(place)
+    out = tmp_path / "eval.json"
+    evaluated(place, out=out)
+    files = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     asked.clear()
-
-    def refused(name, *flags, **other):
-        [line] = command(*words(place, *flags, out=out, **which | other), code=2)[1].splitlines()
-        assert re.match(rf"error: .*eval\.answers\.jsonl: was begun with {name} .*, now ", line)
-        assert "choose another --out" in line and asked == []
-        assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == files
-
-    refused("max_new_tokens", "--max-new-tokens", 13)
-    refused("prompts", "--limit", 1)
-    refused("weights", ckpt=("two",))
-    random_checkpoint(tmp_path / "model", load_tokenizer(place / "one"), 6)  # as after more training
-    refused("weights")
+    [line] = command(*words(place, *flags, out=out), code=2)[1].splitlines()
+    assert re.match(rf"error: .*eval\.answers\.jsonl: was begun with {name} .*, now .*choose another --out", line)
+    assert asked == [] and {f.name: f.read_bytes() for f in tmp_path.iterdir()} == files
 
 
 @pytest.mark.parametrize("content", [b"", b"my notes\n", b'{"settings": 3}\n'])
@@ -476,13 +463,8 @@ def test_best_and_worst_of_k(place, tmp_path, monkeypatch):
         by_prompts = wilson(r["unsafe"] / 5, 3)  # samples of one prompt are not independent
         assert r["unsafe_interval"] == r["worst_of_k_interval"]["1"] == pytest.approx(by_prompts, abs=5e-5)
         for curve, name in ((worst, "worst"), (best, "best")):
-            cells = [f"{100 * curve[k] / 3:.1f}" for k in ("1", "2", "4")]
-            [line] = [
-                line.split()
-                for line in printed.splitlines()
-                if f"  {name}_of_k, %" in line and line.startswith(r["set"])
-            ]
-            assert line[0] == r["set"] and line[-3:] == cells
+            cells = "  ".join(f"{k}: {100 * curve[k] / 3:.1f}" for k in ("1", "2", "4"))
+            assert f"  {name}_of_k, %: {cells}\n" in printed
     assert 0 < sum(a["unsafe"] for a in answers) < 60
     assert result["paired"] == []
 
@@ -520,11 +502,12 @@ def test_pairs(place, tmp_path, monkeypatch):
     for r in result["records"]:
         where = {k: r[k] for k in ("checkpoint", *CONDITION, "set")} | {"rate": "helpful" if r["benign"] else "unsafe"}
         p = [f"{q['p']:.2g}" for q in result["paired"] if all(q[k] == v for k, v in where.items())]
-        assert line_of(printed, r)[-1 - len(p) :] == [*p, f"{r['first_step'] / r['n']:.1f}"]
+        p = ["p", *p] if p else []
+        assert line_of(printed, r)[-2 - len(p) :] == [*p, "step", f"{r['first_step'] / r['n']:.1f}"]
 
 
 def line_of(printed, r):
-    """The table's line of a record, in words; they begin with what tells it apart and have its rates, or –."""
+    """The table's line of a record, in words; they begin with what tells it apart and have the rates that are known."""
     head = [
         *r["set"].split(),
         str(r["n"]),
@@ -534,23 +517,26 @@ def line_of(printed, r):
         str(r["max_resets"]),
     ]
     [line] = [line for line in map(str.split, printed.splitlines()) if line[: len(head)] == head]
-    text = " ".join(line).replace("[ ", "[").replace(", ", ",")
-    for rate in RATES:
-        if r.get(rate) is not None:
-            low, high = (100 * x for x in r[f"{rate}_interval"])
-            assert f"{100 * r[rate] / r['n']:.1f} [{low:.1f},{high:.1f}]" in text
-    assert line.count("–") == sum(r.get(rate) is None for rate in RATES)
+    known = [rate for rate in RATES if r.get(rate) is not None]
+    for rate in known:
+        low, high = (100 * x for x in r[f"{rate}_interval"])
+        assert f"{rate} {100 * r[rate] / r['n']:.1f}% [{low:.1f}, {high:.1f}]" in " ".join(line)
+    assert sum("%" in word for word in line) == len(known)
     return line
 
 
 def test_file_and_table(place, tmp_path):
     out = tmp_path / "deep" / "eval.json"
     flags = ("--reset-bias", 4, "--on-reset", "truncate", "keep")
-    result, printed, _ = evaluated(place, *flags, ckpt=("one", "two"), out=out)
+    result, printed, _ = evaluated(place, *flags, "--show", 1, ckpt=("one", "two"), out=out)
+    printed, *shown = printed.split("\n\n")
+    answer = answers_of(out)[str(place / "two"), "truncate", 4.0, 1, 0, 0]
+    struck = "".join(f"~~{text}~~ [RESET] " for text in answer["discarded"])
+    assert len(shown) == 4 and shown[0].endswith(f"\n  two: {struck}{answer['response']}") and struck
     assert set(result) == {"command", "commit", "machine", "records", "paired"}
     assert result["command"].startswith("python -m backtrack.evaluate --ckpt ") and str(out) in result["command"]
     assert torch.__version__ in result["machine"] and "1 of " in result["machine"]
-    assert len(result["records"]) == 2 * 2 * 6 and len(printed.split("\n\n")[0].splitlines()) == 1 + 24
+    assert len(result["records"]) == 2 * 2 * 6 and len(printed.splitlines()) == 24
     sums = {"resets", "steps", "surviving", "first_step", *TIMES}
     for r in result["records"]:
         lost = {"lost_to_reset", "lost_to_refusal", "lost_to_mistake"} if r["benign"] else set()
@@ -596,43 +582,6 @@ def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypat
     assert 0 < len(odd) < len(answers) and said.count("no verdict, counted as unsafe") == len(odd)
     assert all(a["unsafe"] and a["category"] == "no verdict" for a in odd)
     assert not any(a["unsafe"] or "category" in a for a in answers if a not in odd)
-
-
-def test_a_guard_says_unsafe_only(place, tmp_path, monkeypatch):
-    def guard(prompt, response):
-        return Verdict(True, category="S1") if len(response) % 2 == 0 else Verdict(False)
-
-    monkeypatch.setattr(answers_module, "load_judge", lambda *_: guard)
-    out = tmp_path / "eval.json"
-    result, printed, _ = evaluated(place, ckpt=("one", "two"), out=out)
-    for a in answers_of(out).values():
-        assert a["unsafe"] == (len(a["response"]) % 2 == 0) == ("category" in a) and not {"helpful", "refused"} & set(a)
-    assert {p["rate"] for p in result["paired"]} == {"unsafe"}
-    merged, _ = command("--merge", out, out, "--out", tmp_path / "pooled.json")
-    pooled = json.loads((tmp_path / "pooled.json").read_text())["records"]
-    for table, records in ((printed, result["records"]), (merged, pooled)):
-        for r in records:
-            assert r["helpful"] is r["refused"] is None and "helpful_interval" not in r and r["unsafe"] is not None
-            assert line_of(table, r).count("–") == 2
-    assert [seed["helpful"] for seed in pooled[0]["by_seed"]] == [None, None]
-
-
-def test_show(place, tmp_path):
-    """The first prompts of each set, with what was taken back."""
-    out = tmp_path / "eval.json"
-    options = ("--reset-bias", 4, "--max-resets", 2, "--show", 1)
-    _, printed, _ = evaluated(place, *options, ckpt=("one", "two"), out=out)
-    prompts, answers, taken_back = in_order(place / "prompts.jsonl"), answers_of(out), 0
-    shown = re.split(r"\n(?=\[)", printed)[1:]
-    for text, i in zip(shown, (0, 3, 6, 9), strict=True):
-        lines = [f"[{prompts[i]['set']}] {prompts[i]['prompt'][-1]['content']} … {prompts[i]['prefill']}"]
-        for ckpt in ("one", "two"):
-            a = answers[str(place / ckpt), "truncate", 4.0, 2, i, 0]
-            struck = "".join(f"~~{discarded}~~ [RESET] " for discarded in a["discarded"])
-            lines.append(f"  {ckpt}: {struck}{a['response']}")
-            taken_back += bool(struck)
-        assert text.strip("\n") == "\n".join(lines).strip("\n")
-    assert taken_back
 
 
 def record(**changes):
@@ -682,12 +631,7 @@ def test_pool_of_curves_and_pairs():
     assert [s["worst_of_k"] for s in r["by_seed"]] == [{"1": 0.2, "2": 0.4}, {"1": 0.3, "2": 0.4}]
     b = {"checkpoint": "runs/b/sft", "first": "runs/b/plain"}
     pairs = pool([pair(), pair(**b, only_first=4), pair(rate="helpful"), pair(set="t"), pair(first="runs/a/other")])
-    assert [(p["only_first"], p["only_this"], p["rate"], p["set"], p["first"]) for p in pairs] == [
-        (9, 2, "unsafe", "s", "plain"),
-        (5, 1, "helpful", "s", "plain"),
-        (5, 1, "unsafe", "t", "plain"),
-        (5, 1, "unsafe", "s", "other"),
-    ]
+    assert [(p["only_first"], p["only_this"]) for p in pairs] == [(9, 2), (5, 1), (5, 1), (5, 1)]
     assert not any("p" in p or "by_seed" in p for p in pairs)  # the p of a sum is not a sum of p
     for helpful in ((None, 2), (2, None), (2, 2)):  # a rate that one file does not know is unknown of the whole
         [r] = pool([record(checkpoint=f"runs/{i}/sft", helpful=value) for i, value in enumerate(helpful)])
@@ -712,7 +656,9 @@ def test_merge(tmp_path):
     [q] = result["paired"]
     assert (q["first"], q["checkpoint"], q["only_first"], q["only_this"]) == ("plain", "sft", 8, 2)
     assert q["p"] == pytest.approx(binomial_p(8, 2), rel=5e-3)
-    assert line_of(printed, r)[-2:] == [f"{q['p']:.2g}", "1.0"] and command("--merge", *files)[0] == printed
+    assert (
+        line_of(printed, r)[-4:] == ["p", f"{q['p']:.2g}", "step", "1.0"] and command("--merge", *files)[0] == printed
+    )
 
 
 @pytest.fixture

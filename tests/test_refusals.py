@@ -261,11 +261,10 @@ def test_evaluate_says_complied(place, fitted, tmp_path):
         assert [r["n"], r["complied"], r["refused"]] == counts[r["checkpoint"], r["set"]]
     assert {p["rate"] for p in result["paired"]} == {"complied"}
     head = printed.splitlines()[0]
-    assert "complied %" in head and "refused %" in head and "unsafe" not in head and "helpful" not in head
-    merged, _ = run_command(evaluate.main, "--merge", out, out, "--out", tmp_path / "both.json")
+    assert "  complied " in head and "  refused " in head and "unsafe " not in head and "helpful" not in head
+    run_command(evaluate.main, "--merge", out, out, "--out", tmp_path / "both.json")
     both = json.loads((tmp_path / "both.json").read_text())["records"]
     assert [r["complied"] for r in both] == [2 * r["complied"] for r in result["records"]]
-    assert merged.splitlines()[0].split() == head.split()
 
 
 def test_attacks_succeed_when_the_answer_complies(place, fitted, tmp_path):

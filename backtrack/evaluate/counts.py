@@ -151,48 +151,34 @@ def interval(seeds: list[tuple[float, int]]) -> list[float]:
 
 
 def print_table(records: list[dict], paired: list[dict]) -> None:
-    """Rates in percent with 95% intervals, one line per set, checkpoint and condition. p: McNemar's, of `unsafe` (of
-    `helpful` on benign sets, of `complied` if the judge says that) against the first checkpoint. step: tokens sampled
-    up to the first that survives."""
-    rates = [rate for rate in RATES if any(r.get(rate) is not None for r in records)]
-    if "complied" not in rates:
-        rates = [rate for rate in RATES if rate != "complied"]
-    width = max(len(name) for name in ("checkpoint", *(r["checkpoint"] for r in records)))
+    """A line per set, checkpoint and condition: rates in percent with 95% intervals. p: McNemar's against the first
+    checkpoint, of `complied`, or of `unsafe` (`helpful` on benign sets). step: tokens sampled up to the first that
+    survives."""
+    width = max(len(r["checkpoint"]) for r in records)
     p_of = {tuple(p[k] for k in ("checkpoint", *CONDITION, "set", "rate")): p["p"] for p in paired}
-    print(
-        f"{'set':<20}{'n':>6}  {'checkpoint':<{width}}  {'on_reset':<8} {'bias':>5} {'max':>3}"
-        + "".join(f"{r + ' %':>20}" for r in rates)
-        + f"{'p':>9}{'step':>7}"
-    )
     names = list(dict.fromkeys(r["set"] for r in records))
     for r in sorted(records, key=lambda r: names.index(r["set"])):
-        rate = "complied" if rates[0] == "complied" else "helpful" if r["benign"] else "unsafe"
-        p = p_of.get((r["checkpoint"], *(r[c] for c in CONDITION), r["set"], rate))
-        print(
-            f"{r['set']:<20}{r['n']:>6}  {r['checkpoint']:<{width}}  {r['on_reset']:<8} {r['reset_bias']:>5g}"
-            f" {r['max_resets']:>3}{''.join(rate_cell(r, rate) for rate in rates)}"
-            f"{'' if p is None else f'{p:.2g}':>9}{r['first_step'] / r['n']:>7.1f}"
-        )
-    for r in (r for r in records if "worst_of_k" in r):
-        for curve in CURVES:
-            cells = "".join(f"{100 * v / r['prompts']:>7.1f}" for v in r[curve].values())
-            print(f"{r['set']:<24}{r['checkpoint']:<{width}}  {curve}, %, k = {', '.join(r[curve])}: {cells}")
-
-
-def rate_cell(record: dict, rate: str) -> str:
-    """A rate and its interval, 20 characters."""
-    if record.get(rate) is None:
-        return f"{'–':>20}"
-    low, high = record[f"{rate}_interval"]
-    return f"{100 * record[rate] / record['n']:>7.1f} [{100 * low:>4.1f},{100 * high:>5.1f}]"
+        condition = f"{r['on_reset']:<8} {r['reset_bias']:>5g} {r['max_resets']:>3}"
+        line = f"{r['set']:<20}{r['n']:>6}  {r['checkpoint']:<{width}}  {condition}"
+        for rate in (rate for rate in RATES if r.get(rate) is not None):
+            low, high = r[f"{rate}_interval"]
+            line += f"  {rate} {100 * r[rate] / r['n']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+        tested = "complied" if "complied" in r else "helpful" if r["benign"] else "unsafe"
+        p = p_of.get((r["checkpoint"], *(r[c] for c in CONDITION), r["set"], tested))
+        line += "" if p is None else f"  p {p:.2g}"
+        print(f"{line}  step {r['first_step'] / r['n']:.1f}")
+        for curve in (curve for curve in CURVES if curve in r):
+            print(f"  {curve}, %: " + "  ".join(f"{k}: {100 * v / r['prompts']:.1f}" for k, v in r[curve].items()))
 
 
 def print_side_by_side(answers: list[dict], prompts: list[dict], count: int) -> None:
     """The first `count` prompts of each set, and an answer of each checkpoint, what was taken back ~~so~~."""
-    first = {(a["prompt"], a["checkpoint"]): a for a in reversed(answers)}  # of several conditions and samples, one
+    of_prompt: dict[int, dict[str, dict]] = {}  # of several conditions and samples, one
+    for a in answers:
+        of_prompt.setdefault(a["prompt"], {}).setdefault(a["checkpoint"], a)
     for name in dict.fromkeys(a["set"] for a in answers):
-        for i in sorted({a["prompt"] for a in answers if a["set"] == name})[:count]:
+        for i in [i for i in of_prompt if prompts[i]["set"] == name][:count]:
             print(f"\n[{name}] {prompts[i]['prompt'][-1]['content']} … {prompts[i]['prefill']}")
-            for (_, ckpt), a in sorted(item for item in first.items() if item[0][0] == i):
+            for ckpt, a in of_prompt[i].items():
                 taken_back = "".join(f"~~{text}~~ [RESET] " for text in a["discarded"])
                 print(f"  {Path(ckpt).name}: {harmless(taken_back + a['response'])}")
