@@ -66,6 +66,13 @@ def collected(place, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "judging", raising=False)
     out = tmp_path / "rows.jsonl"
 
+    def many_stops(path):  # random models do not say the real one
+        tok = load_tokenizer(path)
+        tok.stop_ids = [*tok.stop_ids, *set(range(300, 1000, 16)) - {tok.reset_id, *tok.encode("Sure, here is")}]
+        return tok
+
+    monkeypatch.setattr(collect, "load_tokenizer", many_stops)
+
     def run(*flags, code=0):
         words = ("--ckpt", place / "one", "--prompts", place / "prompts.jsonl", "--judge", "judging:odd")
         more = ("--device", "cpu", "--dtype", "float32", "--max-new-tokens", 20, "--out", out)
@@ -106,6 +113,7 @@ def test_every_row(collected, place, tmp_path, benign, judge):
             row = {"prompt": p["prompt"], "chosen": answer(SAFE), "rejected": answer(text_of(p)), "unsafe": True}
             expected.append(row)
     assert rows == expected and 0 < sum("unsafe" in row for row in rows) < len(rows)
+    assert any(row["chosen"] not in (answer(t) for t in (SAFE, NOT_SAFE, "Of course.")) for row in rows)
     if judge == "odd":
         assert "4  unsafe question, left out: its safe answer is not safe" in said
     assert len(load_rows([str(tmp_path / "rows.jsonl")], load_tokenizer(place / "one"), 256)) == len(rows)

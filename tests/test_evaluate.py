@@ -25,7 +25,7 @@ from samples import write
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.evaluate import answers as answers_module
 from backtrack.evaluate import mt_bench, results
-from backtrack.evaluate.counts import groups, pool
+from backtrack.evaluate.counts import groups, pool, with_intervals
 from backtrack.evaluate.prompts import choose_prompts, read_prompts
 from backtrack.evaluate.statistics import wilson, wilson_of_worlds
 from backtrack.generate import Done, Reset, Token, stream
@@ -629,6 +629,8 @@ def test_pool_of_curves_and_pairs():
     [r] = pool(curves)
     assert r["worst_of_k"] == {"1": 11.0, "2": 16.0} and r["best_of_k"] == {"1": 11.0, "2": 3.5}
     assert [s["worst_of_k"] for s in r["by_seed"]] == [{"1": 0.2, "2": 0.4}, {"1": 0.3, "2": 0.4}]
+    with_intervals([r], [])
+    assert r["best_of_k_interval"]["2"] == pytest.approx(wilson_of_worlds([(0.5, 10), (3.0, 30)]), abs=5e-5)
     b = {"checkpoint": "runs/b/sft", "first": "runs/b/plain"}
     pairs = pool([pair(), pair(**b, only_first=4), pair(rate="helpful"), pair(set="t"), pair(first="runs/a/other")])
     assert [(p["only_first"], p["only_this"]) for p in pairs] == [(9, 2), (5, 1), (5, 1), (5, 1)]

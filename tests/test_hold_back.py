@@ -32,8 +32,8 @@ def test_every_number_by_hand():
     """An exclamation mark is what nobody should see. Row 0 says it as the third of four, row 1 of five, row 2 lets it
     stand, row 3 never says it; row 4 was forced to."""
     answers = [ids_of("a b ! c", "d"), ids_of("a b ! c d", "d"), ids_of("a ! b"), ids_of("a b", "c")]
-    answers.append([[1, *ids_of("! b")[0]], *ids_of("c")])
-    prefill = [[], [], [], [], [1, ids_of("!")[0][0]]]
+    answers.append(ids_of("! a b", "c"))
+    prefill = [[], [], [], [], ids_of("! a")[0]]
     found = hold_back.measure(answers, prefill, [{"prompt": user("x")}] * 5, judge, toy_tokenizer())
     asked = {r["hold_back"]: r["seen"] for r in found if r["group"] == "asked"}
     forced = {r["hold_back"]: r["seen"] for r in found if r["group"] == "forced"}
