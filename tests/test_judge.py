@@ -298,7 +298,7 @@ def test_verdicts_are_what_transformers_answers(guard):
         said, p = their_answer(theirs, oracle, [*prompt, assistant(response)])
         assert verdict.p_unsafe == pytest.approx(p, abs=1e-4)
         first, *rest = said.strip().split("\n")
-        assert verdict == Verdict(first == "unsafe", category=rest[0] if rest else None)
+        assert verdict == Verdict(first == "unsafe", category=rest[0] if first == "unsafe" and rest else None)
     assert {v.category for v in judge_all(judge, conversations)} == {"S3", None}
     assert judge(*conversations[-2]) == Verdict(True, category="S3") and not judge(*conversations[-1]).unsafe
 
@@ -366,7 +366,7 @@ def test_a_guard_behind_a_server(guard, tmp_path):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--ckpt", guard, "--prompts", prompts, "--max-new-tokens", 4, "--device", "cpu", "--judge", guard]
     command(evaluate.main, *words, "--out", tmp_path / "here.json")
-    conversations = list(many(6))
+    conversations = list(many(12))
     with serving(load_model(guard), name=str(guard), longest=1024) as server:
         command(evaluate.main, *words, "--judge-url", server.url, "--out", tmp_path / "there.json")
         assert server.requests  # or the guard was asked here

@@ -173,7 +173,7 @@ def test_collect_leaves_long_prompts_out(place, tmp_path):
         (user("a") + said("b"), "'prompt' must end with a user message"),
         ([{"content": "a"}], "'prompt' must hold"),
         ([{"role": "system", "content": "a"}, *user("b")], "Gemma's chat format has no system role"),
-        (user("a") + user("b"), "message 1 is the user's; Gemma's chats go user, assistant"),
+        (user("a") + user("b"), "turn 1 is the user's; these chats go user, assistant"),
     ],
 )
 def test_a_bad_chat_names_file_and_line_everywhere(place, tmp_path, prompt, complaint):
