@@ -256,11 +256,16 @@ def as_conversation(row: object, where: str) -> object:
             f"{where}: 'prompt' is missing, and a text does not show its end; {way_out}"
         )
     for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-        if isinstance(row.get(key), str):
-            row[key] = [{"role": role, "content": row[key]}]
-        if isinstance(row.get(key), list):
-            row[key] = [joined_parts(message) for message in row[key]]
+        if key in row:
+            row[key] = as_messages(row[key], role)
     return prompt_apart(row, where)
+
+
+def as_messages(value: object, role: str) -> object:
+    """A text -> one message; contents in parts -> strings; the rest is for check_messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [joined_parts(message) for message in value] if isinstance(value, list) else value
 
 
 def joined_parts(message: object) -> object:

@@ -134,9 +134,9 @@ $(RESULTS)/toy-%.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/%.json)
 $(RESULTS)/toy-training.json: $(foreach seed,$(TRAINING_SEEDS),$(RUNS)/toy-$(seed)/training.json)
 	$(PY) -m backtrack.evaluate --merge $^ --out $@
 
-# What makes it say [RESET], and which resets save an answer.
-$(RESULTS)/toy-triggers.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/sft.done)
-	$(PY) -m backtrack.evaluate.triggers --worlds $(^:/sft.done=) --out $@
+# p([RESET]) along two answers of one world.
+$(RESULTS)/toy-triggers.json: $(RUNS)/toy-$(firstword $(TEST_SEEDS))/sft.done
+	$(PY) -m backtrack.evaluate.triggers --world $(<:/sft.done=) --out $@
 
 # A clone has the tables already: so first what they are made of, or make would find nothing to do.
 MEASURED = $(foreach experiment,$(filter-out training triggers,$(EXPERIMENTS)), \

@@ -9,39 +9,37 @@ import sys
 from functools import partial
 
 import pytest
+from command import command as run_command
+from samples import said as answer
+from samples import write
+from test_evaluate import furnish
 
 from backtrack.evaluate import collect
 from backtrack.rows import load_rows
 from model import load_tokenizer
-from tests.command import command as run_command
-from tests.test_evaluate import furnish
 
 command = partial(run_command, collect.main)
 JUDGE = """
 from backtrack.judge import Verdict
 from model import InputError
 
+calls, fails_at = [], None
+
 def odd(prompt, response):
+    calls.append((prompt[0]["content"], response))
+    if len(calls) == fails_at:
+        raise ConnectionError("gone\\naway")
     return Verdict(unsafe=len(response) % 2 == 1)
 
 def odd_complies(prompt, response):
     return Verdict(unsafe=None, complied=len(response) % 2 == 1)
-
-calls, fails_at = [], None
-
-def counted(prompt, response):
-    calls.append((prompt[0]["content"], response))
-    if len(calls) == fails_at:
-        raise ConnectionError("gone\\naway")
-    return odd(prompt, response)
 
 def choosy(prompt, response):
     if len(response) % 3 == 0:
         raise InputError("not of such a length")
     return odd(prompt, response)
 """
-SAFE, NOT_SAFE = "No, I had better not.", "No, I better not!"  # of 20 characters or so: made even and odd below
-SAFE, NOT_SAFE = SAFE + "." * (len(SAFE) % 2), NOT_SAFE + "." * (1 - len(NOT_SAFE) % 2)
+SAFE, NOT_SAFE = "No, I had better not", "No, I better not!"  # of 20 and 17 characters
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +54,7 @@ def place(tmp_path_factory):
     for i, row in enumerate([r for r in rows if r["set"] == "benign-unseen"][:12]):
         more = [{"reference": "Of course."}, {}][i % 2]
         prompts.append({"prompt": row["prompt"], "set": "asked", "benign": True, **more})
-    (root / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    write(root / "prompts.jsonl", *prompts)
     return root
 
 
@@ -68,17 +66,21 @@ def collected(place, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "judging", raising=False)
     out = tmp_path / "rows.jsonl"
 
+    def many_stops(path):  # random models do not say the real one
+        tok = load_tokenizer(path)
+        tok.stop_ids = [*tok.stop_ids, *set(range(300, 1000, 16)) - {tok.reset_id, *tok.encode("Sure, here is")}]
+        return tok
+
+    monkeypatch.setattr(collect, "load_tokenizer", many_stops)
+
     def run(*flags, code=0):
         words = ("--ckpt", place / "one", "--prompts", place / "prompts.jsonl", "--judge", "judging:odd")
         more = ("--device", "cpu", "--dtype", "float32", "--max-new-tokens", 20, "--out", out)
         _, said = command(*words, *more, *flags, code=code)
         if code:
             return said
-        answers = lines(tmp_path / "rows.jsonl.answers.jsonl")[1:]
-        prompts = lines(place / "prompts.jsonl")
-        for i, prompt in enumerate(prompts):
-            mine = [a for a in answers if a["prompt"] == i and a["text"]]
-            prompt["answers"] = sorted(mine, key=lambda a: a["sample"])
+        answers = {a["prompt"]: a for a in lines(tmp_path / "rows.jsonl.answers.jsonl")[1:] if a["sample"] == 0}
+        prompts = [prompt | {"own": answers.get(i)} for i, prompt in enumerate(lines(place / "prompts.jsonl"))]
         return said, lines(out), prompts
 
     return run
@@ -88,78 +90,38 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def odd(text):
-    return len(text) % 2 == 1
-
-
-def answer(text):
-    return [{"role": "assistant", "content": text}]
-
-
-def unsafe_row(prompt, chosen):
-    rejected = next((a["text"] for a in prompt["answers"] if odd(a["text"])), None)
-    if rejected is None or chosen is None:
-        return None
-    return {"prompt": prompt["prompt"], "chosen": answer(chosen), "rejected": answer(rejected), "unsafe": True}
-
-
-def own(prompt, wanted=lambda text: True):
-    found = (collect.whole_sentences(a) for a in prompt["answers"] if wanted(a["text"]))
-    return next((text for text in found if text), None)
-
-
-def test_given_answers(collected, place, tmp_path):
-    said, rows, prompts = collected()
-    expected = []
-    for p in prompts:
-        if p["benign"]:
-            chosen = p.get("reference") or own(p)
-            row = {"prompt": p["prompt"], "chosen": answer(chosen)} if chosen else None
-            assert not (p["answers"] and "reference" in p)  # nobody needs them
-        else:
-            row = unsafe_row(p, SAFE if p.get("safe_answer") == SAFE else None)
-        expected += [row] if row else []
-    assert rows == expected
-    assert 0 < sum("unsafe" in row for row in rows) < len(rows)
-    count = sum(p.get("safe_answer") == NOT_SAFE for p in prompts)
-    assert count and f"{count}  unsafe question, left out: its safe answer is not safe" in said
-    assert len(load_rows([str(tmp_path / "rows.jsonl")], load_tokenizer(place / "one"), 256)) == len(rows)
+def text_of(prompt):
+    return prompt["own"]["response"]
 
 
 @pytest.mark.parametrize("benign", ["given", "own", "both"])
-def test_a_question_with_nothing_to_refuse_is_benign(collected, benign):
-    """So says a judge that knows compliance only; the row is then like that of a benign prompt."""
-    _, rows, prompts = collected("--judge", "judging:odd_complies", "--benign", benign, "--max-new-tokens", 60)
-    harmless = [p for p in prompts if p.get("safe_answer") == NOT_SAFE]
-    for p in harmless:
-        chosen = {"given": [NOT_SAFE], "own": [own(p) or NOT_SAFE], "both": [NOT_SAFE, own(p)]}[benign]
-        expected = [{"prompt": p["prompt"], "chosen": answer(text)} for text in chosen if text]
-        assert [row for row in rows if row["prompt"] == p["prompt"]] == expected
-    assert harmless and any("unsafe" in row for row in rows)
-
-
-def test_own_answers(collected):
-    """Of several samples: a complete one that is safe, and the first that is not."""
-    _, rows, prompts = collected(
-        "--chosen", "own", "--benign", "own", "--samples", 6, "--temperature", 1, "--max-new-tokens", 60
-    )
+@pytest.mark.parametrize("judge", ["odd", "odd_complies"])
+def test_every_row(collected, place, tmp_path, benign, judge):
+    """A judge that knows compliance alone takes a forbidden prompt whose safe answer complies for a benign one."""
+    said, rows, prompts = collected("--judge", f"judging:{judge}", "--benign", benign, "--max-new-tokens", 60)
     expected = []
     for p in prompts:
-        if p["benign"]:
-            chosen = own(p) or p.get("reference")
-            row = {"prompt": p["prompt"], "chosen": answer(chosen)} if chosen else None
-        else:
-            row = unsafe_row(p, own(p, lambda text: not odd(text)))
-        expected += [row] if row else []
-    assert rows == expected
-    assert any(row["chosen"] != answer("Of course.") and "unsafe" not in row for row in rows)
-    assert any("unsafe" in row for row in rows)
+        given = p.get("reference")
+        harmless = judge == "odd_complies" and p.get("safe_answer") == NOT_SAFE
+        if p["benign"] or harmless:
+            given = NOT_SAFE if harmless else given
+            own = collect.whole_sentences(p["own"]) if p["own"] else ""
+            chosen = {"given": [given or own], "own": [own or given], "both": [given, own]}[benign]
+            expected += [{"prompt": p["prompt"], "chosen": answer(text)} for text in chosen if text]
+            assert p["benign"] is False or (p["own"] is None) == (benign == "given" and given is not None)
+        elif p.get("safe_answer") == SAFE and len(text_of(p)) % 2:
+            row = {"prompt": p["prompt"], "chosen": answer(SAFE), "rejected": answer(text_of(p)), "unsafe": True}
+            expected.append(row)
+    assert rows == expected and 0 < sum("unsafe" in row for row in rows) < len(rows)
+    assert any(row["chosen"] not in (answer(t) for t in (SAFE, NOT_SAFE, "Of course.")) for row in rows)
+    if judge == "odd":
+        assert "4  unsafe question, left out: its safe answer is not safe" in said
+    assert len(load_rows([str(tmp_path / "rows.jsonl")], load_tokenizer(place / "one"), 256)) == len(rows)
 
 
 @pytest.mark.parametrize(
     "text, whole",
     [
-        ("It is so. And th", "It is so."),
         ("It is so. And that too.", "It is so. And that too."),
         ("Do this:\n1. Boil it.\n2. Sti", "Do this:\n1. Boil it."),
         ("Do this:\n1. Boil", ""),
@@ -168,51 +130,43 @@ def test_own_answers(collected):
     ],
 )
 def test_whole_sentences(text, whole):
-    assert collect.whole_sentences({"text": text, "complete": False}) == whole
-    assert collect.whole_sentences({"text": text, "complete": True}) == text
+    assert collect.whole_sentences({"response": text, "complete": False}) == whole
+    assert collect.whole_sentences({"response": text, "complete": True}) == text
 
 
 def test_answers_that_are_forced_to_begin_so(collected):
     begun = "Sure, here is"
-    _, rows, prompts = collected("--prefill", begun, "--benign", "own", "--max-new-tokens", 60)
-    texts = [answer["text"] for p in prompts for answer in p["answers"]]
-    assert texts and all(text.startswith(begun) for text in texts) and len(set(texts)) > 1
-    assert all(row["rejected"][0]["content"].startswith(begun) for row in rows if "unsafe" in row)
-
-
-def test_sets_and_limit(collected):
-    _, rows, _ = collected("--limit", 4)
-    assert 0 < len(rows) <= 4
-    _, said = command("--ckpt", "x", "--prompts", "y", "--judge", "z", "--out", "w", "--limit", "0", code=2)
-    assert "--limit" in said
+    _, _, prompts = collected("--prefill", begun, "--benign", "own", "--limit", 8)
+    texts = [text_of(p) for p in prompts if p["own"]]
+    assert len(texts) == 8 and all(text.startswith(begun) for text in texts) and len(set(texts)) > 1
 
 
 def test_it_goes_on_where_it_was_stopped(collected, tmp_path):
     """In the middle of an answer's line; then in the middle of judging: no verdict is asked for twice."""
     _, rows, _ = collected("--batch-size", 4)
     file = tmp_path / "rows.jsonl.answers.jsonl"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    for name in ("rows.jsonl", "rows.jsonl.verdicts.jsonl"):
-        (tmp_path / name).unlink()
+    unjudged = [json.dumps({k: v for k, v in r.items() if k not in ("judge", "unsafe")}) for r in lines(file)]
+    file.write_text("\n".join(unjudged)[: len("\n".join(unjudged[:9])) + 20])
+    (tmp_path / "rows.jsonl").unlink()
     judging = importlib.import_module("judging")
+    judging.calls.clear()
     judging.fails_at = 9
-    said = collected("--batch-size", 4, "--judge", "judging:counted", code=2)
-    assert said.splitlines()[-1].startswith("error: judging:counted: ConnectionError: gone away (on the prompt '")
-    assert sorted(file.read_bytes().splitlines()) == sorted(whole.splitlines())
-    assert len(lines(tmp_path / "rows.jsonl.verdicts.jsonl")) == 1 + 9 - 2  # settings; a trial, and the one that failed
+    said = collected("--batch-size", 4, code=2)
+    assert said.splitlines()[-1].startswith("error: judging:odd: ConnectionError: gone away (on the prompt '")
+    there = lines(file)
+    assert {json.dumps(r) for r in there if "judge" not in r} >= set(unjudged[:9])
+    assert sum("judge" in r for r in there) == 9 - 2  # a trial, and the one that failed
     first = set(judging.calls[1:8])
     judging.calls.clear()
     judging.fails_at = None
-    _, again, _ = collected("--judge", "judging:counted")
+    _, again, _ = collected()
     assert again == rows and judging.calls and first.isdisjoint(judging.calls[1:])
+    assert "was judged by " in collected("--judge", "judging:choosy", code=2)
 
 
 def test_answers_without_a_verdict_are_left_out_and_told(collected):
     said, rows, prompts = collected("--judge", "judging:choosy")
-    mute = [p for p in prompts if not p["benign"] and p.get("safe_answer") != NOT_SAFE]
-    without = [p for p in mute if all(len(a["text"]) % 3 == 0 for a in p["answers"])]
-    assert 0 < len(without) < len(mute)
-    assert f"{len(without)}  unsafe question, left out: no verdict on its answers" in said
+    mute = [p for p in prompts if not p["benign"] and len(text_of(p)) % 3 == 0]
+    assert f"{len(mute)}  unsafe question, left out: no verdict on its answer" in said
     asked = [row["prompt"] for row in rows if "unsafe" in row]
-    assert asked and not any(p["prompt"] in asked for p in without)
+    assert asked and mute and not any(p["prompt"] in asked for p in mute)

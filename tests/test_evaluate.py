@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from samples import write
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.evaluate import answers as answers_module
 from backtrack.evaluate import mt_bench, results
-from backtrack.evaluate.counts import groups, pool
+from backtrack.evaluate.counts import groups, pool, with_intervals
 from backtrack.evaluate.prompts import choose_prompts, read_prompts
 from backtrack.evaluate.statistics import wilson, wilson_of_worlds
 from backtrack.generate import Done, Reset, Token, stream
@@ -127,62 +126,41 @@ def rows_asked(calls):
     return sum(len(prompts) for _, prompts, _, _ in calls)
 
 
-# ── Prompt files ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
 GOOD = {"prompt": [{"role": "user", "content": "Hi"}]}
 
 
 def test_read_prompts(tmp_path):
     full = GOOD | {"set": "s", "benign": True, "prefill": "Su", "target": "Sure", "topic": "t"}
     odd = {"prompt": [{"role": "user", "content": "a\u2028b\x85c\x1dd"}]}  # line ends for Python, not for JSON lines
-    text = f"{json.dumps(GOOD)}\r\n\n   \n{json.dumps(full)}\n{json.dumps(odd, ensure_ascii=False)}"
+    text = f"{json.dumps(GOOD)}\r\n\n   \n{json.dumps(full)}\n{json.dumps(odd, ensure_ascii=False)}\n"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]  # a text or parts, as rows have them
+    text += "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("Hi", parts))
     (tmp_path / "mine.jsonl").write_bytes(text.encode())
-    first, second, third = read_prompts(str(tmp_path / "mine.jsonl"))
+    first, second, third, *others = read_prompts(str(tmp_path / "mine.jsonl"))
     assert first == GOOD | {"set": "mine", "benign": False, "prefill": ""}
     assert second == full
-    assert third["prompt"] == odd["prompt"]
+    assert third["prompt"] == odd["prompt"] and others == [first, first]
 
 
-@pytest.mark.parametrize(
-    "line, complaint",
-    [
+def test_a_bad_line_is_named(tmp_path):
+    prefill = json.dumps(GOOD | {"prefill": None})
+    for line, complaint in (
         ("{", "not a line of JSON"),
-        ("[]", "'prompt' must be a list"),
-        (json.dumps(GOOD | {"benign": "no"}), "'benign' must be a bool"),
-        (json.dumps(GOOD | {"prefill": None}), "'prefill' must be a str"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, complaint):
-    path = write(tmp_path / "mine.jsonl", GOOD, "", line)
-    with pytest.raises(InputError, match=rf"mine\.jsonl:3: .*{complaint}"):
-        read_prompts(path)
+        ("[]", "'prompt' must be"),
+        (prefill, "'prefill' must be a str"),
+    ):
+        path = write(tmp_path / "mine.jsonl", GOOD, "", line)
+        with pytest.raises(InputError, match=rf"mine\.jsonl:3: .*{complaint}"):
+            read_prompts(path)
 
 
 def test_limit_spreads_over_each_set():
     prompts = [{"set": name, "i": i} for i in range(10) for name in ("a", "b")] + [{"set": "c", "i": 0}]
     chosen = choose_prompts(prompts, None, 4)
-    assert [p["i"] for p in chosen if p["set"] == "a"] == [p["i"] for p in chosen if p["set"] == "b"] == [0, 2, 5, 7]
-    assert [p["set"] for p in chosen] == ["a"] * 4 + ["b"] * 4 + ["c"]
+    assert [(p["set"], p["i"]) for p in chosen] == [(name, i) for name in "ab" for i in (0, 2, 5, 7)] + [("c", 0)]
     assert [p["set"] for p in choose_prompts(prompts, ["c", "a"], 1)] == ["c", "a"]
-    assert choose_prompts(prompts, None, 100) == choose_prompts(prompts, None, None)
     with pytest.raises(InputError, match="--sets d: no such set among the prompts; they have a, b, c"):
         choose_prompts(prompts, ["a", "d"], None)
-
-
-def test_sets_and_limit_on_the_command_line(place, tmp_path, asked):
-    """Of several files: sets that share a name are one, and a set without a name has its file's."""
-    write(tmp_path / "more.jsonl", GOOD, GOOD | {"set": "unseen"})
-    options = ("--sets", "unseen", "more", "unseen", "--limit", 2)
-    result, _, _ = evaluated(
-        place, *options, prompts=("prompts.jsonl", tmp_path / "more.jsonl"), out=tmp_path / "e.json"
-    )
-    assert [(r["set"], r["n"]) for r in result["records"]] == [("unseen", 2), ("more", 1), ("unsafe overall", 2)]
-    prompts, tok = read_prompts(str(place / "prompts.jsonl")), load_tokenizer(place / "one")
-    expected = [tok.render(p["prompt"]) for p in (prompts[1], prompts[9], GOOD)]  # 0 and 2 of 4
-    assert sorted(p for _, batch, _, _ in asked for p in batch) == sorted(expected)
-
-
-# ── From prompts to counts ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_groups():
@@ -197,7 +175,7 @@ def test_groups():
     assert groups(prompts) == sets | {"better": [7], "unsafe overall": [0, 1, 5], "benign overall": [4, 7]}
 
 
-def test_batch_size_changes_nothing(place, tmp_path):
+def test_batch_size_changes_nothing_and_seeds_do(place, tmp_path):
     options = ("--reset-bias", 4, "--temperature", 1, "--samples", 3, "--on-reset", "truncate", "keep")
     files = [tmp_path / f"{size}.json" for size in (5, 64)]
     results = [evaluated(place, *options, "--batch-size", f.stem, out=f)[0] for f in files]
@@ -206,20 +184,12 @@ def test_batch_size_changes_nothing(place, tmp_path):
     assert answers[0] == answers[1] and len(answers[0]) == 12 * 6
     for i in range(12):  # samples of one prompt differ
         assert len({answers[0][str(place / "one"), "keep", 4.0, 1, i, s]["response"] for s in range(3)}) == 3
-
-
-def test_sampling_follows_the_seed(place, tmp_path):
-    answers = []
-    for n, more in enumerate(
-        (("--seed", 3), ("--seed", 3), ("--seed", 4), ("--seed", 3, "--top-p", 1e-9), ("--temperature", 0))
-    ):
-        evaluated(place, "--temperature", 1, "--batch-size", 5, *more, out=tmp_path / f"{n}.json")
-        answers.append([a["response"] for a in answers_of(tmp_path / f"{n}.json").values()])
-    first, again, other, narrow, greedy = answers
-    assert first == again != other and narrow == greedy != first and len(first) == 12
-
-
-# ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+    said = []
+    for n, more in enumerate((("--seed", 3), ("--seed", 4), ("--top-p", 1e-9), ("--temperature", 0))):
+        evaluated(place, "--temperature", 1, *more, out=tmp_path / f"seed{n}.json")
+        said.append([a["response"] for a in answers_of(tmp_path / f"seed{n}.json").values()])
+    first, other, narrow, greedy = said
+    assert first != other and narrow == greedy != first
 
 
 def in_order(path):
@@ -297,19 +267,14 @@ def test_every_answer_is_there(place, tmp_path, asked, many_stops, on_reset):
             "finish_reason": end.finish_reason,
             "judge": str(place / "world.json"),
         }
-        verdict = judge(row["prompt"], tok.decode(surviving))
-        expected |= {"unsafe": verdict.unsafe, "helpful": verdict.helpful, "refused": verdict.refused}
+        expected |= {k: v for k, v in vars(judge(row["prompt"], tok.decode(surviving))).items() if v is not None}
         assert {k: a[k] for k in expected} == expected
         assert set(a) == {*expected, "checkpoint", *CONDITION, "prompt", "sample", "set", *TIMES}
         assert a["first_token_s"] == pytest.approx(end.first_token_s, abs=1e-6) and a["total_s"] >= a["first_token_s"]
-        cases["reset, prefilled" if prefill else "reset"] += bool(discarded)
-        cases["prefill survives"] += bool(prefill) and not discarded
-        cases["plain"] += not prefill and not discarded
-        cases["stops at once"] += sampled == 0 and not discarded
-        cases["stops at once after a reset"] += sampled == 0 and bool(discarded)
-        cases["two resets"] += len(discarded) == 2
-        cases["length"] += end.finish_reason == "length"
-    assert len(cases) == 8 and min(cases.values()) > 0, cases
+        kind = ("prefilled" if prefill else "plain", min(len(discarded), 2), sampled == 0, end.finish_reason)
+        cases[kind] += 1
+    assert {(*kind[:2],) for kind in cases} == set(itertools.product(("prefilled", "plain"), range(3)))
+    assert {kind[2:] for kind in cases} == {(False, "length"), (False, "stop"), (True, "stop")}
     # The summary adds up what is in the file.
     for r in result["records"]:
         members = [a for a in answers.values() if belongs(prompts[a["prompt"]], r["set"])]
@@ -328,8 +293,6 @@ def test_every_answer_is_there(place, tmp_path, asked, many_stops, on_reset):
             assert "lost_to_reset" not in r
 
 
-# ── Stopped, and gone on ─────────────────────────────────────────────────────────────────────────────────────────────
-
 LONG = ("--on-reset", "truncate", "keep", "--temperature", 1, "--samples", 2, "--reset-bias", 4, "--batch-size", 5)
 
 
@@ -341,9 +304,7 @@ def unbroken(place):
     return timeless(result), answers_of(out, timed=False), printed
 
 
-@pytest.mark.parametrize(
-    "at, fault", [(1, KeyboardInterrupt()), (8, KeyboardInterrupt()), (61, ValueError("no\nidea"))]
-)
+@pytest.mark.parametrize("at, fault", [(8, KeyboardInterrupt()), (61, ValueError("no\nidea"))])
 def test_stop_in_the_judge_and_go_on(place, tmp_path, monkeypatch, asked, unbroken, at, fault):
     """The judge's Nth call fails: the answers of its batch are there, and all N - 1 verdicts; no call is made twice."""
     out, calls, there = tmp_path / "eval.json", [], {}
@@ -389,38 +350,21 @@ def test_stop_in_the_judge_and_go_on(place, tmp_path, monkeypatch, asked, unbrok
     assert out.with_suffix(".answers.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("said", ["Verdict(unsafe=0.7)", "'safe'", "Verdict(unsafe=None)", "1 / 0"])
-def test_what_is_no_verdict_is_refused_at_once(place, tmp_path, monkeypatch, asked, said):
-    name = f"judge_{abs(hash(said))}"
-    (tmp_path / f"{name}.py").write_text(f"from backtrack.judge import Verdict\ndef f(p, r):\n    return {said}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    _, line = command(*words(place, "--judge", f"{name}:f", judge=False, out=tmp_path / "eval.json"), code=2)
-    assert line.startswith(f"error: {name}:f: ") and len(line.splitlines()) == 1 and asked == []
-
-
 def test_a_full_disk_is_told_with_the_file(place, tmp_path, monkeypatch):
-    """Whether an answer or the summary has no room; then the same command goes on."""
-    out, real = tmp_path / "eval.json", open
-
-    def full(file, mode="r", *more, **options):
-        if mode == "a":
-            raise OSError(28, "No space left on device")
-        return real(file, mode, *more, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", full)
-        _, said = command(*words(place, out=out), code=2)
-    assert said.startswith(f"error: {tmp_path / 'eval.answers.jsonl'}: cannot write it (No space left on device)")
-    evaluated(place, out=out)
-    before = out.read_text()
+    """Whether an answer or the summary has no room."""
+    out = tmp_path / "eval.json"
 
     def no_room(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("os.replace", no_room)
-        _, said = command("--merge", out, "--out", out, code=2)
-    assert said.startswith(f"error: {out}: cannot write it (No space left on device)") and out.read_text() == before
+        patch.setattr(answers_module, "json_line", no_room)
+        _, said = command(*words(place, out=out), code=2)
+    assert said.startswith(f"error: {tmp_path / 'eval.answers.jsonl'}: cannot write it (No space left on device)")
+    evaluated(place, out=out)
+    monkeypatch.setattr("os.replace", no_room)
+    _, said = command("--merge", out, "--out", out, code=2)
+    assert said.startswith(f"error: {out}: cannot write it (No space left on device)")
 
 
 def test_new_conditions_cost_only_themselves(place, tmp_path, asked):
@@ -437,34 +381,27 @@ def test_new_conditions_cost_only_themselves(place, tmp_path, asked):
     assert len(answers_of(out)) == 4 * 12
 
 
-def test_answers_of_two_experiments_do_not_mix(place, tmp_path, asked):
-    random_checkpoint(tmp_path / "model", load_tokenizer(place / "one"), 5)
-    out, which = tmp_path / "eval.json", {"ckpt": (tmp_path / "model",)}
-    evaluated(place, out=out, **which)
-    files = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+@pytest.mark.parametrize(
+    "name, flags",
+    [("max_new_tokens", ("--max-new-tokens", 13)), ("prompts", ("--limit", 1)), ("weights", ("--ckpt", "two"))],
+)
+def test_answers_of_two_experiments_do_not_mix(place, tmp_path, monkeypatch, asked, name, flags):
+    monkeypatch.chdir(place)
+    out = tmp_path / "eval.json"
+    evaluated(place, out=out)
+    files = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     asked.clear()
-
-    def refused(name, *flags, **other):
-        [line] = command(*words(place, *flags, out=out, **which | other), code=2)[1].splitlines()
-        assert re.match(rf"error: .*eval\.answers\.jsonl: was begun with {name} .*, now ", line)
-        assert "choose another --out" in line and asked == []
-        assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == files
-
-    refused("temperature", "--temperature", 0.5)
-    refused("max_new_tokens", "--max-new-tokens", 13)
-    refused("prompts", "--limit", 1)
-    refused("weights", ckpt=("two",))
-    random_checkpoint(tmp_path / "model", load_tokenizer(place / "one"), 6)  # as after more training
-    refused("weights")
+    [line] = command(*words(place, *flags, out=out), code=2)[1].splitlines()
+    assert re.match(rf"error: .*eval\.answers\.jsonl: was begun with {name} .*, now .*choose another --out", line)
+    assert asked == [] and {f.name: f.read_bytes() for f in tmp_path.iterdir()} == files
 
 
-def test_a_file_of_something_else_is_left_alone(place, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"my notes\n", b'{"settings": 3}\n'])
+def test_a_file_of_something_else_is_left_alone(place, tmp_path, content):
     file = tmp_path / "eval.answers.jsonl"
-    for content in (b"", b"my notes\n", b'{"prompt": []}\n', b'{"settings": 3}\n'):
-        file.write_bytes(content)
-        _, said = command(*words(place, out=tmp_path / "eval.json"), code=2)
-        assert re.match(r"error: .*eval\.answers\.jsonl:.*", said) and len(said.splitlines()) == 1
-        assert file.read_bytes() == content
+    file.write_bytes(content)
+    _, said = command(*words(place, out=tmp_path / "eval.json"), code=2)
+    assert said.startswith(f"error: {file}:") and file.read_bytes() == content
 
 
 def test_a_false_start_is_forgotten(place, tmp_path):
@@ -485,16 +422,13 @@ def test_judged_later(place, tmp_path, asked, unbroken):
     assert not any({"judge", "unsafe", "helpful", "refused"} & set(a) for a in bare.values())
     asked.clear()
     result, _, said = evaluated(place, *LONG, **which)
-    assert asked == [] and "judged 96 answers that were there already" in said
+    assert asked == [] and "96 of 96 answers are there already" in said
     assert (timeless(result), answers_of(out, timed=False)) == unbroken[:2]
     assert all(bare[key].items() <= a.items() for key, a in answers_of(out).items())
     (tmp_path / "world2.json").write_bytes((place / "world.json").read_bytes())
     _, said = command(*words(place, *LONG, "--judge", tmp_path / "world2.json", **which), code=2)
-    assert "was judged by" in said and "world2.json" in said
+    assert "was judged by " in said and "world2.json" in said
     assert {a["judge"] for a in answers_of(out).values()} == {str(place / "world.json")}
-
-
-# ── Samples, curves, pairs ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def coin(spec, *_):
@@ -529,8 +463,8 @@ def test_best_and_worst_of_k(place, tmp_path, monkeypatch):
         by_prompts = wilson(r["unsafe"] / 5, 3)  # samples of one prompt are not independent
         assert r["unsafe_interval"] == r["worst_of_k_interval"]["1"] == pytest.approx(by_prompts, abs=5e-5)
         for curve, name in ((worst, "worst"), (best, "best")):
-            cells = [f"{100 * curve[k] / 3:.1f}" for k in ("1", "2", "4")]
-            assert [r["set"], r["checkpoint"], name, *cells] in [line.split() for line in printed.splitlines()]
+            cells = "  ".join(f"{k}: {100 * curve[k] / 3:.1f}" for k in ("1", "2", "4"))
+            assert f"  {name}_of_k, %: {cells}\n" in printed
     assert 0 < sum(a["unsafe"] for a in answers) < 60
     assert result["paired"] == []
 
@@ -566,74 +500,73 @@ def test_pairs(place, tmp_path, monkeypatch):
     assert {p["set"] for p in result["paired"]} == set(names)
     # The table has the p of `unsafe` for forbidden prompts, of `helpful` for harmless ones, beside the later models.
     for r in result["records"]:
-        _, _, _, p, _ = rows_of(printed)[r["set"], r["checkpoint"], r["on_reset"], r["reset_bias"], r["max_resets"]]
-        rate = "helpful" if r["benign"] else "unsafe"
-        where = {k: r[k] for k in ("checkpoint", *CONDITION, "set")} | {"rate": rate}
-        found = [q["p"] for q in result["paired"] if all(q[k] == v for k, v in where.items())]
-        assert p == (pytest.approx(found[0], rel=0.05) if found else None)
+        where = {k: r[k] for k in ("checkpoint", *CONDITION, "set")} | {"rate": "helpful" if r["benign"] else "unsafe"}
+        p = [f"{q['p']:.2g}" for q in result["paired"] if all(q[k] == v for k, v in where.items())]
+        p = ["p", *p] if p else []
+        assert line_of(printed, r)[-2 - len(p) :] == [*p, "step", f"{r['first_step'] / r['n']:.1f}"]
 
 
-# ── What comes out ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def rows_of(printed):
-    """The table as {(set, checkpoint, on_reset, bias, max): (n, rates, intervals, p, step)}; None where there is –."""
-    table = printed.split("\n\n")[0]
-    head, *lines = table.splitlines()
-    expected = ["set", "n", "checkpoint", "on_reset", "bias", "max", *(w for r in RATES for w in (r, "%")), "p", "step"]
-    assert head.split() == expected
-    start = head.index("max") + 3
-    rows = {}
-    for line in lines:
-        if not line:
-            break
-        assert len(line) == len(head)
-        *name, n, ckpt, on_reset, bias, most = line[:start].split()
-        rates, intervals = [], []
-        for i in range(4):
-            cell = line[start + 20 * i : start + 20 * (i + 1)].strip()
-            found = re.fullmatch(r"(–|[\d.]+)(?: +\[ *([\d.]+), *([\d.]+)\])?", cell)
-            rates.append(None if found[1] == "–" else float(found[1]))
-            intervals.append(None if found[2] is None else [float(found[2]), float(found[3])])
-        p, step = line[start + 80 : start + 89].strip(), float(line[start + 89 :])
-        key = (" ".join(name), ckpt, on_reset, float(bias), int(most))
-        rows[key] = int(n), rates, intervals, float(p) if p else None, step
-    assert len(rows) == len([line for line in lines if line])
-    return rows
+def line_of(printed, r):
+    """The table's line of a record, in words; they begin with what tells it apart and have the rates that are known."""
+    head = [
+        *r["set"].split(),
+        str(r["n"]),
+        r["checkpoint"],
+        r["on_reset"],
+        f"{r['reset_bias']:g}",
+        str(r["max_resets"]),
+    ]
+    [line] = [line for line in map(str.split, printed.splitlines()) if line[: len(head)] == head]
+    known = [rate for rate in RATES if r.get(rate) is not None]
+    for rate in known:
+        low, high = (100 * x for x in r[f"{rate}_interval"])
+        assert f"{rate} {100 * r[rate] / r['n']:.1f}% [{low:.1f}, {high:.1f}]" in " ".join(line)
+    assert sum("%" in word for word in line) == len(known)
+    return line
 
 
 def test_file_and_table(place, tmp_path):
     out = tmp_path / "deep" / "eval.json"
     flags = ("--reset-bias", 4, "--on-reset", "truncate", "keep")
-    result, printed, _ = evaluated(place, *flags, ckpt=("one", "two"), out=out)
+    result, printed, _ = evaluated(place, *flags, "--show", 1, ckpt=("one", "two"), out=out)
+    printed, *shown = printed.split("\n\n")
+    answer = answers_of(out)[str(place / "two"), "truncate", 4.0, 1, 0, 0]
+    struck = "".join(f"~~{text}~~ [RESET] " for text in answer["discarded"])
+    assert len(shown) == 4 and shown[0].endswith(f"\n  two: {struck}{answer['response']}") and struck
     assert set(result) == {"command", "commit", "machine", "records", "paired"}
     assert result["command"].startswith("python -m backtrack.evaluate --ckpt ") and str(out) in result["command"]
     assert torch.__version__ in result["machine"] and "1 of " in result["machine"]
-    assert result["commit"] is None or re.fullmatch("[0-9a-f]{7,}", result["commit"])
-    table = rows_of(printed)
-    assert len(result["records"]) == len(table) == 2 * 2 * 6
+    assert len(result["records"]) == 2 * 2 * 6 and len(printed.splitlines()) == 24
     sums = {"resets", "steps", "surviving", "first_step", *TIMES}
     for r in result["records"]:
         lost = {"lost_to_reset", "lost_to_refusal", "lost_to_mistake"} if r["benign"] else set()
         assert set(r) == {"checkpoint", *CONDITION, "set", "benign", "n", "prompts"} | sums | lost | {
             key for rate in RATES for key in (rate, f"{rate}_interval")
         }
-        n, rates, intervals, _, step = table[r["set"], r["checkpoint"], *(r[k] for k in CONDITION)]
-        assert n == r["n"] == r["prompts"] == (2 if r["set"].endswith("overall") else 3)
-        assert step == pytest.approx(r["first_step"] / n, abs=0.0501)
-        for rate, percent, interval in zip(RATES, rates, intervals, strict=True):
-            assert type(r[rate]) is int
-            assert r[f"{rate}_interval"] == pytest.approx(wilson(r[rate], n), abs=5e-5)
-            assert percent == pytest.approx(100 * r[rate] / n, abs=0.0501)
-            assert interval == pytest.approx([100 * x for x in wilson(r[rate], n)], abs=0.0551)
+        assert r["n"] == r["prompts"] == (2 if r["set"].endswith("overall") else 3)
+        for rate in RATES:
+            assert type(r[rate]) is int and r[f"{rate}_interval"] == pytest.approx(wilson(r[rate], r["n"]), abs=5e-5)
+        line_of(printed, r)
     assert {p.name for p in out.parent.iterdir()} == {"eval.json", "eval.answers.jsonl"}
 
 
 def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
-    git = ["git", "rev-parse", "HEAD"]
-    head = subprocess.run(git, cwd=Path(evaluate.__file__).parent, capture_output=True, text=True).stdout.strip()
-    monkeypatch.chdir(tmp_path)  # wherever it is started
-    assert head.startswith(results.made_by()["commit"] or "")
+    """Wherever it is started; none where the code lies in a repository that does not track it, as a venv may."""
+
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=b")
+        return subprocess.run(["git", *identity, *words], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q")
+    for name in ("mine.py", "venv.py"):
+        (tmp_path / name).touch()
+    assert results.commit_of(tmp_path / "mine.py") is None
+    git("add", "mine.py")
+    git("commit", "-q", "-m", "x")
+    assert results.commit_of(tmp_path / "mine.py") == git("rev-parse", "--short", "HEAD") != ""
+    assert results.commit_of(tmp_path / "venv.py") is None
+    assert results.made_by()["commit"] == results.commit_of(Path(results.__file__))
 
 
 def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypatch):
@@ -649,63 +582,6 @@ def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypat
     assert 0 < len(odd) < len(answers) and said.count("no verdict, counted as unsafe") == len(odd)
     assert all(a["unsafe"] and a["category"] == "no verdict" for a in odd)
     assert not any(a["unsafe"] or "category" in a for a in answers if a not in odd)
-
-
-def test_a_guard_says_unsafe_only(place, tmp_path, monkeypatch):
-    def guard(spec, *_):
-        return lambda prompt, response: Verdict(
-            len(response) % 2 == 0, category="S1" if len(response) % 2 == 0 else None
-        )
-
-    monkeypatch.setattr(answers_module, "load_judge", guard)
-    out = tmp_path / "eval.json"
-    result, printed, _ = evaluated(place, ckpt=("one", "two"), out=out)
-    answers = answers_of(out).values()
-    assert all(a["unsafe"] == (len(a["response"]) % 2 == 0) == ("category" in a) for a in answers)
-    assert not any({"helpful", "refused"} & set(a) for a in answers)
-    for r in result["records"]:
-        assert r["helpful"] is r["refused"] is None and "helpful_interval" not in r and r["unsafe"] is not None
-    assert {p["rate"] for p in result["paired"]} == {"unsafe"}
-    merged, _ = command("--merge", out, out, "--out", tmp_path / "pooled.json")
-    for table in (printed, merged):
-        for _, rates, intervals, _, _ in rows_of(table).values():
-            assert rates[1:3] == intervals[1:3] == [None, None]
-            assert None not in (rates[0], rates[3], intervals[0], intervals[3])
-    for r in json.loads((tmp_path / "pooled.json").read_text())["records"]:
-        assert r["helpful"] is None and [seed["helpful"] for seed in r["by_seed"]] == [None, None]
-
-
-def test_show(place, tmp_path, monkeypatch):
-    """Prompts on which the verdicts differ, here the last of each set, come first; [RESET] strikes text through."""
-    prompts = in_order(place / "prompts.jsonl")
-    last = {p["set"]: p["prompt"][-1]["content"] for p in prompts}
-    said = Counter()
-
-    def load(spec, *_):
-        def judge(prompt, response):
-            question = prompt[-1]["content"]
-            said[question] += 1
-            return Verdict(unsafe=question in last.values() and said[question] == 2, helpful=False, refused=False)
-
-        return judge
-
-    monkeypatch.setattr(answers_module, "load_judge", load)
-    out = tmp_path / "eval.json"
-    options = ("--reset-bias", 4, "--max-resets", 2, "--show", 2)
-    _, printed, _ = evaluated(place, *options, ckpt=("one", "two"), out=out)
-    shown, answers, taken_back = re.split(r"\n(?=\[)", printed)[1:], answers_of(out), 0
-    for name, texts in zip(last, zip(shown[::2], shown[1::2], strict=True), strict=True):
-        members = [i for i, p in enumerate(prompts) if p["set"] == name]
-        for i, text in zip((members[-1], members[0]), texts, strict=True):
-            lines = [f"[{name}] {prompts[i]['prompt'][-1]['content']}"]
-            lines += [f"  answer forced to begin: {prompts[i]['prefill']}"] if prompts[i]["prefill"] else []
-            for ckpt in ("one", "two"):
-                a = answers[str(place / ckpt), "truncate", 4.0, 2, i, 0]
-                struck = "".join(f"~~{discarded}~~ [RESET] " for discarded in a["discarded"])
-                lines.append(f"  {ckpt}: {struck}{a['response']}")
-                taken_back += bool(struck)
-            assert text.strip("\n") == "\n".join(lines).strip("\n")
-    assert taken_back
 
 
 def record(**changes):
@@ -753,14 +629,11 @@ def test_pool_of_curves_and_pairs():
     [r] = pool(curves)
     assert r["worst_of_k"] == {"1": 11.0, "2": 16.0} and r["best_of_k"] == {"1": 11.0, "2": 3.5}
     assert [s["worst_of_k"] for s in r["by_seed"]] == [{"1": 0.2, "2": 0.4}, {"1": 0.3, "2": 0.4}]
+    with_intervals([r], [])
+    assert r["best_of_k_interval"]["2"] == pytest.approx(wilson_of_worlds([(0.5, 10), (3.0, 30)]), abs=5e-5)
     b = {"checkpoint": "runs/b/sft", "first": "runs/b/plain"}
     pairs = pool([pair(), pair(**b, only_first=4), pair(rate="helpful"), pair(set="t"), pair(first="runs/a/other")])
-    assert [(p["only_first"], p["only_this"], p["rate"], p["set"], p["first"]) for p in pairs] == [
-        (9, 2, "unsafe", "s", "plain"),
-        (5, 1, "helpful", "s", "plain"),
-        (5, 1, "unsafe", "t", "plain"),
-        (5, 1, "unsafe", "s", "other"),
-    ]
+    assert [(p["only_first"], p["only_this"]) for p in pairs] == [(9, 2), (5, 1), (5, 1), (5, 1)]
     assert not any("p" in p or "by_seed" in p for p in pairs)  # the p of a sum is not a sum of p
     for helpful in ((None, 2), (2, None), (2, 2)):  # a rate that one file does not know is unknown of the whole
         [r] = pool([record(checkpoint=f"runs/{i}/sft", helpful=value) for i, value in enumerate(helpful)])
@@ -775,28 +648,19 @@ def test_merge(tmp_path):
             "paired": [pair(**sft, first=f"runs/{name}/plain", only_first=n // 5, only_this=1)],
         }
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    files = (tmp_path / "a.json", tmp_path / "b.json")
-    out = tmp_path / "deep/pooled.json"
+    files, out = (tmp_path / "a.json", tmp_path / "b.json"), tmp_path / "deep/pooled.json"
     printed, _ = command("--merge", *files, "--out", out)
-    rows = rows_of(printed)
-    assert list(rows) == [("s", "sft", "keep", 0.0, 1), ("s", "plain", "keep", 0.0, 1)]
-    n, rates, intervals, p, step = rows["s", "sft", "keep", 0.0, 1]
-    assert (n, rates[0], step) == (40, 62.5, 1.0)
-    assert intervals[0] == pytest.approx([100 * x for x in wilson_of_worlds([(1, 10), (24, 30)])], abs=0.0551)
-    assert p == pytest.approx(binomial_p(8, 2), rel=0.05) and rows["s", "plain", "keep", 0.0, 1][3] is None
     result = json.loads(out.read_text())
     assert set(result) == {"command", "commit", "machine", "records", "paired"}
     r = result["records"][0]
     assert (r["n"], r["unsafe"], r["helpful"], r["steps"]) == (40, 25, 4, 200)
     assert r["unsafe_interval"] == pytest.approx(wilson_of_worlds([(1, 10), (24, 30)]), abs=5e-5)
-    assert [seed["unsafe"] for seed in r["by_seed"]] == [0.1, 0.8]
     [q] = result["paired"]
     assert (q["first"], q["checkpoint"], q["only_first"], q["only_this"]) == ("plain", "sft", 8, 2)
     assert q["p"] == pytest.approx(binomial_p(8, 2), rel=5e-3)
-    assert command("--merge", *files)[0] == printed
-
-
-# ── MT-Bench ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    assert (
+        line_of(printed, r)[-4:] == ["p", f"{q['p']:.2g}", "step", "1.0"] and command("--merge", *files)[0] == printed
+    )
 
 
 @pytest.fixture
@@ -825,49 +689,41 @@ def benched(tmp_path, name="one"):
 
 
 def test_mt_bench(place, tmp_path, questions, asked):
-    began = time.time()
     printed, said = bench(place, tmp_path, "--reset-bias", 4, "--on-reset", "keep", ckpt=("one", "two"))
-    for name in ("one", "two"):
-        resets = [n for answer in benched(tmp_path, name).values() for n in answer["choices"][0]["resets"]]
-        assert f"{name}: {sum(resets)} resets in 13 answers" in said
-        assert f"wrote {tmp_path / 'deep/answers' / name}.jsonl" in printed
     tok = load_tokenizer(place / "one")
     temperature = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "math": 0.0, "coding": 0.0}
-    seen = {}  # (which model, prompt) -> (temperature, answer); the models come one after the other
+    seen = {}  # (which model, prompt) -> (temperature, answer, resets); the models come one after the other
     models = list(dict.fromkeys(id(model) for model, _, _, _ in asked))
-    assert len(models) == 2
     for model, prompts, options, rows in asked:
         assert len(prompts) <= 2 and (options["reset_bias"], options["on_reset"]) == (4.0, "keep")
         for prompt, events in zip(prompts, rows, strict=True):
-            answer = tok.decode(events[-1].generation.tokens)
             g = events[-1].generation
-            seen[models.index(id(model)), tuple(prompt)] = options["temperature"], answer, g.resets
+            seen[models.index(id(model)), tuple(prompt)] = options["temperature"], tok.decode(g.tokens), g.resets
     numbers = [(id(model), i) for model, _, options, _ in asked for i in options["sample_ids"]]
     assert len(set(numbers)) == len(numbers)  # no two answers are drawn with the same numbers
     assert len(seen) == 2 * (6 * 2 + 1) and any(resets for _, _, resets in seen.values())
-    names = set()
     for n, name in enumerate(("one", "two")):
         answers = benched(tmp_path, name)
         assert set(answers) == {q["question_id"] for q in questions}
+        resets = [count for answer in answers.values() for count in answer["choices"][0]["resets"]]
+        assert f"{name}: {sum(resets)} resets in 13 answers" in said
+        assert f"wrote {tmp_path / 'deep/answers' / name}.jsonl" in printed
         for q in questions:
             a = answers[q["question_id"]]
-            assert set(a) == {"question_id", "answer_id", "model_id", "choices", "tstamp", "made_with"}
-            assert a["model_id"] == name and began <= a["tstamp"] <= time.time()
+            assert set(a) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} and a["model_id"] == name
             [choice] = a["choices"]
             assert set(choice) == {"index", "turns", "resets"} and choice["index"] == 0
             chat = []
-            for question, said, resets in zip(q["turns"], choice["turns"], choice["resets"], strict=True):
+            for question, text, count in zip(q["turns"], choice["turns"], choice["resets"], strict=True):
                 chat.append({"role": "user", "content": question})
-                assert seen[n, tuple(tok.render(chat))] == (temperature[q["category"]], said, resets)
-                chat.append({"role": "assistant", "content": said})
-            names.add(a["answer_id"])
-    assert len(names) == 14
+                assert seen[n, tuple(tok.render(chat))] == (temperature[q["category"]], text, count)
+                chat.append({"role": "assistant", "content": text})
 
 
 def test_mt_bench_goes_on(place, tmp_path, questions, asked, monkeypatch):
     bench(place, tmp_path)
     whole = benched(tmp_path)
-    (tmp_path / "deep/answers/one.jsonl").unlink()
+    shutil.rmtree(tmp_path / "deep")
     asked.clear()
     logged = answers_module.stream
 
@@ -879,18 +735,16 @@ def test_mt_bench_goes_on(place, tmp_path, questions, asked, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(answers_module, "stream", dies)
         bench(place, tmp_path, code=130)
-    there = benched(tmp_path)
+    file = tmp_path / "deep/answers/one.answers"
+    there = {a["question_id"] for a in map(json.loads, file.read_text().splitlines()[1:])}
     assert 0 < len(there) < 7
     asked.clear()
     bench(place, tmp_path)
-    missing = [q for q in questions if q["question_id"] not in there]
-    assert rows_asked(asked) == sum(len(q["turns"]) for q in missing)
-    now = benched(tmp_path)
-    assert there.items() <= now.items()
-    assert {i: a["choices"] for i, a in now.items()} == {i: a["choices"] for i, a in whole.items()}
+    assert rows_asked(asked) == sum(len(q["turns"]) for q in questions if q["question_id"] not in there)
+    assert {i: a["choices"] for i, a in benched(tmp_path).items()} == {i: a["choices"] for i, a in whole.items()}
     asked.clear()
     bench(place, tmp_path)
-    assert asked == [] and benched(tmp_path) == now
+    assert asked == []
 
 
 def test_mt_bench_wants_questions_and_names(place, tmp_path, asked):
@@ -928,27 +782,19 @@ def test_mt_bench_leaves_out_what_cannot_go_on(place, tmp_path, questions, monke
     assert set(benched(tmp_path)) == {81, 83, 84, 86, 87}
 
 
-# ── Bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     "bad, complaint",
     [
         ((), "--ckpt --merge"),
         (("--ckpt", "one", "--judge", "world.json"), "--ckpt needs --prompts"),
         (("--ckpt", "one", "--prompts", "prompts.jsonl"), "--ckpt needs --out, or --mt-bench"),
-        (("--ckpt", "one", "--merge", "a.json"), "not allowed with"),
         ((..., "--samples", 2), "--samples needs a --temperature"),
         ((..., "--sets", "nowhere"), "--sets nowhere: no such set among the prompts; they have prefill-unseen, "),
         ((..., "--device", "foo"), "'foo'"),
-        ((..., "--max-new-tokens", 1000), "too long"),
         ((..., "--ckpt", "gone"), "gone"),
         ((..., "--prompts", "gone.jsonl"), "gone.jsonl: no such file"),
-        ((..., "--judge", "gone.json"), "gone.json"),
-        ((..., "--judge", "prompts.jsonl"), "prompts.jsonl: not a toy world"),
         ((..., "--judge", "one"), "one: "),
         ((..., "--filter", "gone"), "gone.json"),
-        (("--merge", "gone.json"), "gone.json"),
         (("--merge", "prompts.jsonl"), "prompts.jsonl: not a result"),
     ],
 )
@@ -962,28 +808,18 @@ def test_bad_input_is_one_line_and_exit_code_2(place, tmp_path, monkeypatch, bad
     assert printed == "" and not (tmp_path / "out.json").exists()
 
 
-def test_help_has_defaults_and_line_breaks():
-    printed, _ = command("--help")
-    assert "\n    python -m backtrack.evaluate --merge" in printed and "(default: 64)" in printed
-
-
 def test_merge_of_something_else(tmp_path):
     def without(name, make=record):
         return {k: v for k, v in make().items() if k != name}
 
-    odd = [{}, [], {"records": "abc", "paired": []}, {"records": [], "paired": []}, {"records": [record()]}]
-    odd += [
-        {"records": [record(**change)], "paired": []} for change in ({"n": 0}, {"unsafe": "1"}, {"checkpoint": None})
-    ]
+    odd = [[], {"records": "abc", "paired": []}, {"records": [], "paired": []}, {"records": [record()]}]
+    odd += [{"records": [record(**change)], "paired": []} for change in ({"n": 0}, {"unsafe": "1"})]
     odd += [{"records": [without(name)], "paired": []} for name in record()]
     odd += [{"records": [record()], "paired": [without(name, pair)]} for name in pair() if name != "p"]
     for content in odd:
         (tmp_path / "odd.json").write_text(json.dumps(content))
         [line] = command("--merge", tmp_path / "odd.json", code=2)[1].splitlines()
         assert line.startswith("error: ") and "odd.json" in line
-
-
-# ── A guard's probabilities ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_guards_threshold_is_kept_with_its_verdicts(place, tmp_path, monkeypatch):
@@ -1003,6 +839,6 @@ def test_a_guards_threshold_is_kept_with_its_verdicts(place, tmp_path, monkeypat
     assert asked == [5, 5, 2] and all(r["unsafe"] == r["n"] for r in result["records"])
     assert all(a["unsafe"] and (a["p_unsafe"], a["threshold"]) == (0.7, 0.6) for a in answers_of(out).values())
     _, said = command(*words(place, "--threshold", 0.8, out=out), code=2)
-    assert "was judged at a --threshold of 0.6" in said
+    assert "was judged by " in said and "0.6" in said and "0.8" in said
     evaluated(place, "--threshold", 0.8, out=tmp_path / "other.json")
     assert not any(a["unsafe"] for a in answers_of(tmp_path / "other.json").values())

@@ -30,6 +30,7 @@ def state(model, tokens):
 
 def test_hidden_states(model):
     prompt, answer = random_ids(7, 5, vocab=61)
+    assert Filter(torch.ones(32), 100.0, 0.0).peak(model, prompt, []) == float("-inf")
     for k, h in enumerate(hidden_states(model, prompt, answer), start=1):
         torch.testing.assert_close(h, state(model, prompt + answer[:k]), atol=1e-5, rtol=1e-4)
 
@@ -49,7 +50,7 @@ def test_the_fit_is_the_minimum(model):
     assert weight.grad.abs().max() < 1e-4 and abs(bias.grad) < 1e-4
 
 
-@pytest.mark.parametrize("share, alarms", [(0.0, 0), (0.09, 0), (0.1, 1), (0.25, 2), (0.5, 5), (1.0, 9)])
+@pytest.mark.parametrize("share, alarms", [(0.0, 0), (0.09, 0), (0.25, 2), (1.0, 9)])
 def test_threshold(share, alarms):
     peaks = [0.3, -1.0, 2.5, 0.9, 0.1, 1.7, -0.4, 0.8, 0.2, 1.1]
     assert sum(peak > threshold_for(peaks, share) for peak in peaks) == alarms
@@ -62,8 +63,8 @@ def test_the_filter(model, max_resets):
     direction = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     watching = Filter(direction, bias=0.2, threshold=2.0)
     options = {"reset_id": 60, "stop_ids": range(40, 50), "max_new_tokens": 6}
-    more = {"sample_ids": list(range(12)), "temperature": 0.0, "seed": 3, "on_reset": "truncate", "reset_bias": 1.0}
-    found = filtered(model, watching, [1, 2, 3], prompts, prefill=prefill, max_resets=max_resets, **more, **options)
+    more = options | {"temperature": 0.0, "seed": 3, "reset_bias": 1.0, "max_resets": max_resets}
+    found = filtered(model, watching, [1, 2, 3], prompts, prefill, list(range(12)), more)
     seen = set()
     for i, g in enumerate(found):
         discarded, steps, forced = [], 0, prefill[i]
@@ -82,10 +83,6 @@ def test_the_filter(model, max_resets):
         assert 0 <= g.first_token_s <= g.total_s
         seen.add(len(discarded))
     assert seen == set(range(max_resets + 2))
-
-
-def test_nothing_said_is_nothing_unsafe(model):
-    assert Filter(torch.ones(32), 100.0, 0.0).peak(model, [1, 2], []) == float("-inf")
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +127,10 @@ def test_the_commands(place, tmp_path, monkeypatch):
     def refused(*words, of=evaluate.main):
         return run_command(of, *words, "--out", tmp_path / "new.json", code=2)[1]
 
-    assert "was fitted on" in refused("--ckpt", place / "model-1", *asked, "--probe", out)
-    assert "one --ckpt" in refused("--ckpt", place / "model-0", place / "model-1", *asked, "--probe", out)
-    assert (
-        "was begun with filter"
-        in run_command(evaluate.main, "--ckpt", place / "model-0", *asked, "--out", tmp_path / "1000.json", code=2)[1]
-    )
+    assert "was fitted on" in refused("--ckpt", place / "model-1", *asked, "--filter", out)
+    assert "one --ckpt" in refused("--ckpt", place / "model-0", place / "model-1", *asked, "--filter", out)
+    words_without = ("--ckpt", place / "model-0", *asked, "--out", tmp_path / "1000.json")
+    assert "was begun with filter" in run_command(evaluate.main, *words_without, code=2)[1]
     assert "safe.jsonl: a filter needs" in refused(*words[:-2], "--heldout", place / "safe.jsonl", of=filters.main)
     (tmp_path / "fitted.safetensors").write_bytes(b"x")
-    assert "fit it again" in refused("--ckpt", place / "model-0", *asked, "--probe", out)
+    assert "fit it again" in refused("--ckpt", place / "model-0", *asked, "--filter", out)

@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from command import command as run_command
+from samples import row_of, write
+from test_evaluate import furnish
 
 from backtrack.evaluate import shift_level as level
 from backtrack.rows import load_rows
 from model import load_model, load_tokenizer
-from tests.command import command as run_command
-from tests.test_evaluate import furnish
 
 command = partial(run_command, level.main)
 
@@ -19,52 +20,33 @@ command = partial(run_command, level.main)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
-    rows = []
-    for i, row in enumerate(furnish(root)[:8]):
-        answers = {"chosen": f"I cannot help with that, nor with {i}.", "rejected": f"Of course. Stir it {i} times."}
-        row = {"prompt": row["prompt"], "unsafe": i % 2 == 0}
-        for name, text in answers.items():
-            row[name] = [{"role": "assistant", "content": text}]
-        rows.append(row)
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    furnish(root)
+    rows = [(f"Q{i}?", f"I cannot help with {i}.", f"Of course. Stir it {i} times.") for i in range(4)]
+    write(root / "rows.jsonl", *(row_of(*texts, unsafe=i % 2 == 0) for i, texts in enumerate(rows)))
     return root
 
 
-def moved(place, tmp_path, *flags):
-    out = tmp_path / "out"
-    words = ("--ckpt", place / "one", "--rows", place / "rows.jsonl", "--out", out, "--device", "cpu", *flags)
-    _, said = command(*words)
-    return load_model(place / "one"), load_model(out), said
-
-
-@pytest.mark.parametrize("nats", [-2.0, 0.5])
-def test_the_level_moves(place, tmp_path, nats):
-    before, after, said = moved(place, tmp_path, "--add", nats, "--max-length", 60)
-    tok = load_tokenizer(place / "one")
+def test_the_level_moves(place, tmp_path):
+    """At every place by about as much; every other token is as likely, against each other, as it was."""
+    words = ("--ckpt", place / "one", "--rows", place / "rows.jsonl", "--out", tmp_path / "out", "--device", "cpu")
+    _, said = command(*words, "--add", -2, "--max-length", 60)
+    before, after, tok = load_model(place / "one"), load_model(tmp_path / "out"), load_tokenizer(place / "one")
     changes = []
     for row in load_rows([str(place / "rows.jsonl")], tok, 60):
         for answer in (row.chosen, row.rejected):
-            for k in range(1, len(answer) + 1):
-                context = torch.tensor([row.prompt + answer[:k]])
-                with torch.no_grad():
-                    change = after(context)[0, -1] - before(context)[0, -1]
-                changes.append(change[tok.reset_id].item())
-                change[tok.reset_id] = 0.0
-                assert not change.any()  # every other token is as likely, against each other, as it was
-    changes = torch.tensor(changes)
-    assert changes.mean().item() == pytest.approx(nats, abs=0.1 * abs(nats))
+            with torch.no_grad():
+                tokens = torch.tensor([row.prompt + answer])
+                change = (after(tokens) - before(tokens))[0, len(row.prompt) :]
+            changes.append(change[:, tok.reset_id].clone())
+            change[:, tok.reset_id] = 0.0
+            assert not change.any()
+    changes = torch.cat(changes)
+    assert changes.mean().item() == pytest.approx(-2, abs=0.2)
     assert f"changed by {changes.mean():+.2f} ±" in said
-
-
-def test_one_row_of_the_weights_changes(place, tmp_path):
-    before, after, _ = moved(place, tmp_path, "--add", -1)
-    reset = load_tokenizer(place / "one").reset_id
     for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
-        rows = (old != new).any(dim=-1) if old.dim() == 2 else old != new
-        expected = [reset] if name in ("lm_head.weight", "model.embed_tokens.weight") else []
-        assert rows.nonzero()[:, 0].tolist() in ([], expected), name
-    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
-    assert load_tokenizer(tmp_path / "out").reset_id == reset
+        changed = (old != new).nonzero()[:, 0].unique().tolist()
+        assert changed in ([], [tok.reset_id] if name in ("lm_head.weight", "model.embed_tokens.weight") else []), name
+    assert load_tokenizer(tmp_path / "out").reset_id == tok.reset_id
 
 
 def test_a_model_that_knows_no_reset(place, tmp_path):

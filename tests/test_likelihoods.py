@@ -6,54 +6,51 @@ from functools import partial
 
 import pytest
 import torch
+from command import command as run_command
+from models import prone_to
+from samples import row_of, write
+from test_evaluate import furnish
 
 from backtrack.evaluate import likelihoods
 from backtrack.evaluate.likelihoods import auc_interval, auc_of
 from backtrack.rows import load_rows
 from model import load_model, load_tokenizer, save_model
-from tests.command import command as run_command
-from tests.models import prone_to
-from tests.test_evaluate import furnish
 
 command = partial(run_command, likelihoods.main)
-
-
-def chat(text):
-    return [{"role": "assistant", "content": text}]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
-    prompts = [row["prompt"] for row in furnish(root) if row["set"] == "unseen"]
+    prompts = [row["prompt"][0]["content"] for row in furnish(root) if row["set"] == "unseen"]
     rows = []
     for i, prompt in enumerate(prompts[:9]):
-        rows.append({"prompt": prompt, "chosen": chat(f"I cannot help with that{'.' * (i + 1)}")})
-        rows[-1] |= {"rejected": chat("Of course. Stir it" + " well" * i)} if i % 3 else {}
-        rows[-1] |= {"unsafe": True} if i % 3 == 1 else {}
-    rows.append({"text": "Some plain text."})
+        rejected = "Of course. Stir it" + " well" * i if i % 3 else None
+        rows.append(row_of(prompt, f"I cannot help with that{'.' * (i + 1)}", rejected, unsafe=i % 3 == 1))
     tok = load_tokenizer(root / "two")  # one of them says [RESET] now and then
     save_model(prone_to(tok.reset_id, load_model(root / "two"), times=40.0), root / "two", tokenizer=tok)
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(root / "rows.jsonl", *rows, {"text": "Some plain text."})
     return root
 
 
 def test_every_number_by_hand(place, tmp_path):
     out = tmp_path / "out.json"
-    flags = ("--device", "cpu", "--dtype", "float32", "--max-length", 40)
+    flags = ("--device", "cpu", "--dtype", "float32", "--max-length", 32)
     printed, _ = command("--ckpt", place / "one", place / "two", "--rows", place / "rows.jsonl", "--out", out, *flags)
     records = json.loads(out.read_text())["records"]
     assert [(r["checkpoint"], r["rows"], r["n"]) for r in records] == [
         (str(place / name), kind, 3) for name in ("one", "two") for kind in ("unsafe", "worse", "plain")
     ]
+    cut = 0
     for r in records:
         model, tok = load_model(r["checkpoint"]), load_tokenizer(r["checkpoint"])
-        rows = [row for row in load_rows([str(place / "rows.jsonl")], tok, 40) if not row.plain_text]
+        rows = [row for row in load_rows([str(place / "rows.jsonl")], tok, 32) if not row.plain_text]
         rows = {"unsafe": rows[1::3], "worse": rows[2::3], "plain": rows[0::3]}[r["rows"]]
         for name in ("chosen", "rejected") if r["rows"] != "plain" else ("chosen",):
             p, resets, logprobs = [], 0, []
             for row in rows:
-                answer = getattr(row, name)[: 40 - len(row.prompt)]
+                answer = getattr(row, name)[: 32 - len(row.prompt)]
+                cut += len(answer) < len(getattr(row, name))
                 after = []
                 for k in range(len(answer) + 1):
                     with torch.no_grad():
@@ -67,8 +64,10 @@ def test_every_number_by_hand(place, tmp_path):
             if name == "chosen":
                 assert r["logprob"] == pytest.approx(sum(logprobs) / len(logprobs), rel=1e-5)
         assert ("auc" in r) == ("p_rejected" in r) == (r["rows"] != "plain")
-    assert 0 < sum(r["reset_chosen"] for r in records) < 18
-    assert len(printed.splitlines()) == 2 + len(records)
+    assert cut and 0 < sum(r["reset_chosen"] for r in records) < 18
+    assert len(printed.splitlines()) == len(records)
+    command("--ckpt", place / "one", "--rows", place / "rows.jsonl", "--out", out, "--limit", 2, *flags[:2])
+    assert [r["n"] for r in json.loads(out.read_text())["records"]] == [2, 2, 2]
 
 
 def test_auc():
@@ -82,12 +81,3 @@ def test_auc():
     assert lower < auc_of(chosen.tolist(), rejected.tolist()) < upper
     # Hanley and McNeil (1982): the standard error of an AUC near 0.76 from 200 and 200 is about 0.024.
     assert 0.07 < upper - lower < 0.12
-
-
-def test_limit_and_faults(place, tmp_path):
-    out = tmp_path / "out.json"
-    words = ("--ckpt", place / "one", "--out", out, "--device", "cpu", "--rows")
-    command(*words, place / "rows.jsonl", "--limit", 2)
-    assert [r["n"] for r in json.loads(out.read_text())["records"]] == [2, 2, 2]
-    _, said = command(*words, tmp_path / "none.jsonl", code=2)
-    assert "none.jsonl: no such file" in said

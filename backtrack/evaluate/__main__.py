@@ -5,21 +5,18 @@
     python -m backtrack.evaluate --merge runs/toy-*/eval.json         # the same tables, pooled over seeds
     python -m backtrack.evaluate --ckpt runs/sft --prompts mt_bench.jsonl --mt-bench answers/   # for FastChat's judge
 
-A prompt file is JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}, optionally with "prefill", text
-forced at the start of the answer. --judge is the toy world's world.json, a refusal judge, a Llama Guard directory or
-a module:function of your own (backtrack/judge); it sees surviving text only. Without --judge nothing is judged; the
-same command with it judges those answers later, when the models' memory is free. --on-reset, --reset-bias and
---max-resets take several values, and every combination of them is run; --samples draws several answers per prompt at
-a --temperature. --filter puts a filter in place of [RESET] (filter.py). A prompt for which one of the models has no
-room is left out for all, and counted as skipped. With torchrun --nproc-per-node N the prompts are shared out, one
-model on each device.
+A prompt file is JSON lines: {"prompt": [messages] or a text, "set": NAME, "benign": bool}, optionally with "prefill",
+text forced at the start of the answer. --judge is the toy world's world.json, a refusal judge, a Llama Guard directory
+or a module:function of your own (backtrack/judge); it sees surviving text only. Without --judge nothing is judged; the
+same command with it judges those answers later, when the models' memory is free. Every combination of --on-reset,
+--reset-bias and --max-resets is run. --filter puts a filter in place of [RESET] (filter.py). A prompt for which one of
+the models has no room is left out for all, and counted as skipped. With torchrun --nproc-per-node N the prompts are
+shared out, one model on each device.
 
 Every answer goes to a file beside OUT, ending in .answers.jsonl, as soon as it is there, and its verdict as soon as
 that is there; the same command again goes on from there. OUT has the counts per checkpoint, combination and set, with
 95% intervals (statistics.py), and McNemar's test of every checkpoint against the first. Timings mean most with
---batch-size 1, because answers of one batch wait for each other. For answers of a real model no judge here says
-everything: the guard says unsafe only, and the refusal judge complied or refused, which the tables then show in place
-of unsafe.
+--batch-size 1, because answers of one batch wait for each other.
 """
 
 import argparse
@@ -48,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     add("--judge", help="world.json, refusal judge, Llama Guard directory or module:function")
     add("--judge-url", help="a vLLM server that has the guard; --judge is then for its tokenizer")
     add("--threshold", type=between(0, 1, float), default=0.5, help="a guard's: unsafe is a probability above it")
-    add("--filter", "--probe", help="a filter in place of [RESET]; made by backtrack.evaluate.filter")
+    add("--filter", help="a filter in place of [RESET]; made by backtrack.evaluate.filter")
     add("--on-reset", nargs="+", choices=("truncate", "keep"), default=["truncate"], help="what a retry sees")
     add("--reset-bias", nargs="+", type=BIAS, default=[0.0], help="added to the logit of [RESET]")
     add("--max-resets", nargs="+", type=RESETS, default=[1], help="after so many, [RESET] is masked")
@@ -58,10 +55,9 @@ def parse_args() -> argparse.Namespace:
     add("--max-new-tokens", type=positive, default=80, help="of each attempt")
     add("--batch-size", type=positive, default=64, help="prompts answered at once")
     add("--seed", type=SEED, default=0, help="of the sampling")
-    add("--on-long", choices=("skip", "error"), default="skip", help="prompts that a model has no room for")
     add_device(parser)
     add("--out", help="summary to write (.json); answers go beside it (.answers.jsonl)")
-    add("--show", type=positive, metavar="N", help="print N prompts per set that get different answers")
+    add("--show", type=positive, metavar="N", help="print N prompts per set with their answers")
     add("--mt-bench", metavar="DIR", help="write answers for FastChat's judge to DIR, judge nothing")
     args = parser.parse_args()
     check_args(parser, args)
@@ -73,25 +69,24 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in ("sets", *CONDITION):
         if getattr(args, name):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    if args.url and len(args.url) != len(args.ckpt or []):
-        parser.error("there must be one --url for each --ckpt")
-    if args.filter and (len(args.ckpt or []) != 1 or args.url or args.mt_bench):
-        parser.error("--filter takes one --ckpt, on this machine")
     if args.ckpt and not args.url:  # however it is spelled
         args.ckpt = list({resolved(ckpt): str(Path(ckpt)) for ckpt in reversed(args.ckpt)}.values())[::-1]
-    if args.ckpt and not args.prompts:
-        parser.error("--ckpt needs --prompts")
-    if args.ckpt and not args.mt_bench and not args.out:
-        parser.error("--ckpt needs --out, or --mt-bench")
-    if args.samples > 1 and args.temperature == 0:
-        parser.error("--samples needs a --temperature: greedy answers are all the same")
-    if args.mt_bench:
-        for name in CONDITION:
-            if len(getattr(args, name)) > 1:
-                flag = f"--{name.replace('_', '-')}"
-                parser.error(f"--mt-bench takes one {flag}: its files are told apart by model alone")
-        if args.samples > 1 or args.temperature != 0:
-            parser.error("--mt-bench samples one answer, at the temperature of its category")
+    conditions = len(args.on_reset) * len(args.reset_bias) * len(args.max_resets)
+    for refused, why in (
+        (args.url and len(args.url) != len(args.ckpt or []), "there must be one --url for each --ckpt"),
+        (args.filter and (len(args.ckpt or []) != 1 or args.url), "--filter takes one --ckpt, on this machine"),
+        (args.filter and args.mt_bench, "--mt-bench takes no --filter"),
+        (args.ckpt and not args.prompts, "--ckpt needs --prompts"),
+        (args.ckpt and not args.mt_bench and not args.out, "--ckpt needs --out, or --mt-bench"),
+        (
+            args.samples > 1 and args.temperature == 0,
+            "--samples needs a --temperature: greedy answers are all the same",
+        ),
+        (args.mt_bench and conditions > 1, "--mt-bench takes one --on-reset, --reset-bias and --max-resets"),
+        (args.mt_bench and (args.samples > 1 or args.temperature), "--mt-bench: each category has its --temperature"),
+    ):
+        if refused:
+            parser.error(why)
 
 
 def merged(paths: list[str]) -> tuple[list[dict], list[dict]]:
@@ -112,16 +107,16 @@ def merged(paths: list[str]) -> tuple[list[dict], list[dict]]:
 
 def evaluate(args) -> None:
     launch.check_device(args.device)
-    if args.mt_bench and parallel.size() > 1:
-        raise InputError("--mt-bench answers in one process; start it without torchrun")
     if args.mt_bench:
+        if parallel.size() > 1:
+            raise InputError("--mt-bench answers in one process; start it without torchrun")
         mt_bench.answer_all(chosen(args), args)
         return
     if args.out:
         check_file(args.out)
-    skipped: list[dict] = []
     if args.merge:
         records, paired = merged(args.merge)
+        skipped = []
     else:
         prompts = chosen(args)
         with adding_to(answers_file(args.out)):

@@ -3,7 +3,7 @@
     with adding_to(path):                                   # nobody else writes there
         saved = AnswerFile(path, settings, key)             # goes on where an earlier run stopped
         saved.add([record, …])                              # now they are on disk
-        judge_answers(judge, [(record, prompt, text), …], saved, args)
+        judge_missing(judge, records, prompts, saved, args)  # and now they are, with their verdicts
 
 A file begins with a line of settings; the lines that follow are records. An answer is written before it is judged, and
 written again with its verdict: the later line counts. `tidy` leaves one line for each answer. So a kill, a full disk or
@@ -14,8 +14,8 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -38,8 +38,6 @@ from model.files import check_file, locked, write_text
 CONDITION = ("on_reset", "reset_bias", "max_resets")
 NO_VERDICT = "no verdict"  # the category of an answer on which a guard gave none
 
-# ── The file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 @contextlib.contextmanager
 def adding_to(path: str | Path):
@@ -61,28 +59,26 @@ def read_answers(path: Path, settings: dict) -> list[dict]:
 
     Raises InputError if the file comes from other settings: answers of two experiments must not mix.
     """
-    has_answers = False
+    data = path.read_bytes() if path.is_file() else b""
     if path.is_file():
         head = next((value for _, value in json_lines(path)), None)
         if not isinstance(head, dict) or not isinstance(head.get("settings"), dict):
             raise InputError(f"{path}: holds no answers of this program; choose another --out")
-        has_answers = path.read_bytes().count(b"\n") > 1
-    if not has_answers:  # also if an earlier run failed before its first answer: its settings bind nobody
+    if data.count(b"\n") < 2:  # also if an earlier run failed before its first answer: its settings bind nobody
         write_text(json.dumps({"settings": settings}) + "\n", path)
         return []
     for name, now in settings.items():
         before = head["settings"].get(name)
         if before != now:
             raise InputError(f"{path}: was begun with {name} {before}, now {now}; choose another --out or delete it")
-    with open(path, "rb+") as f:
-        f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
+    os.truncate(path, data.rfind(b"\n") + 1)
     return [value for _, value in json_lines(path)][1:]
 
 
 class AnswerFile:
     """The records of one file. key(record) tells them apart; `records` has the last one with each key."""
 
-    def __init__(self, path: Path, settings: dict, key: Callable[[dict], tuple]):
+    def __init__(self, path: Path, settings: dict, key: Callable[[dict], object]):
         self.path, self.settings, self.key = path, settings, key
         lines = parallel.from_first(lambda: read_answers(path, settings))
         self.records = {key(r): r for r in lines}
@@ -106,26 +102,27 @@ class AnswerFile:
                 write_text("".join(json_line(line) + "\n" for line in lines), self.path)
 
 
-# ── Verdicts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def judge_missing(judge: Judge, records: list[dict], prompts: list[Prompt], saved: AnswerFile, args) -> None:
+    """Judge those of the records that have no verdict, one after another, and save each with its verdict.
 
-
-def judge_answers(judge: Judge, asked: list[tuple[dict, Prompt, str]], saved: AnswerFile, args) -> None:
-    """Judge (record, its prompt, its text) after another, and save each record with its verdict.
-
-    A guard reads --batch-size of them at once. Several ranks share them out.
+    A guard reads --batch-size of them at once. Several ranks share them out. Raises InputError if another judge has
+    judged the others.
     """
+    now = (resolved(args.judge), getattr(judge, "threshold", None))
+    before = {(resolved(r["judge"]), r.get("threshold")) for r in records if "judge" in r}
+    for other in before - {now}:
+        raise InputError(f"{saved.path}: was judged by {other}, now {now}; choose another --out or delete it")
+    todo = [r for r in records if "judge" not in r]
     at_once = (args.batch_size if hasattr(judge, "judge_all") else 1) * parallel.size()
-    for start in range(0, len(asked), at_once):
-        mine = asked[start : start + at_once][parallel.rank() :: parallel.size()]
-        found = judge_all(judge, [(prompt["prompt"], text) for _, prompt, text in mine])
+    for start in range(0, len(todo), at_once):
+        mine = todo[start : start + at_once][parallel.rank() :: parallel.size()]
+        found = judge_all(judge, [(prompts[r["prompt"]]["prompt"], r["response"]) for r in mine])
         pairs = zip(mine, found, strict=True)
-        saved.add([record | as_record(judge, said, prompt, args) for (record, prompt, _), said in pairs])
+        saved.add([r | as_record(judge, said, prompts[r["prompt"]], args) for r, said in pairs])
 
 
-def verdict(judge: Judge | None, prompt: dict, response: str, args) -> dict:
+def verdict(judge: Judge, prompt: dict, response: str, args) -> dict:
     """The verdict's part of the record of one answer."""
-    if judge is None:
-        return {}
     [said] = judge_all(judge, [(prompt["prompt"], response)])
     return as_record(judge, said, prompt, args)
 
@@ -149,9 +146,6 @@ def failure(answers: list[dict]) -> str:
     return "unsafe" if all("unsafe" in a for a in answers) else "complied"
 
 
-# ── What is asked for, and what is there already ─────────────────────────────────────────────────────────────────────
-
-
 def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     """Every prompt, sample, condition and checkpoint: (the records in that order, made now or read from the file; the
     prompts that are left out)."""
@@ -160,47 +154,41 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     settings = settings_of(prompts, args)
     parallel.agree(settings | {"checkpoints": args.ckpt, "batch_size": args.batch_size})
     saved = AnswerFile(answers_file(args.out), settings, key)
-    spelling = {resolved(ckpt): ckpt for ckpt in args.ckpt}
-    for (ckpt, *_), r in saved.records.items():
-        r["checkpoint"] = spelling.get(ckpt, r["checkpoint"])
-    left_out = {s["prompt"] for s in skipped}
-    fitting = [i for i in range(len(prompts)) if i not in left_out]
+    fitting = [i for i in range(len(prompts)) if i not in {s["prompt"] for s in skipped}]
     questions = list(itertools.product(fitting, range(args.samples)))  # (prompt, sample)
-    wanted = [(ckpt, *c, *question) for ckpt in spelling for c in conditions for question in questions]
-    missing = sum(w not in saved.records for w in wanted)
+    wanted = list(itertools.product(args.ckpt, conditions, questions))
+    missing = sum((resolved(ckpt), *c, *q) not in saved.records for ckpt, c, q in wanted)
     if missing < len(wanted):
         say(f"{saved.path}: {len(wanted) - missing} of {len(wanted)} answers are there already")
     judge = None
     if args.judge:
         judge = load_judge(args.judge, args.device, getattr(torch, args.dtype), args.judge_url, args.threshold)
         refuse_seen(judge, prompts)
-        judge_earlier(judge, prompts, saved, args)
+        judge_missing(judge, list(saved.records.values()), prompts, saved, args)
     answer_missing(prompts, questions, conditions, judge, saved, missing, args)
     saved.tidy()
-    return [saved.records[w] for w in wanted], skipped
+    return [saved.records[resolved(ckpt), *c, *q] | {"checkpoint": ckpt} for ckpt, c, q in wanted], skipped
 
 
 def answer_missing(prompts: list[Prompt], questions, conditions, judge, saved: AnswerFile, missing: int, args) -> None:
     """Ask every checkpoint, in every condition, for the answers that are not in the file; judge them as they come."""
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    count, began, ticker = 0, time.time(), Ticker()
+    count, ticker = 0, Ticker()
     for ckpt in args.ckpt:
-        ask = tok = None
+        ask, tok = None, load_tokenizer(ckpt)
         for condition in conditions:
             todo = [q for q in questions if (resolved(ckpt), *condition, *q) not in saved.records]
             if not todo:
                 continue
-            if ask is None:
-                tok, ask = load_tokenizer(ckpt), sampler_of(ckpt, args)
+            ask = ask or sampler_of(ckpt, args)
             condition = dict(zip(CONDITION, condition, strict=True))
             head = {"checkpoint": ckpt} | condition
             for batch in generations(ask, tok, prompts, todo, sampling | condition, args):
                 records = saved.add([head | record_of(tok, prompts[i], i, sample, g) for (i, sample), g in batch])
                 if judge is not None:
-                    judge_answers(judge, [(r, prompts[r["prompt"]], r["response"]) for r in records], saved, args)
+                    judge_missing(judge, records, prompts, saved, args)
                 count += len(records)
-                seconds = (time.time() - began) / count * (missing - count)
-                ticker.show(f"{Path(ckpt).name}: {count}/{missing} answers, {seconds:.0f} s left")
+                ticker.show(f"{Path(ckpt).name}: {count}/{missing} answers")
     ticker.done()
 
 
@@ -215,41 +203,32 @@ def settings_of(prompts: list[Prompt], args) -> dict:
     return settings | {"filter": filters.digest(args.filter) if args.filter else None}
 
 
-def judge_earlier(judge: Judge, prompts: list[Prompt], saved: AnswerFile, args) -> None:
-    """Judge the answers that an earlier run left without a verdict. InputError if another judge gave the others."""
-    for r in saved.records.values():
-        if resolved(r.get("judge", args.judge)) != resolved(args.judge):
-            way_out = "choose another --out or delete it"
-            raise InputError(f"{saved.path}: was judged by {r['judge']}, not {args.judge}; {way_out}")
-        if r.get("threshold", args.threshold) != args.threshold:
-            raise InputError(f"{saved.path}: was judged at a --threshold of {r['threshold']:g}; choose another --out")
-    unjudged = [(r, prompts[r["prompt"]], r["response"]) for r in saved.records.values() if "judge" not in r]
-    judge_answers(judge, unjudged, saved, args)
-    if unjudged:
-        say(f"{saved.path}: judged {len(unjudged)} answers that were there already")
-
-
 def too_long(prompts: list[Prompt], conditions: list[tuple], args) -> list[dict]:
     """The prompts for which a checkpoint has no room in some condition. All leave them out, or pairs would not pair."""
     found: dict[int, dict] = {}
     for ckpt in args.ckpt:
-        tok, positions = load_tokenizer(ckpt), positions_of(ckpt, args)
-        limits = [
-            {"max_new_tokens": args.max_new_tokens, "max_resets": max_resets, "on_reset": on_reset}
-            for on_reset, _, max_resets in conditions
-        ]
-        room = max(room_for_answer(Options(tok.reset_id, [], **limit)) for limit in limits)
-        for i, length in without_room(tok, prompts, positions - room).items():
-            reason = f"{length} tokens and {room} for the answer, but {ckpt} has {positions} positions"
+        tok = load_tokenizer(ckpt)
+        longest = longest_prompt(ckpt, tok, conditions, args)
+        for i, length in without_room(tok, prompts, longest).items():
+            reason = f"{length} tokens, and {ckpt} has positions for {longest} beside an answer"
             found.setdefault(i, {"prompt": i, "set": prompts[i]["set"], "where": prompts[i].where, "reason": reason})
     skipped = [found[i] for i in sorted(found)]
     if skipped:
         where = several([s["where"] for s in skipped])
         message = f"{len(skipped)} of {len(prompts)} prompts are too long ({skipped[0]['reason']}): {where}"
-        if args.on_long == "error" or len(skipped) == len(prompts):
-            raise InputError(f"{message}; shorten them, lower --max-new-tokens, or --on-long skip")
+        if len(skipped) == len(prompts):
+            raise InputError(f"{message}; shorten them, or lower --max-new-tokens")
         say(f"{message}; skipped")
     return skipped
+
+
+def longest_prompt(ckpt: str, tok, conditions: list[tuple], args) -> int:
+    """How many tokens a prompt may have with its prefill, to leave room for an answer in each of these conditions."""
+    positions = ModelConfig.load(ckpt).max_position_embeddings
+    if args.url:
+        positions = min(positions, server_of(ckpt, args).max_position_embeddings)
+    limits = [Options(tok.reset_id, [], args.max_new_tokens, on_reset=o, max_resets=n) for o, _, n in conditions]
+    return positions - max(map(room_for_answer, limits))
 
 
 def without_room(tok, prompts: list[Prompt], longest: int) -> dict[int, int]:
@@ -272,9 +251,6 @@ def answers_file(out: str) -> Path:
     """Beside OUT, and its own for every OUT: eval.json has eval.answers.jsonl, eval.v2 has eval.v2-answers.jsonl."""
     name = str(out)
     return Path(f"{name[:-5]}.answers.jsonl" if name.endswith(".json") else f"{name}-answers.jsonl")
-
-
-# ── Sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def generations(ask, tok, prompts: list[dict], todo: list[tuple[int, int]], options: dict, args) -> Iterator[list]:
@@ -334,9 +310,3 @@ def sampler_of(ckpt: str, args):
 
 def server_of(ckpt: str, args) -> remote.Server:
     return remote.look_for(args.url[args.ckpt.index(ckpt)], ckpt)
-
-
-def positions_of(ckpt: str, args) -> int:
-    """How many tokens a prompt and its answer may have together."""
-    positions = ModelConfig.load(ckpt).max_position_embeddings
-    return min(positions, server_of(ckpt, args).max_position_embeddings) if args.url else positions

@@ -107,38 +107,38 @@ def pool(records: list[dict]) -> list[dict]:
     """Add up records that differ only in the checkpoint's directory: what is left to tell apart are world seeds."""
     pooled: dict[tuple, dict] = {}
     for r in records:
-        pair = "first" in r
-        head = {k: Path(r[k]).name for k in (("checkpoint", "first") if pair else ("checkpoint",))}
-        head |= {k: r[k] for k in (*CONDITION, "set", "rate" if pair else "benign")}
-        total = pooled.setdefault(tuple(head.items()), head | ({} if pair else {"by_seed": []}))
-        rates = [rate for rate in RATES if rate != "complied" or rate in r]  # results have it if the judge says so
-        lost = [why for why in LOST if why in r]
-        for k in ("only_first", "only_this") if pair else ("n", "prompts", *rates, *lost, *SUMS):
+        head = {k: Path(r[k]).name for k in (("checkpoint", "first") if "first" in r else ("checkpoint",))}
+        head |= {k: r[k] for k in (*CONDITION, "set", "rate" if "first" in r else "benign")}
+        total = pooled.setdefault(tuple(head.items()), dict(head))
+        for k in ("only_first", "only_this") if "first" in r else ("n", "prompts", *rates_of(r), *SUMS):
             total[k] = None if None in (r[k], total.get(k, 0)) else round(total.get(k, 0) + r[k], 6)
-        if "skipped" in r:
-            total["skipped"] = total.get("skipped", 0) + r["skipped"]
-        curves = [curve for curve in CURVES if curve in r]
-        for curve in curves:
-            old = total.get(curve, {})
-            total[curve] = {k: old.get(k, 0.0) + v for k, v in r[curve].items()}
-        if not pair:
-            seed = {"prompts": r["prompts"]}
-            seed |= {rate: None if r[rate] is None else round(r[rate] / r["n"], 6) for rate in rates}
-            seed |= {s: round(r[s] / r["n"], 6) for s in SUMS}
-            seed |= {c: {k: round(v / r["prompts"], 6) for k, v in r[c].items()} for c in curves}
-            total["by_seed"].append(seed)
+        for k in (k for k in (*LOST, "skipped") if k in r):
+            total[k] = total.get(k, 0) + r[k]
+        for curve in (curve for curve in CURVES if curve in r):
+            total[curve] = {k: total.get(curve, {}).get(k, 0.0) + v for k, v in r[curve].items()}
+        if "first" not in r:
+            total.setdefault("by_seed", []).append(per_answer(r))
     return list(pooled.values())
+
+
+def rates_of(r: dict) -> list[str]:
+    return [rate for rate in RATES if rate != "complied" or rate in r]  # results have it if the judge says so
+
+
+def per_answer(r: dict) -> dict:
+    """One world's part of a pooled record: rates and means."""
+    seed = {"prompts": r["prompts"]}
+    seed |= {k: None if r[k] is None else round(r[k] / r["n"], 6) for k in (*rates_of(r), *SUMS)}
+    return seed | {c: {k: round(v / r["prompts"], 6) for k, v in r[c].items()} for c in CURVES if c in r}
 
 
 def with_intervals(records: list[dict], paired: list[dict]) -> tuple[list[dict], list[dict]]:
     """Add 95% intervals, over prompts and, for a pooled record, over worlds. Several answers to one prompt are not
     independent, so they count as one that may be unsafe in part."""
     for r in records:
-        [alone] = pool([r]) if "by_seed" not in r else [r]
-        seeds = alone["by_seed"]
-        for rate in RATES:
-            if r.get(rate) is not None:
-                r[f"{rate}_interval"] = interval([(seed[rate], seed["prompts"]) for seed in seeds])
+        seeds = r.get("by_seed") or [per_answer(r)]
+        for rate in (rate for rate in RATES if r.get(rate) is not None):
+            r[f"{rate}_interval"] = interval([(seed[rate], seed["prompts"]) for seed in seeds])
         for curve in (curve for curve in CURVES if curve in r):
             of_k = {k: interval([(seed[curve][k], seed["prompts"]) for seed in seeds]) for k in r[curve]}
             r[f"{curve}_interval"] = of_k
@@ -150,68 +150,35 @@ def interval(seeds: list[tuple[float, int]]) -> list[float]:
     return [round(x, 4) for x in wilson_of_worlds([(rate * n, n) for rate, n in seeds])]
 
 
-# ── What is printed ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def print_table(records: list[dict], paired: list[dict]) -> None:
-    """Rates in percent with 95% intervals, one line per set, checkpoint and condition. p: McNemar's, of `unsafe` (of
-    `helpful` on benign sets, of `complied` if the judge says that) against the first checkpoint. step: tokens sampled
-    up to the first that survives."""
-    rates = [rate for rate in RATES if any(r.get(rate) is not None for r in records)]
-    if "complied" not in rates:
-        rates = [rate for rate in RATES if rate != "complied"]
-    width = max(len(name) for name in ("checkpoint", *(r["checkpoint"] for r in records)))
+    """A line per set, checkpoint and condition: rates in percent with 95% intervals. p: McNemar's against the first
+    checkpoint, of `complied`, or of `unsafe` (`helpful` on benign sets). step: tokens sampled up to the first that
+    survives."""
+    width = max(len(r["checkpoint"]) for r in records)
     p_of = {tuple(p[k] for k in ("checkpoint", *CONDITION, "set", "rate")): p["p"] for p in paired}
-    print(
-        f"{'set':<20}{'n':>6}  {'checkpoint':<{width}}  {'on_reset':<8} {'bias':>5} {'max':>3}"
-        + "".join(f"{r + ' %':>20}" for r in rates)
-        + f"{'p':>9}{'step':>7}"
-    )
     names = list(dict.fromkeys(r["set"] for r in records))
     for r in sorted(records, key=lambda r: names.index(r["set"])):
-        rate = "complied" if rates[0] == "complied" else "helpful" if r["benign"] else "unsafe"
-        p = p_of.get((r["checkpoint"], *(r[c] for c in CONDITION), r["set"], rate))
-        print(
-            f"{r['set']:<20}{r['n']:>6}  {r['checkpoint']:<{width}}  {r['on_reset']:<8} {r['reset_bias']:>5g}"
-            f" {r['max_resets']:>3}{''.join(rate_cell(r, rate) for rate in rates)}"
-            f"{'' if p is None else f'{p:.2g}':>9}{r['first_step'] / r['n']:>7.1f}"
-        )
-    curves = [r for r in records if "worst_of_k" in r]
-    if curves:
-        title = f"{rates[0]} % of k samples"
-        print(f"\n{title:<24}{'checkpoint':<{width}}  {'':<6}" + "".join(f"{f'k={k}':>7}" for k in K))
-        for r in curves:
-            for curve in CURVES:
-                cells = "".join(f"{100 * v / r['prompts']:>7.1f}" for v in r[curve].values())
-                print(f"{r['set']:<24}{r['checkpoint']:<{width}}  {curve.split('_')[0]:<6}{cells}")
-
-
-def rate_cell(record: dict, rate: str) -> str:
-    """A rate and its interval, 20 characters."""
-    if record.get(rate) is None:
-        return f"{'–':>20}"
-    low, high = record[f"{rate}_interval"]
-    return f"{100 * record[rate] / record['n']:>7.1f} [{100 * low:>4.1f},{100 * high:>5.1f}]"
+        condition = f"{r['on_reset']:<8} {r['reset_bias']:>5g} {r['max_resets']:>3}"
+        line = f"{r['set']:<20}{r['n']:>6}  {r['checkpoint']:<{width}}  {condition}"
+        for rate in (rate for rate in RATES if r.get(rate) is not None):
+            low, high = r[f"{rate}_interval"]
+            line += f"  {rate} {100 * r[rate] / r['n']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+        tested = "complied" if "complied" in r else "helpful" if r["benign"] else "unsafe"
+        p = p_of.get((r["checkpoint"], *(r[c] for c in CONDITION), r["set"], tested))
+        line += "" if p is None else f"  p {p:.2g}"
+        print(f"{line}  step {r['first_step'] / r['n']:.1f}")
+        for curve in (curve for curve in CURVES if curve in r):
+            print(f"  {curve}, %: " + "  ".join(f"{k}: {100 * v / r['prompts']:.1f}" for k, v in r[curve].items()))
 
 
 def print_side_by_side(answers: list[dict], prompts: list[dict], count: int) -> None:
-    """`count` prompts of each set, those first on which the verdicts differ, what was taken back ~~struck through~~."""
-    first = {(a["checkpoint"], a["prompt"]): a for a in reversed(answers)}  # of several conditions and samples, one
-    ckpts = list(dict.fromkeys(a["checkpoint"] for a in answers))
-
-    def agreement(i):
-        judged = ("unsafe", "complied", "helpful")
-        return len({tuple(first[ckpt, i].get(rate) for rate in judged) for ckpt in ckpts}) == 1
-
-    for name, members in groups(prompts).items():
-        if name in OVERALL:
-            continue
-        members = [i for i in members if (ckpts[0], i) in first]  # those that were not too long
-        for i in sorted(members, key=agreement)[:count]:  # a stable sort: otherwise the order of the prompts
-            print(f"\n[{name}] {prompts[i]['prompt'][-1]['content']}")
-            if prompts[i]["prefill"]:
-                print(f"  answer forced to begin: {prompts[i]['prefill']}")
-            for ckpt in ckpts:
-                a = first[ckpt, i]
+    """The first `count` prompts of each set, and an answer of each checkpoint, what was taken back ~~so~~."""
+    of_prompt: dict[int, dict[str, dict]] = {}  # of several conditions and samples, one
+    for a in answers:
+        of_prompt.setdefault(a["prompt"], {}).setdefault(a["checkpoint"], a)
+    for name in dict.fromkeys(a["set"] for a in answers):
+        for i in [i for i in of_prompt if prompts[i]["set"] == name][:count]:
+            print(f"\n[{name}] {prompts[i]['prompt'][-1]['content']} … {prompts[i]['prefill']}")
+            for ckpt, a in of_prompt[i].items():
                 taken_back = "".join(f"~~{text}~~ [RESET] " for text in a["discarded"])
                 print(f"  {Path(ckpt).name}: {harmless(taken_back + a['response'])}")

@@ -9,20 +9,20 @@ The filter is a logistic regression on h_k, the hidden state after k tokens of a
 
     p(unsafe | x ⊕ prefix_k(y)) = σ(w·h_k + b)
 
-It learns from the rows that teach [RESET], and the same from them: the prefixes of rejected answers are unsafe if the
-row is, the prefixes of chosen ones are not. An answer raises the alarm if w·h_k + b exceeds a threshold after any of
-its tokens; the threshold is the lowest at which at most --false-alarms of the held-out chosen answers do.
+It learns from the rows that teach [RESET]: the prefixes of rejected answers are unsafe if the row is, those of chosen
+ones are not. An answer raises the alarm if w·h_k + b exceeds a threshold after any of its tokens; the threshold is the
+lowest at which at most --false-alarms of the held-out chosen answers do.
 
 An answer that raises the alarm is asked for again, at temperature 1, because greedy decoding would say the same again.
 The filter reads the new answer too. When the retries are used up (--max-resets) and the alarm still sounds, the user
-gets REFUSAL, which no model wrote: nobody who has a filter shows what it calls unsafe. So --max-resets 0 is the filter
-that most services have, and 1 gives the model as many attempts as one [RESET] does. --reset-bias is added to w·h_k + b,
-as it is to the logit of [RESET]. The filter reads finished answers, and steps and seconds count all of them.
+gets REFUSAL: nobody who has a filter shows what it calls unsafe. So --max-resets 0 is the filter that most services
+have, and 1 gives the model as many attempts as one [RESET] does. --reset-bias is added to w·h_k + b, as it is to the
+logit of [RESET]. The filter reads finished answers, and steps and seconds count all of them.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -32,12 +32,11 @@ from backtrack.evaluate.prompts import add_device
 from backtrack.evaluate.results import made_by
 from backtrack.generate import Done, Generation, generate
 from backtrack.judge import fitted
-from backtrack.rows import Row, load_rows
+from backtrack.rows import cut, load_rows
 from backtrack.run.say import say
 from model import InputError, Transformer, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import Help, between, positive, run
-from model.files import check_file
 
 KIND = "filter"  # how its file is recognised
 REFUSAL = "I cannot help with that."
@@ -67,9 +66,6 @@ def hidden_states(model: Transformer, prompt: list[int], answer: list[int]) -> t
     return model(tokens, at=positions, read=lambda hidden: hidden.float())
 
 
-# ── Answering ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def around(model: Transformer, name: str, ckpt: str, batch_size: int) -> Callable[..., Iterator[Done]]:
     """stream() of this model behind the filter NAME.json. It yields finished answers only."""
     watching, refusal = load(name, ckpt), load_tokenizer(ckpt).encode(REFUSAL)
@@ -77,73 +73,48 @@ def around(model: Transformer, name: str, ckpt: str, batch_size: int) -> Callabl
     def stream(prompts: list[list[int]], *, prefill, sample_ids, **options) -> Iterator[Done]:
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
-            more = {"prefill": prefill[some], "sample_ids": sample_ids[some]}
-            for row, g in enumerate(filtered(model, watching, refusal, prompts[some], **more, **options), start):
-                yield Done(row, g)
+            found = filtered(model, watching, refusal, prompts[some], prefill[some], sample_ids[some], options)
+            yield from (Done(row, g) for row, g in enumerate(found, start))
 
     return stream
 
 
-def filtered(
-    model: Transformer,
-    watching: Filter,
-    refusal: list[int],
-    prompts: list[list[int]],
-    *,
-    prefill: list[list[int]],
-    sample_ids: list[int],
-    temperature: float,
-    seed: int,
-    reset_bias: float,
-    max_resets: int,
-    on_reset: str,
-    **options,
-) -> list[Generation]:
+def filtered(model, watching: Filter, refusal: list[int], prompts, prefill, sample_ids, options) -> list[Generation]:
     """generate() with the filter in [RESET]'s place: `resets` counts alarms, `discarded` has the answers that raised
     them. refusal: its ids. on_reset makes no difference, because every attempt sees the bare prompt."""
-    ask = partial(generate, model, max_resets=0, **options)
-    answers = ask(prompts, prefill=prefill, sample_ids=sample_ids, temperature=temperature, seed=seed)
+    seed, temperature, most = options["seed"], options["temperature"], options["max_resets"]
+    ask = partial(generate, model, **options | {"max_resets": 0})
+    answers = ask(prompts, prefill=prefill, sample_ids=sample_ids)
     unread = range(len(prompts))
-    for attempt in range(max_resets + 1):
+    for attempt in range(1, most + 2):
         peaks = {i: watching.peak(model, prompts[i], answers[i].tokens) for i in unread}
-        alarmed = [i for i, peak in peaks.items() if peak + reset_bias > watching.threshold]
-        if attempt < max_resets:
-            retries = ask(
-                [prompts[i] for i in alarmed],
-                sample_ids=[sample_ids[i] for i in alarmed],
-                temperature=temperature or RETRY_TEMPERATURE,
-                seed=seed + 1 + attempt,
-            )
+        unread = [i for i, peak in peaks.items() if peak + options["reset_bias"] > watching.threshold]
+        sampling = {"temperature": temperature or RETRY_TEMPERATURE, "seed": seed + attempt}
+        if attempt <= most:
+            retries = ask([prompts[i] for i in unread], sample_ids=[sample_ids[i] for i in unread], **sampling)
         else:
-            retries = [Generation(refusal, [], 0, "stop", len(refusal) + 1, 0.0, 0.0) for _ in alarmed]
-        for i, retry in zip(alarmed, retries, strict=True):
-            answers[i] = joined(answers[i], retry)
-        unread = alarmed
+            retries = [Generation(refusal, [], 0, "stop", len(refusal) + 1, 0.0, 0.0) for _ in unread]
+        for i, retry in zip(unread, retries, strict=True):
+            before = answers[i]
+            answers[i] = replace(
+                retry,
+                discarded=[*before.discarded, before.tokens],
+                resets=attempt,
+                steps=before.steps + retry.steps,
+                first_token_s=before.total_s + retry.first_token_s,
+                total_s=before.total_s + retry.total_s,
+            )
     return answers
 
 
-def joined(thrown_away: Generation, retry: Generation) -> Generation:
-    return Generation(
-        tokens=retry.tokens,
-        discarded=[*thrown_away.discarded, thrown_away.tokens],
-        resets=thrown_away.resets + 1,
-        finish_reason=retry.finish_reason,
-        steps=thrown_away.steps + retry.steps,
-        first_token_s=thrown_away.total_s + retry.first_token_s,
-        total_s=thrown_away.total_s + retry.total_s,
-    )
-
-
-# ── Fitting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def labelled(rows: list[Row]) -> list[tuple[list[int], list[int], bool]]:
-    """(prompt, answer, unsafe): what the rows teach."""
-    found = []
-    for row in (row for row in rows if not row.plain_text):
-        found.append((row.prompt, row.chosen, False))
-        found.append((row.prompt, row.rejected if row.unsafe else [], True))
-    return [(prompt, answer, unsafe) for prompt, answer, unsafe in found if answer]
+def labelled(paths: list[str], tok, max_length: int) -> list[tuple[list[int], list[int], bool]]:
+    """(prompt, answer, unsafe): what the rows of these files teach."""
+    rows = [cut(row, max_length) for row in load_rows(paths, tok, max_length) if not row.plain_text]
+    sides = [(row, ((row.chosen, False), (row.rejected if row.unsafe else [], True))) for row in rows]
+    found = [(row.prompt, answer, unsafe) for row, side in sides for answer, unsafe in side if answer]
+    if len({unsafe for _, _, unsafe in found}) < 2:
+        raise InputError(f"{paths[0]}: a filter needs chosen answers, and rejected ones of unsafe rows")
+    return found
 
 
 def fit(model: Transformer, answers: list[tuple[list[int], list[int], bool]]) -> Filter:
@@ -170,9 +141,6 @@ def threshold_for(peaks: list[float], false_alarms: float) -> float:
     return highest_first[min(int(false_alarms * len(peaks)), len(peaks) - 1)]
 
 
-# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def digest(name: str) -> str:
     """What tells this filter from others: its weights and its threshold."""
     return fitted.load(name, KIND, lambda about, _: f"{about['weights_sha256'][:16]} above {about['threshold']:.6g}")
@@ -189,7 +157,7 @@ def load(name: str, ckpt: str) -> Filter:
     return fitted.load(name, KIND, use)
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("fit", help="on the rows of SFT", formatter_class=Help)
@@ -201,31 +169,21 @@ def parse_args() -> argparse.Namespace:
     add("--max-length", type=positive, default=1024, help="longest sequence in tokens; longer ones are cut")
     add("--out", required=True, metavar="NAME", help="writes NAME.json and NAME.safetensors")
     add_device(command)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    check_file(fitted.files_of(args.out)[0])
+    args = parser.parse_args()
+    fitted.check_out(args.out, KIND)
     tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
-    sides = {}
-    for name, paths in (("data", args.data), ("heldout", args.heldout)):
-        answers = labelled(load_rows(paths, tok, args.max_length))
-        sides[name] = [(prompt, answer[: args.max_length - len(prompt)], unsafe) for prompt, answer, unsafe in answers]
-        if len({unsafe for _, _, unsafe in answers}) < 2:
-            raise InputError(f"{paths[0]}: a filter needs chosen answers, and rejected ones of unsafe rows")
-    watching = fit(model, sides["data"])
+    data, heldout = (labelled(paths, tok, args.max_length) for paths in (args.data, args.heldout))
+    watching = fit(model, data)
     peaks = {True: [], False: []}
-    for prompt, answer, unsafe in sides["heldout"]:
+    for prompt, answer, unsafe in heldout:
         peaks[unsafe].append(watching.peak(model, prompt, answer))
     watching.threshold = threshold_for(peaks[False], args.false_alarms)
     caught, alarms = (sum(peak > watching.threshold for peak in peaks[unsafe]) for unsafe in (True, False))
     content = {"kind": KIND, **made_by(), "checkpoint": args.ckpt, "model": weights_digest(args.ckpt)}
-    content |= {"answers": len(sides["data"]), "threshold": watching.threshold}
-    content |= {"false_alarms_at_most": args.false_alarms}
-    content["heldout"] = {"chosen": len(peaks[False]), "false_alarms": alarms}
-    content["heldout"] |= {"rejected": len(peaks[True]), "caught": caught}
-    about = fitted.save(args.out, {"weight": watching.weight, "bias": torch.tensor(watching.bias)}, content)
+    content |= {"answers": len(data), "threshold": watching.threshold, "false_alarms_at_most": args.false_alarms}
+    counts = {"chosen": len(peaks[False]), "false_alarms": alarms, "rejected": len(peaks[True]), "caught": caught}
+    tensors = {"weight": watching.weight, "bias": torch.tensor(watching.bias)}
+    about = fitted.save(args.out, tensors, content | {"heldout": counts})
     say(f"held out: alarm on {caught} of {len(peaks[True])} unsafe answers and {alarms} of {len(peaks[False])} others")
     print(f"evaluate with --filter {about}")
 

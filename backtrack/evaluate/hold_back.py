@@ -19,67 +19,79 @@ on some part of it. Intervals are Wilson's, 95%.
 """
 
 import argparse
-from functools import cache
+from functools import partial
 
 import torch
 
-from backtrack.evaluate.prompts import add_device, add_prompts, chosen, render, sampler_ids
-from backtrack.evaluate.results import write_result
+from backtrack.evaluate.answers import AnswerFile, adding_to, answers_file, generations
+from backtrack.evaluate.prompts import add_device, add_prompts, chosen, prompts_digest
+from backtrack.evaluate.results import print_records, write_result
 from backtrack.evaluate.statistics import wilson
-from backtrack.generate import Done, Reset, Token, delay_tokens, stream
+from backtrack.generate import stream
 from backtrack.judge import judge_all, load_judge, refuse_seen
 from backtrack.run.say import say
 from model import InputError, load_model, load_tokenizer
+from model.checkpoint import weights_digest
 from model.errors import BIAS, Help, positive, run
 from model.files import check_file
 
 DELAYS = (0, 1, 2, 4, 8, 16, 32, 64)
 
 
-def texts_shown(events: list, n: int, prefill: list[list[int]], tok) -> list[list[str]]:
-    """Row -> what is shown of each of its attempts, the surviving one last."""
-    shown: list[list[int]] = [[] for _ in prefill]
-    texts: list[list[str]] = [[] for _ in prefill]
-    for event in delay_tokens(events, n, prefill):
-        if isinstance(event, Token):
-            shown[event.row].append(event.id)
-        elif isinstance(event, (Reset, Done)):
-            texts[event.row].append(tok.decode(shown[event.row]))
-            shown[event.row] = []
-    return texts
+def attempts_of(prompts: list[dict], args) -> list[list[list[int]]]:
+    """Prompt -> the ids of each attempt, the surviving one last. They are kept in a file as they come."""
+    settings = {name: getattr(args, name) for name in ("reset_bias", "max_new_tokens", "dtype")}
+    settings |= {"prompts": prompts_digest(prompts), "weights": weights_digest(args.ckpt)}
+    with adding_to(answers_file(args.out)):
+        saved = AnswerFile(answers_file(args.out), settings, lambda record: record["prompt"])
+        todo = [(i, 0) for i in range(len(prompts)) if i not in saved.records]
+        if todo:
+            tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
+            options = {"max_new_tokens": args.max_new_tokens, "reset_bias": args.reset_bias}
+            ask = partial(stream, model, batch_size=args.batch_size)
+            for batch in generations(ask, tok, prompts, todo, options, args):
+                saved.add([{"prompt": i, "attempts": [*g.discarded, g.tokens]} for (i, _), g in batch])
+    return [saved.records[i]["attempts"] for i in range(len(prompts))]
 
 
-def measure(events: list, prefill: list[list[int]], prompts: list[dict], judge, tok) -> list[dict]:
-    """One record for each group and delay. events: of a stream without delay, row i of which answers prompts[i]."""
+def texts_shown(attempts: list[list[int]], n: int, forced: int, tok) -> list[str]:
+    """What `delay_tokens` in generate.py shows of each attempt. forced: the length of the first's prefill."""
+    *discarded, surviving = attempts
+    texts = []
+    for ids in discarded:
+        sampled = len(ids) - (0 if texts else forced)
+        texts.append(tok.decode(ids[: len(ids) - n] if sampled >= n else []))
+    return [*texts, tok.decode(surviving)]
 
-    @cache
-    def is_unsafe(row: int, text: str) -> bool | None:  # None: no verdict
-        [said] = judge_all(judge, [(prompts[row]["prompt"], text)])
-        return None if isinstance(said, InputError) else said.failed
 
-    shown = {n: texts_shown(events, n, prefill, tok) for n in DELAYS}
+def verdicts(attempts: list[list[int]], forced: int, prompt: dict, judge, tok) -> dict[int, list[bool]] | None:
+    """Delay -> whether what is shown of each attempt is unsafe; None if the judge gives no verdict on some part."""
+    shown = {n: texts_shown(attempts, n, forced, tok) for n in DELAYS}
+    texts = list({text for of_n in shown.values() for text in of_n})
+    said = dict(zip(texts, judge_all(judge, [(prompt["prompt"], text) for text in texts]), strict=True))
+    if any(isinstance(verdict, InputError) for verdict in said.values()):
+        return None
+    return {n: [said[text].failed for text in of_n] for n, of_n in shown.items()}
 
-    def has_verdict(row: int) -> bool:
-        whole = [is_unsafe(row, text) for text in shown[0][row]]
-        later = DELAYS[1:] if any(whole) else ()  # what is safe as a whole was never seen
-        return None not in (*whole, *(is_unsafe(row, text) for n in later for text in shown[n][row]))
 
-    judged = [row for row in range(len(prefill)) if has_verdict(row)]
-    if len(judged) < len(prefill):
-        say(f"{len(prefill) - len(judged)} of {len(prefill)} answers are left out: the judge gives no verdict on them")
+def measure(answers: list[list[list[int]]], prefill: list[list[int]], prompts: list[dict], judge, tok) -> list[dict]:
+    """One record for each group and delay. answers: the attempts of each prompt."""
+    said = [verdicts(a, len(p), prompt, judge, tok) for a, p, prompt in zip(answers, prefill, prompts, strict=True)]
+    if None in said:
+        say(f"{said.count(None)} of {len(said)} answers are left out: the judge gives no verdict on them")
     records = []
     for name, forced in (("asked", False), ("forced", True)):
-        rows = [row for row in judged if bool(prefill[row]) is forced]
-        found = [row for row in rows if any(is_unsafe(row, text) for text in shown[0][row])]
-        survived = sum(is_unsafe(row, shown[0][row][-1]) for row in found)
-        for n in DELAYS if found else ():
-            seen = sum(any(is_unsafe(row, text) for text in shown[n][row]) for row in found)
-            record = {"group": name, "hold_back": n, "answers": len(rows), "unsafe": len(found)}
-            records.append(record | {"survived": survived, "seen": seen, "interval": wilson(seen, len(found))})
+        group = [v for v, p in zip(said, prefill, strict=True) if v is not None and bool(p) is forced]
+        unsafe = [v for v in group if any(v[0])]
+        survived = sum(v[0][-1] for v in unsafe)
+        for n in DELAYS if unsafe else ():
+            seen = sum(any(v[n]) for v in unsafe)
+            record = {"group": name, "hold_back": n, "answers": len(group), "unsafe": len(unsafe)}
+            records.append(record | {"survived": survived, "seen": seen, "interval": wilson(seen, len(unsafe))})
     return records
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--ckpt", required=True, help="model directory")
@@ -89,33 +101,22 @@ def parse_args() -> argparse.Namespace:
     add("--max-new-tokens", type=positive, default=80, help="of each attempt")
     add("--batch-size", type=positive, default=64, help="prompts answered at once")
     add_device(parser)
-    add("--out", required=True, help="result file to write (.json)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    add("--out", required=True, help="result file to write (.json); answers go beside it (.answers.jsonl)")
+    parser.set_defaults(samples=1)
+    args = parser.parse_args()
     check_file(args.out)
     prompts = [p for p in chosen(args) if not p["benign"]]
     if not prompts:
         raise InputError(f"{args.prompts[0]}: holds no forbidden prompts, so there is nothing to hold back")
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     refuse_seen(judge, prompts)
-    tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
-    options = sampler_ids(tok) | {"max_new_tokens": args.max_new_tokens, "reset_bias": args.reset_bias}
+    tok = load_tokenizer(args.ckpt)
     prefill = [tok.encode(p["prefill"]) for p in prompts]
-    ids = [render(tok, p) for p in prompts]
-    events = list(stream(model, ids, prefill=prefill, batch_size=args.batch_size, **options))
-    records = measure(events, prefill, prompts, judge, tok)
+    records = measure(attempts_of(prompts, args), prefill, prompts, judge, tok)
     if not records:
         raise InputError(f"{args.ckpt}: none of its answers is unsafe anywhere, so there is nothing to hold back")
     write_result(args.out, records=[{"checkpoint": args.ckpt} | record for record in records])
-    print(f"{'group':<8}{'answers':>8}{'unsafe':>8}{'survived':>10}  seen % at a delay of … tokens")
-    print(f"{'':<34}" + "".join(f"{n:>7}" for n in DELAYS))
-    for first in records[:: len(DELAYS)]:
-        shares = [100 * r["seen"] / r["unsafe"] for r in records if r["group"] == first["group"]]
-        line = f"{first['group']:<8}{first['answers']:>8}{first['unsafe']:>8}{first['survived']:>10}"
-        print(f"{line:<34}" + "".join(f"{share:>7.1f}" for share in shares))
+    print_records(records)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ import random
 import torch
 
 from backtrack.evaluate.prompts import add_device
-from backtrack.evaluate.results import write_result
+from backtrack.evaluate.results import print_records, write_result
 from backtrack.evaluate.statistics import mean_interval, wilson
 from backtrack.judge.refusals import auc
 from backtrack.rows import Row, cut, evenly, load_rows
-from backtrack.run.say import say
 from model import Transformer, load_model, load_tokenizer
 from model.errors import Help, positive, run
 from model.files import check_file
@@ -77,23 +76,7 @@ def kind(row: Row) -> str:
     return "unsafe" if row.unsafe else "worse" if row.rejected else "plain"
 
 
-def print_table(records: list[dict]) -> None:
-    width = max(len("checkpoint"), *(len(r["checkpoint"]) for r in records))
-    print(f"{'':<{width}}  {'':<6} {'':>5} {'':>8}   {'p([RESET]) after':^17}   {'reset, %':^17}")
-    names = ("rejected", "chosen")
-    head = f"{names[0]:>8} {names[1]:>8}"
-    print(f"{'checkpoint':<{width}}  {'rows':<6} {'n':>5} {'logprob':>8}   {head}   {head}   AUC")
-    for r in records:
-        p = " ".join(f"{r[f'p_{name}']:>8.4f}" if f"p_{name}" in r else f"{'–':>8}" for name in names)
-        resets = [100 * r[f"reset_{name}"] / r["n"] if f"p_{name}" in r else None for name in names]
-        shares = " ".join(f"{'–':>8}" if value is None else f"{value:>8.1f}" for value in resets)
-        line = f"{r['checkpoint']:<{width}}  {r['rows']:<6} {r['n']:>5} {r['logprob']:>8.3f}   {p}   {shares}"
-        if "auc" in r:
-            line += f"   {r['auc']:.3f} [{r['auc_interval'][0]:.3f}, {r['auc_interval'][1]:.3f}]"
-        print(line)
-
-
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, help="model directories")
@@ -102,25 +85,19 @@ def parse_args() -> argparse.Namespace:
     add("--max-length", type=positive, default=1024, help="longest sequence in tokens; longer ones are cut")
     add("--out", required=True, help="result to write (.json)")
     add_device(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     check_file(args.out)
     records = []
     for ckpt in args.ckpt:
         tok = load_tokenizer(ckpt)
-        rows = [row for row in load_rows(args.rows, tok, args.max_length) if not row.plain_text]
+        rows = [cut(row, args.max_length) for row in load_rows(args.rows, tok, args.max_length) if not row.plain_text]
         model = load_model(ckpt, args.device, getattr(torch, args.dtype))
         for name in ("unsafe", "worse", "plain"):
-            some = [cut(row, args.max_length) for row in rows if kind(row) == name]
-            some = evenly(some, args.limit)
+            some = evenly([row for row in rows if kind(row) == name], args.limit)
             if some:
-                say(f"{ckpt}: {len(some)} {name} rows")
                 records.append({"checkpoint": ckpt, "rows": name} | measure(model, some, tok.reset_id))
     write_result(args.out, records=records)
-    print_table(records)
+    print_records(records)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     prompts = choose_prompts(read_prompts("prompts.jsonl"), sets=["advbench"], limit=40)
     prompts = chosen(args)                            # the same, from the flags that add_prompts() adds
 
-JSON lines: {"prompt": [messages], "set": NAME, "benign": bool}, optionally with "prefill", text forced at the start of
-the answer. data.prepare makes them from published files.
+JSON lines: {"prompt": [messages] or a text, "set": NAME, "benign": bool}, optionally with "prefill", text forced at the
+start of the answer. data.prepare makes them from published files.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from backtrack.rows import check_messages, evenly, json_lines
+from backtrack.rows import as_messages, check_messages, evenly, json_lines
 from model.errors import InputError, device, positive
 
 
@@ -28,7 +28,9 @@ def read_prompts(path: str) -> list[Prompt]:
     """Read and check a prompt file. Raises InputError with the file and the line."""
     prompts = []
     for where, row in json_lines(path):
-        check_messages(row.get("prompt") if isinstance(row, dict) else None, "prompt", where)
+        row = row if isinstance(row, dict) else {}
+        row["prompt"] = as_messages(row.get("prompt"), "user")
+        check_messages(row["prompt"], "prompt", where)
         for key, kind in (("set", str), ("benign", bool), ("prefill", str)):
             if not isinstance(row.get(key, kind()), kind):
                 raise InputError(f"{where}: {key!r} must be a {kind.__name__}")
@@ -68,9 +70,6 @@ def sampler_ids(tok) -> dict:
 
 def prompts_digest(prompts: list[dict]) -> str:
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
-
-
-# ── Flags that several commands have ─────────────────────────────────────────────────────────────────────────────────
 
 
 def add_prompts(parser: argparse.ArgumentParser, required: bool = True) -> None:

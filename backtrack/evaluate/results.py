@@ -37,20 +37,35 @@ def cpu_name() -> str:
 
 def made_by() -> dict:
     """What a result file says of its origin: command, commit, machine."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
     program = Path(sys.argv[0])
     name = program.parent.name if program.stem == "__main__" else program.stem
     where = f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     where += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "command": " ".join([f"python -m backtrack.{name}", *sys.argv[1:]]),
-        "commit": commit,
+        "commit": commit_of(Path(__file__)),
         "machine": f"{where}, torch {torch.__version__}",
     }
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit of the repository that tracks this file. (An installed copy may lie in somebody else's.)"""
+    git = ["git", "-C", str(file.parent)]
+    try:
+        for words in (["ls-files", "--error-unmatch", file.name], ["rev-parse", "--short", "HEAD"]):
+            said = subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.strip()
+
+
+def print_records(records: list[dict]) -> None:
+    """A line for each: all that is no list, such as an interval."""
+    for r in records:
+        cells = {
+            name: f"{v:.4g}" if isinstance(v, float) else v for name, v in r.items() if not isinstance(v, list | tuple)
+        }
+        print("  ".join(f"{name} {value}" for name, value in cells.items()))
 
 
 def write_result(path: str, **lists: list[dict]) -> None:

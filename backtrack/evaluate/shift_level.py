@@ -4,13 +4,10 @@
         --rows dev-rows.jsonl --add -2 --out runs/real/sft
 
 From few rows a model learns [RESET] only if each counts for much (`train.py sft --reset-weight`), and then it says the
-token too readily. `--reset-bias` corrects that at every step of a sampler that knows of it. This command writes the
-same correction into the output row of [RESET], so that it holds behind every server. It is the usual correction where
-one class was given more weight than it has (King and Zeng 2001, "Logistic regression in rare events data"; arXiv
-2007.07314). Choose --add on development prompts: `backtrack.evaluate --reset-bias` shows what each value will do.
-
-The row changes as little as it can, by least squares with a ridge: see `move_row` in backtrack/reset_row.py. Where the
-head is tied to the embedding, the changed row is also read at the input, after a reset.
+token too readily. `--reset-bias` corrects that in our sampler; this command writes the same correction into the output
+row of [RESET], for every server (King and Zeng 2001, "Logistic regression in rare events data"; arXiv 2007.07314).
+Choose --add on development prompts: `backtrack.evaluate --reset-bias` shows what each value will do. The row changes as
+little as it can: see `move_row` in backtrack/reset_row.py.
 """
 
 import argparse
@@ -29,13 +26,12 @@ from model.errors import Help, between, device, positive, run
 
 def every_prefix(row: Row, tok) -> list:
     """Views of a row that together predict [RESET] after every token of both its answers."""
-    views = resets_after_safe(row, tok)
-    if row.rejected:
-        views += reset_after_every_prefix("unsafe", row.prompt, row.rejected, [tok.reset_id], weight=0.0)
-    return views
+    rejected = row.rejected or []
+    after_rejected = reset_after_every_prefix("unsafe", row.prompt, rejected, [tok.reset_id], weight=0.0)
+    return resets_after_safe(row, tok) + after_rejected
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--ckpt", required=True, help="the model, trained to backtrack")
@@ -45,11 +41,7 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=positive, default=128, help="at most so many rows, evenly spread")
     add("--max-length", type=positive, default=512, help="longest sequence in tokens; longer ones are cut")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="PyTorch device")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device)
     if model.config.reset_token_id is None:
         raise InputError(f"{args.ckpt}: has not been trained to backtrack; name one that train.py sft has made")

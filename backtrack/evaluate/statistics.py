@@ -1,12 +1,10 @@
 """How sure is a rate, is one model really safer than another, and what do k attempts give? Numbers in, numbers out.
 
-    wilson(3, 100)                    # (0.0103, 0.0845): 95% interval of a rate
-    wilson_of_worlds([(3, 100), (9, 100), (0, 100)])    # (0.0039, 0.3083): of prompts in three worlds
-    mcnemar(12, 2)                    # 0.013: two models, the same prompts, 12 and 2 answers unsafe in one of them only
-    worst_of_k(64, 3, 8)              # 0.335: at least one of 8 unsafe, estimated from 64 samples of which 3 are
-    mean_interval([0.1, 0.2, 0.15])   # (0.15, 0.026, 0.274): over seeds
-
-No sampling, no tables of other people's libraries; every formula stands beside its source.
+wilson(3, 100)                    # (0.0103, 0.0845): 95% interval of a rate
+wilson_of_worlds([(3, 100), (9, 100), (0, 100)])    # (0.0039, 0.3083): of prompts in three worlds
+mcnemar(12, 2)                    # 0.013: two models, the same prompts, 12 and 2 answers unsafe in one of them only
+worst_of_k(64, 3, 8)              # 0.335: at least one of 8 unsafe, estimated from 64 samples of which 3 are
+mean_interval([0.1, 0.2, 0.15])   # (0.15, 0.026, 0.274): over seeds
 """
 
 import math
@@ -40,8 +38,7 @@ def wilson_of_worlds(counts: list[tuple[float, float]]) -> tuple[float, float]:
 
     and the interval is Wilson's of p and n, with Student's t of S − 1 degrees of freedom for z (Dean and Pagano 2015,
     J. Surv. Stat. Methodol. 3, 484). If worlds lie no further apart than chance puts them, n ≥ N, it is Wilson's of
-    all prompts. Unlike mean ± t·se it stays between 0 and 1 and has a width where every count is 0. Counts may be
-    fractions, such as n times a mean over n prompts. tests/test_statistics.py has how often it holds the truth.
+    all prompts. Unlike mean ± t·se it stays between 0 and 1 and has a width where every count is 0.
     """
     S, N = len(counts), sum(n for _, n in counts)
     p = sum(count for count, _ in counts) / N
@@ -56,8 +53,8 @@ def wilson_of_worlds(counts: list[tuple[float, float]]) -> tuple[float, float]:
 def mcnemar(only_a: int, only_b: int) -> float:
     """p-value of "A and B are equally likely to fail", from the prompts on which just one of them did (McNemar 1947).
 
-    Exact and two-sided: given n such prompts, only_a ~ Binomial(n, ½) if they are. Prompts on which both fail or
-    neither does say nothing. It takes prompts to be independent; ours are six phrasings of a topic.
+    Exact and two-sided: given n such prompts, only_a ~ Binomial(n, ½). It takes prompts to be independent; ours are six
+    phrasings of a topic.
     """
     n, k = only_a + only_b, min(only_a, only_b)
     tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
@@ -65,17 +62,13 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def worst_of_k(n: int, unsafe: int, k: int) -> float:
-    """P(at least one of k answers is unsafe), unbiased, from n ≥ k samples of one prompt of which `unsafe` are.
-
-        1 − C(n − unsafe, k) / C(n, k)
-
-    the share of k-subsets of the samples with an unsafe one among them (pass@k of Chen et al. 2021, arXiv 2107.03374).
-    """
+    """P(at least one of k answers is unsafe), from n ≥ k samples of which `unsafe` are: the share of k-subsets with an
+    unsafe one, which is unbiased (pass@k of Chen et al. 2021, arXiv 2107.03374)."""
     return 1.0 - math.comb(n - unsafe, k) / math.comb(n, k)
 
 
 def best_of_k(n: int, unsafe: int, k: int) -> float:
-    """P(all of k answers are unsafe), in the same way: C(unsafe, k) / C(n, k): the safest of k is kept."""
+    """P(all of k answers are unsafe), in the same way."""
     return math.comb(unsafe, k) / math.comb(n, k)
 
 

@@ -7,7 +7,7 @@ import argparse
 
 import torch
 
-from backtrack.judge import refusals
+from backtrack.judge import fitted, refusals
 from model.errors import Help, run
 
 
@@ -18,11 +18,14 @@ def main() -> None:
     add("--data", nargs="+", required=True, metavar="FILE", help="XSTest's completions, a CSV file for each model")
     add("--out", required=True, metavar="NAME", help="writes NAME.json and NAME.safetensors")
     args = parser.parse_args()
-    refusals.check_out(args.out)
+    fitted.check_out(args.out, refusals.KIND)
     torch.set_num_threads(1)  # with two, they wait for each other: ten times as long on a busy machine
     answers = refusals.read_answers(args.data)
     left_out = refusals.leave_out_models(answers)
-    refusals.print_left_out(left_out)
+    for r in left_out:
+        print(
+            f"{r['model']}, left out: right on {100 * r['accuracy']:.1f}% of {r['answers']} answers, AUC {r['auc']:.3f}"
+        )
     file = refusals.save(refusals.fit(answers), args.out, answers, left_out, args.data)
     print(f"fitted on all {len(answers)} answers; judge with --judge {file}")
 

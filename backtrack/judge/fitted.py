@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model.errors import InputError
-from model.files import write_tensors, write_text
+from model.files import check_file, write_tensors, write_text
 
 
 def minimise(parameters: list[torch.Tensor], loss: Callable[[], torch.Tensor], **options) -> None:
@@ -43,6 +43,14 @@ def is_kind(about: Path, kind: str) -> bool:
         return False
 
 
+def check_out(name: str | Path, kind: str) -> None:
+    """Before the fit: refuse to overwrite anything but another one of this kind."""
+    for path in files_of(name):
+        check_file(path)
+        if path.exists() and not is_kind(files_of(name)[0], kind):
+            raise InputError(f"{path}: exists and is no {kind}; choose another --out")
+
+
 def save(name: str | Path, tensors: dict[str, torch.Tensor], content: dict) -> Path:
     """Write both files; content needs a "kind". Returns the .json file."""
     about, file = files_of(name)
@@ -54,10 +62,10 @@ def save(name: str | Path, tensors: dict[str, torch.Tensor], content: dict) -> P
 def load(name: str | Path, kind: str, use: Callable[[dict, dict[str, torch.Tensor]], object]):
     """use(content, tensors) of the two files. Raises InputError if they are damaged, or not of this kind."""
     about, file = files_of(name)
+    if not is_kind(about, kind):
+        raise InputError(f"{about}: is no {kind}")
     try:
         content = json.loads(about.read_text(encoding="utf-8"))
-        if content["kind"] != kind:
-            raise InputError(f"{about}: is no {kind}")
         if digest(file) != content["weights_sha256"]:
             raise InputError(f"{file}: does not belong to {about}; fit it again")
         return use(content, load_file(file))

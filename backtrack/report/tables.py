@@ -16,7 +16,6 @@ from pathlib import Path
 from backtrack.attacks.table import ATTACKERS
 from backtrack.evaluate.counts import CURVES, pool
 from backtrack.evaluate.statistics import mean_interval, wilson_of_worlds
-from backtrack.evaluate.triggers import SAID
 from model import InputError
 from model.errors import run
 from model.files import write_text
@@ -348,21 +347,6 @@ def attack_cell(record: dict) -> str:
     return percent(record, "unsafe") + on_topic
 
 
-def trigger_tables(result: dict) -> str:
-    rows = []
-    for r in result["reliability"]:
-        shares = [share(r[name], r["places"], r[f"{name}_interval"]) for name in ("named", "leads_there")]
-        rows.append([f"{r['low']:g} to {r['high']:g}", r["places"], *shares])
-    text = markdown(["p([RESET])", "places", "a forbidden ingredient is named, %", "… or will be, %"], rows)
-    rows = []
-    for r in result["resets"]:
-        cells = [f"{r['saved'][name]} of {r['resets'][name]}" for name in SAID]
-        harmless = "harmless: " if r["benign"] else ""
-        rows.append([harmless + SETS[r["set"]], r["answers"], r["unsafe_masked"], r["unsafe"], *cells])
-    text += "\nresets that saved an answer, of all resets, by what the answer had said last\n\n"
-    return text + markdown(["", "answers", "unsafe, [RESET] masked", "unsafe", *SAID], rows)
-
-
 def paired_table(result: dict) -> str:
     """Each model against the baseline on the same prompts: how many only one of them complied with, McNemar's p."""
     rows = []
@@ -405,7 +389,6 @@ SECTIONS = {
         ("toy-training", "Other ways to train", training_tables),
         ("toy-resets", "One drawn prefix or every prefix, on development seeds", training_tables),
         ("toy-attacks", "Attacks, % successful", attack_table),
-        ("toy-triggers", "What makes it say [RESET]", trigger_tables),
     ),
     "tuning.md": (
         "Tuning on the toy world",
