@@ -1,146 +1,189 @@
 """An endpoint for OpenAI clients that takes unsafe answers back before anybody has read them.
 
-    python -m backtrack.serve --ckpt runs/toy-0/sft                                # our sampler, on this machine
-    python -m backtrack.serve --ckpt DIR --url http://127.0.0.1:8000               # in front of `vllm serve DIR`
+    python -m backtrack.serve --ckpt runs/toy-0/sft                           # our sampler, on this machine
+    python -m backtrack.serve --ckpt DIR --url http://127.0.0.1:8000          # in front of `vllm serve DIR`
     curl http://127.0.0.1:8100/v1/chat/completions -H 'Content-Type: application/json' \\
-        -d '{"model": "runs/toy-0/sft", "messages": [{"role": "user", "content": "Hello"}], "stream": true}'
+        -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
 
 It needs requirements-serve.txt. /v1/chat/completions, /v1/completions (text), /v1/models, /health, /metrics.
 
 By default (--hold-back all) nothing that is taken back reaches a client: an answer is sent when it is finished, or
 token by token once its resets are used up. --hold-back N sends text N tokens late. When text that was sent is taken
-back, a streamed chunk says so: its choice has "retracted", the text to forget, and what follows is the retry.
+back, a streamed chunk says so: its choice has "retracted", the text to forget, and what follows is the retry. The last
+chunk of a choice has "backtrack": {"resets": …, "retracted_tokens": …}.
 
-Every choice has "backtrack": {"resets": …, "retracted_tokens": …}. Requests may only have the parameters that are known
-here, since others (logit_bias, ignore_eos, stop_token_ids, …) can switch the defence off. Stop strings count in text
-that nothing can take back any more. max_tokens ends each attempt, also one that would have been taken back later.
+Requests may only have known parameters, since others (logit_bias, ignore_eos, …) can switch the defence off. Stop
+strings count in text that nothing can take back any more. max_tokens ends each attempt: a small one can end an unsafe
+answer before its [RESET] would come, and then its beginning is shown.
 """
 
 import argparse
 import asyncio
 import hmac
+import json
 import math
 import signal
 import sys
+import time
+import uuid
 from collections import Counter
+from functools import partial
 
 from backtrack.run.say import say
-from backtrack.serve import arguments, engine, remote
-from backtrack.serve.request import Refusal, understand
+from backtrack.serve import arguments, remote
+from backtrack.serve.engine import Answer, Refusal, start, understand
 from model import InputError, errors
 
 try:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, PlainTextResponse
     from starlette.routing import Route
-
-    from backtrack.serve.answering import Answering, as_refusal
 except ImportError as missing:
     print(f"error: {missing}; run `pip install -r requirements-serve.txt`", file=sys.stderr)
     sys.exit(2)
 
 LARGEST_BODY = 4 * 2**20  # bytes; no model reads as much
 DRAIN_S = 300  # what runs at SIGTERM has so long to finish
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, math.inf)  # seconds, of /metrics
-
-
-class Service:
-    def __init__(self, args, tok, model):
-        self.args, self.tok, self.name = args, tok, args.name or args.ckpt
-        self.config = model if isinstance(model, remote.Server) else model.config
-        self.jobs = engine.start(model, args.parallel)
-        self.key = arguments.secret(args.client_key_env)
-        self.running = 0  # choices that are sampled or wait
-        self.counts: Counter = Counter()  # /metrics: a line's name and labels -> its number
-
-    def observe(self, name: str, seconds: float) -> None:
-        """Into the histogram of that name."""
-        self.counts[f"{name}_sum"] += seconds
-        self.counts[f"{name}_count"] += 1
-        for bucket in BUCKETS:
-            self.counts[f'{name}_bucket{{le="{bucket if bucket < math.inf else "+Inf"}"}}'] += seconds <= bucket
-
-
-class Stream(StreamingResponse):
-    """Closes its Answering when all is sent or the client has left."""
-
-    def __init__(self, answering: Answering):
-        super().__init__(answering.events(), media_type="text/event-stream")
-        self.answering = answering
-
-    async def __call__(self, *connection) -> None:
-        try:
-            await super().__call__(*connection)
-        finally:
-            self.answering.close()
+EVENTS = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
 
 # ── Paths ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def guarded(path):
-    """Answers who has the key, with errors in OpenAI's form."""
-
-    async def answer(request: Request):
-        service = request.app.state.service
-        try:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if service.key and not hmac.compare_digest(given.encode(), service.key.encode()):
-                raise Refusal(401, "the API key is missing or wrong")
-            return await path(request, service)
-        except Exception as error:
-            refusal = as_refusal(error, 400)
-            if refusal.status == 500:
-                say(refusal.body["error"]["message"])
-            service.counts[f'backtrack_refusals_total{{status="{refusal.status}"}}'] += 1
-            return JSONResponse(refusal.body, refusal.status)
-
-    return answer
-
-
-async def completions(request: Request, service: Service):
-    data, chat = bytearray(), request.url.path == "/v1/chat/completions"
+async def completions(request: Request):
+    check_key(request)
+    state, data, chat = request.app.state, bytearray(), request.url.path == "/v1/chat/completions"
     async for part in request.stream():  # to its end, or the client would not read our answer
         data += part if len(data) <= LARGEST_BODY else b""
     if len(data) > LARGEST_BODY:
         raise Refusal(413, f"the body has more than {LARGEST_BODY} bytes")
-    about = service.name, service.tok, service.config, service.args
-    wanted = await asyncio.to_thread(understand, bytes(data), chat, *about)
-    if service.running + len(wanted.seeds) > service.args.queue:
-        raise Refusal(429, f"{service.running} answers are on their way already; try again later")
-    answering = Answering(service, wanted, chat)
-    if wanted.stream:
-        return Stream(answering)
-    try:
-        return JSONResponse(await answering.whole(request))
-    except InputError as error:
-        raise as_refusal(error, 502) from None
-    finally:
-        answering.close()
+    about = state.name, state.tok, state.config, state.args
+    body, answers = await asyncio.to_thread(understand, bytes(data), chat, *about)
+    if state.running + len(answers) > state.args.queue:
+        raise Refusal(429, f"{state.running} answers are on their way already; try again later")
+    return partial(respond, state, chat, body, answers)  # Starlette calls it with the connection
 
 
-async def models(request: Request, service: Service):
-    model = {"id": service.name, "object": "model", "created": 0, "owned_by": "backtrack"}
-    model["max_model_len"] = service.config.max_position_embeddings
+async def models(request: Request):
+    check_key(request)
+    name, positions = request.app.state.name, request.app.state.config.max_position_embeddings
+    model = {"id": name, "object": "model", "created": 0, "owned_by": "backtrack", "max_model_len": positions}
     return JSONResponse({"object": "list", "data": [model]})
 
 
-async def no_such_path(request: Request, error: HTTPException):
-    refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(refusal.body, refusal.status)
-
-
-async def health(request: Request):
-    return JSONResponse({"status": "ok"})
-
-
 async def metrics(request: Request):
-    service = request.app.state.service
-    lines = {"backtrack_queue": service.running, **service.counts}
-    return PlainTextResponse("".join(f"{name} {number:g}\n" for name, number in lines.items()))
+    lines = {"queue": request.app.state.running, **request.app.state.counts}
+    return PlainTextResponse("".join(f"backtrack_{name} {number:g}\n" for name, number in lines.items()))
+
+
+def check_key(request: Request) -> None:
+    given, key = request.headers.get("Authorization", "").removeprefix("Bearer "), request.app.state.key
+    if key and not hmac.compare_digest(given.encode(), key.encode()):
+        raise Refusal(401, "the API key is missing or wrong")
+
+
+async def refuse(request: Request, error: Exception):
+    status, body = in_openai_form(error)
+    request.app.state.counts[f'requests_total{{status="{status}"}}'] += 1
+    return JSONResponse(body, status)
+
+
+def in_openai_form(error: Exception) -> tuple[int, dict]:
+    other = 400 if isinstance(error, InputError) else 499 if isinstance(error, ClientDisconnect) else 500
+    status = getattr(error, "status_code", other)
+    kind = {500: "server_error", 502: "upstream_error"}.get(status, "invalid_request_error")
+    said = {"message": str(error) or repr(error), "type": kind, "param": getattr(error, "param", None), "code": None}
+    return status, {"error": said}
+
+
+# ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def respond(state, chat: bool, body: dict, answers: list[Answer], scope, receive, send) -> None:
+    """Have the answers sampled; send them as they come, or all at the end. Counts and logs the request."""
+    begun, first_s, status = time.perf_counter(), None, 499  # the client left, until we know better
+    stream, left = body.get("stream", False), len(answers)
+    kind = ("chat.completion" + ".chunk" * stream) if chat else "text_completion"
+    about = {"id": f"backtrack-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": state.name}
+    news, loop = asyncio.Queue(), asyncio.get_running_loop()  # (number of the choice, what the sampler tells of it)
+
+    async def event(said: dict) -> None:
+        await send({"type": "http.response.body", "body": f"data: {json.dumps(said)}\n\n".encode(), "more_body": True})
+
+    state.running += len(answers)
+    leaving = asyncio.create_task(client_leaves(receive, news))
+    try:
+        if stream:
+            await send(EVENTS)
+        for i, answer in enumerate(answers):
+            answer.tell = lambda *told, i=i: loop.call_soon_threadsafe(news.put_nowait, (i, *told))
+            state.jobs.put(answer)
+            if stream and chat:
+                await event(about | {"choices": [choice(answer, i, chat, stream, role="assistant")]})
+        while left:
+            i, text, *more = await news.get()
+            if isinstance(text, Exception):
+                raise text
+            forget, over = more
+            left -= over
+            first_s = time.perf_counter() - begun if text and first_s is None else first_s
+            if stream:
+                await event(about | {"choices": [choice(answers[i], i, chat, stream, text, forget, over)]})
+        status = 200
+        read, said = len(answers[0].prompt + answers[0].prefill), sum(len(answer.ids) for answer in answers)
+        usage = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+        if not stream:
+            whole = [choice(a, i, chat, stream, a.sent, over=True, role="assistant") for i, a in enumerate(answers)]
+            await JSONResponse(about | {"choices": whole, "usage": usage})(scope, receive, send)
+        elif body.get("stream_options", {}).get("include_usage"):
+            await event(about | {"choices": [], "usage": usage})
+    except Exception as error:
+        status, said = in_openai_form(error)
+        await (event(said) if stream else JSONResponse(said, status)(scope, receive, send))
+    finally:
+        leaving.cancel()
+        for answer in answers:
+            answer.over = True
+        state.running -= len(answers)
+        note(state, about["id"], status, answers, first_s, time.perf_counter() - begun)
+    if stream:
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+async def client_leaves(receive, news: asyncio.Queue) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    news.put_nowait((0, ClientDisconnect("the client left")))
+
+
+def choice(answer: Answer, i: int, chat: bool, stream: bool, text="", forget="", over=False, **role) -> dict:
+    said = {"delta" if stream else "message": role | {"content": text}} if chat else {"text": text}
+    said |= {"index": i, "logprobs": None, "finish_reason": answer.finish_reason if over else None}
+    if forget:
+        said["retracted"] = forget
+    if over:
+        said["backtrack"] = {"resets": answer.resets, "retracted_tokens": answer.retracted}
+    return said
+
+
+def note(state, id: str, status: int, answers: list[Answer], first_s: float | None, seconds: float) -> None:
+    """Into the metrics and the log."""
+    tokens, retracted, resets = (
+        sum(numbers) for numbers in zip(*((len(a.ids), a.retracted, a.resets) for a in answers))
+    )
+    found = {"tokens": tokens, "retracted_tokens": retracted, "resets": resets}
+    state.counts.update({f"{name}_total": number for name, number in found.items()})
+    state.counts[f'requests_total{{status="{status}"}}'] += 1
+    for name, value in (("first", first_s), ("last", seconds)):
+        if value is not None:
+            state.counts.update({f"{name}_token_seconds_sum": value, f"{name}_token_seconds_count": 1})
+    line = {"id": id, "status": status, **found, "seconds": round(seconds, 4)}
+    if state.args.log_text:
+        line |= {"prompt": state.tok.decode(answers[0].prompt), "texts": [answer.sent for answer in answers]}
+    print(json.dumps(line), flush=True)
 
 
 # ── Arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -162,18 +205,20 @@ def main() -> None:
     add("--queue", type=positive, default=256, help="most answers sampled or waiting; beyond that clients get 429")
     add("--log-text", action="store_true", help="log prompts and answers too")
     args = parser.parse_args()
+    key = arguments.secret(args.client_key_env)
     tok, model = arguments.load(args)
     if args.url:
         model.vocab_size = tok.vocab_size
         remote.check_bias(args.reset_bias)
-    post = ["POST"]
-    paths = [Route(f"/v1/{path}", guarded(completions), methods=post) for path in ("chat/completions", "completions")]
-    paths += [Route("/v1/models", guarded(models)), Route("/health", health), Route("/metrics", metrics)]
-    app = Starlette(routes=paths, exception_handlers={HTTPException: no_such_path})
-    app.state.service = Service(args, tok, model)
-    if args.host not in ("127.0.0.1", "::1", "localhost") and not args.client_key_env:
-        say(f"warning: everybody who reaches {args.host} may ask; --client-key-env NAME asks for a key")
-    say(f"{app.state.service.name}: http://{args.host}:{args.port}/v1")
+    paths = [Route(f"/v1/{path}", completions, methods=["POST"]) for path in ("chat/completions", "completions")]
+    paths += [Route("/v1/models", models), Route("/metrics", metrics)]
+    paths.append(Route("/health", JSONResponse({"status": "ok"})))
+    refused = (InputError, HTTPException, ClientDisconnect, Exception)
+    app = Starlette(routes=paths, exception_handlers=dict.fromkeys(refused, refuse))
+    state, app.state.running, app.state.counts = app.state, 0, Counter()  # running: answers sampled or waiting
+    state.args, state.tok, state.name, state.key = args, tok, args.name or args.ckpt, key
+    state.config, state.jobs = (model if args.url else model.config), start(model, args.parallel)
+    say(f"{state.name}: http://{args.host}:{args.port}/v1")
     # uvicorn finishes what runs, takes no more, and raises the signal again: then we leave with 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=DRAIN_S)
