@@ -48,9 +48,7 @@ except ImportError as missing:
 LARGEST_BODY = 4 * 2**20  # bytes; no model reads as much
 DRAIN_S = 300  # what runs at SIGTERM has so long to finish
 EVENTS = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
-
-
-# ── Paths ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+ROLE = {"role": "assistant"}
 
 
 async def completions(request: Request):
@@ -99,16 +97,20 @@ def in_openai_form(error: Exception) -> tuple[int, dict]:
     return status, {"error": said}
 
 
-# ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 async def respond(state, chat: bool, body: dict, answers: list[Answer], scope, receive, send) -> None:
     """Have the answers sampled; send them as they come, or all at the end. Counts and logs the request."""
     begun, first_s, status = time.perf_counter(), None, 499  # the client left, until we know better
     stream, left = body.get("stream", False), len(answers)
     kind = ("chat.completion" + ".chunk" * stream) if chat else "text_completion"
     about = {"id": f"backtrack-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": state.name}
-    news, loop = asyncio.Queue(), asyncio.get_running_loop()  # (number of the choice, what the sampler tells of it)
+    news, loop = asyncio.Queue(), asyncio.get_running_loop()  # pieces of answers, and exceptions
+
+    def as_body(pieces: list[dict], where: str, **more) -> dict:
+        for piece in pieces:
+            role = piece.pop("role", {})
+            if chat:
+                piece[where] = role | {"content": piece.pop("text")}
+        return about | {"choices": pieces} | more
 
     async def event(said: dict) -> None:
         await send({"type": "http.response.body", "body": f"data: {json.dumps(said)}\n\n".encode(), "more_body": True})
@@ -118,28 +120,28 @@ async def respond(state, chat: bool, body: dict, answers: list[Answer], scope, r
     try:
         if stream:
             await send(EVENTS)
-        for i, answer in enumerate(answers):
-            answer.tell = lambda *told, i=i: loop.call_soon_threadsafe(news.put_nowait, (i, *told))
-            state.jobs.put(answer)
+        for answer in answers:
+            answer.tell = partial(loop.call_soon_threadsafe, news.put_nowait)
             if stream and chat:
-                await event(about | {"choices": [choice(answer, i, chat, stream, role="assistant")]})
+                await event(as_body([answer.piece("", role=ROLE)], "delta"))
+            state.jobs.put(answer)
         while left:
-            i, text, *more = await news.get()
-            if isinstance(text, Exception):
-                raise text
-            forget, over = more
-            left -= over
-            first_s = time.perf_counter() - begun if text and first_s is None else first_s
+            piece = await news.get()
+            if isinstance(piece, Exception):
+                raise piece
+            left -= piece["finish_reason"] is not None
+            if piece["text"] and first_s is None:
+                first_s = time.perf_counter() - begun
             if stream:
-                await event(about | {"choices": [choice(answers[i], i, chat, stream, text, forget, over)]})
+                await event(as_body([piece], "delta"))
         status = 200
         read, said = len(answers[0].prompt + answers[0].prefill), sum(len(answer.ids) for answer in answers)
         usage = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
         if not stream:
-            whole = [choice(a, i, chat, stream, a.sent, over=True, role="assistant") for i, a in enumerate(answers)]
-            await JSONResponse(about | {"choices": whole, "usage": usage})(scope, receive, send)
+            whole = as_body([answer.piece(answer.sent, role=ROLE) for answer in answers], "message", usage=usage)
+            await JSONResponse(whole)(scope, receive, send)
         elif body.get("stream_options", {}).get("include_usage"):
-            await event(about | {"choices": [], "usage": usage})
+            await event(as_body([], "delta", usage=usage))
     except Exception as error:
         status, said = in_openai_form(error)
         await (event(said) if stream else JSONResponse(said, status)(scope, receive, send))
@@ -156,25 +158,13 @@ async def respond(state, chat: bool, body: dict, answers: list[Answer], scope, r
 async def client_leaves(receive, news: asyncio.Queue) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    news.put_nowait((0, ClientDisconnect("the client left")))
-
-
-def choice(answer: Answer, i: int, chat: bool, stream: bool, text="", forget="", over=False, **role) -> dict:
-    said = {"delta" if stream else "message": role | {"content": text}} if chat else {"text": text}
-    said |= {"index": i, "logprobs": None, "finish_reason": answer.finish_reason if over else None}
-    if forget:
-        said["retracted"] = forget
-    if over:
-        said["backtrack"] = {"resets": answer.resets, "retracted_tokens": answer.retracted}
-    return said
+    news.put_nowait(ClientDisconnect("the client left"))
 
 
 def note(state, id: str, status: int, answers: list[Answer], first_s: float | None, seconds: float) -> None:
     """Into the metrics and the log."""
-    tokens, retracted, resets = (
-        sum(numbers) for numbers in zip(*((len(a.ids), a.retracted, a.resets) for a in answers))
-    )
-    found = {"tokens": tokens, "retracted_tokens": retracted, "resets": resets}
+    found = {"tokens": sum(len(answer.ids) for answer in answers)}
+    found |= {name: sum(getattr(answer, name) for answer in answers) for name in ("resets", "retracted_tokens")}
     state.counts.update({f"{name}_total": number for name, number in found.items()})
     state.counts[f'requests_total{{status="{status}"}}'] += 1
     for name, value in (("first", first_s), ("last", seconds)):
@@ -184,9 +174,6 @@ def note(state, id: str, status: int, answers: list[Answer], first_s: float | No
     if state.args.log_text:
         line |= {"prompt": state.tok.decode(answers[0].prompt), "texts": [answer.sent for answer in answers]}
     print(json.dumps(line), flush=True)
-
-
-# ── Arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def main() -> None:

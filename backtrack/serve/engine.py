@@ -2,7 +2,7 @@
 
 body, answers = understand(data, …)    # a request's JSON, checked: an Answer for each choice
 jobs = start(model, 64)                # threads that sample with a model that is here, or a vLLM server
-answers[0].tell = print                # will be called there: (text to send, text to forget, whether this is the end)
+answers[0].tell = print                # will be called there with each piece of the answer that may be sent
 jobs.put(answers[0])
 """
 
@@ -70,7 +70,7 @@ def understand(data: bytes, chat: bool, name: str, tok, config, args):
     options = Options(max_new_tokens=most, **how)
     checked(options, [prompt], [prefill], None, 0, config)
     seed, numbers = body.get("seed", uuid.uuid4().int), range(body.get("n", 1))
-    return body, [Answer(tok, prompt, prefill, options, f"{seed}/{i}", stop) for i in numbers]
+    return body, [Answer(tok, prompt, prefill, options, f"{seed}/{i}", stop, i) for i in numbers]
 
 
 def parameters(data: bytes) -> dict:
@@ -110,9 +110,6 @@ def ids_of(tok, body: dict, chat: bool) -> tuple[list[int], list[int]]:
     return tok.render(messages), []
 
 
-# ── Which text may be sent ───────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Answer:
     """One choice of a request, and what of its text may be sent: what is `hold_back` tokens old, or final.
 
@@ -120,18 +117,12 @@ class Answer:
     that may be sent. In what may still be taken back they would cut an answer off before its [RESET].
     """
 
-    def __init__(self, tok, prompt: list[int], prefill: list[int], options: Options, seed: str, stop: list[str]):
-        self.tok, self.prompt, self.prefill, self.options, self.seed, self.stop = (
-            tok,
-            prompt,
-            prefill,
-            options,
-            seed,
-            stop,
-        )
-        self.tell: Callable = print  # called with (text to send, text to forget, over), or with an exception
+    def __init__(self, tok, prompt: list[int], prefill: list[int], options: Options, seed: str, stop=(), index=0):
+        self.tok, self.prompt, self.prefill, self.options, self.seed = tok, prompt, prefill, options, seed
+        self.stop, self.index = stop, index
+        self.tell: Callable = print  # called with every `piece`, or with an exception
         self.over = False  # finished, or nobody waits for it any more
-        self.finish_reason, self.resets, self.retracted = None, 0, 0  # retracted: tokens
+        self.finish_reason, self.resets, self.retracted_tokens = None, 0, 0
         self.begin()
 
     def begin(self) -> None:
@@ -141,13 +132,14 @@ class Answer:
         self.text = self.sent = ""
 
     def add(self, event) -> None:
-        """Tell what this Token, Reset or Done releases."""
+        """Tell the piece that this Token, Reset or Done releases."""
         if self.over:
             return
         if isinstance(event, Reset):
-            self.resets, self.retracted = self.resets + 1, self.retracted + len(event.discarded)
+            self.resets += 1
+            self.retracted_tokens += len(event.discarded)
             if self.sent:
-                self.tell("", self.sent, False)
+                self.tell(self.piece("", retracted=self.sent))
             return self.begin()
         if isinstance(event, Done):
             self.over, self.finish_reason = True, event.generation.finish_reason
@@ -167,10 +159,13 @@ class Answer:
             end, self.over, self.finish_reason = min(found), True, "stop"
         before, self.sent = len(self.sent), self.text[:end]
         if self.over or end > before:
-            self.tell(self.sent[before:], "", self.over)
+            self.tell(self.piece(self.sent[before:]))
 
-
-# ── Who samples ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def piece(self, text: str, **more) -> dict:
+        """A choice in OpenAI's form: text to send, or retracted, the text to forget."""
+        if self.over:
+            more["backtrack"] = {"resets": self.resets, "retracted_tokens": self.retracted_tokens}
+        return {"index": self.index, "text": text, "finish_reason": self.finish_reason, **more}
 
 
 def start(model, most: int) -> queue.SimpleQueue:

@@ -84,7 +84,11 @@ def test_the_openai_client(toy, served):
     assert [c.message.content for c in several.choices] == [toy.tok.decode(g.tokens) for g in ours]
     text = client.completions.create(model="toy", prompt="the sheep", temperature=0, max_tokens=9)
     [g] = toy.generations([[toy.tok.bos_id, *toy.tok.encode("the sheep")]], max_new_tokens=9)
-    assert text.choices[0].text == toy.tok.decode(g.tokens) and text.usage.completion_tokens == len(g.tokens)
+    assert (
+        text.choices[0].text == toy.tok.decode(g.tokens)
+        and not hasattr(text.choices[0], "role")
+        and text.usage.completion_tokens == len(g.tokens)
+    )
     with pytest.raises(openai.BadRequestError, match="'logit_bias' is not allowed"):
         client.chat.completions.create(**how, logit_bias={"7": -100})
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
@@ -187,7 +191,7 @@ REFUSED += ["prompt_logprobs", "guided_regex", "continue_final_message", "functi
     ("body", "status", "message"),
     [
         *(({name: 1}, 400, f"{name!r} is not allowed") for name in REFUSED),
-        ({"logprobs": True}, 400, "'logprobs' is not allowed"),
+        ({"logprobs": True}, 400, "logprobs must be"),
         ({"temperature": -1}, 400, "temperature must be"),
         ({"n": True}, 400, "n must be"),
         ({"n": 1000}, 400, "n must be"),
