@@ -18,14 +18,13 @@ headers, Gemma turns); no system prompt.
 import argparse
 import os
 import sys
-import time
 from functools import partial
 
-from backtrack.generate import Done, Generation, Reset, Token, in_order, stream
+from backtrack.generate import Generation, in_order, stream
 from backtrack.rows import json_line
 from backtrack.run.say import say
 from backtrack.serve import arguments, remote
-from backtrack.serve.terminal import Live, can_erase, edit_lines, harmless, trace
+from backtrack.serve.terminal import can_erase, edit_lines, harmless, trace, type_out
 from model import InputError, errors
 
 HOW = ("max_new_tokens", "temperature", "top_p", "reset_bias", "max_resets", "on_reset", "seed")
@@ -57,7 +56,8 @@ def answer(sampler, tok, prompt: list[int], text: str, args) -> list[int]:
         print()
     elif can_erase() and n == 1 and not args.json:
         options["hold_back"] = args.hold_back
-        return watch_live(sampler, tok, prompt, prefill, options, args)
+        events = sampler([prompt], prefill=[prefill], **options)
+        return type_out(events, tok, args.show_discarded, 1 / 20 if args.slow else 0)
     else:
         generations = in_order(sampler([prompt] * n, prefill=[prefill] * n, **options), n)
     for number, g in enumerate(generations):
@@ -69,21 +69,6 @@ def answer(sampler, tok, prompt: list[int], text: str, args) -> list[int]:
                 print(f"~~{harmless(tok.decode(ids))}~~ [RESET]")
         print(harmless(tok.decode(g.tokens)), flush=True)
     return generations[0].tokens
-
-
-def watch_live(sampler, tok, prompt, prefill, options: dict, args) -> list[int]:
-    """Show one answer as it comes; returns its surviving ids."""
-    live = Live(tok, args.show_discarded)
-    for event in sampler([prompt], prefill=[prefill], **options):
-        if isinstance(event, Token):
-            live.token(event.id)
-            if args.slow:
-                time.sleep(1 / 20)
-        elif isinstance(event, Reset):
-            live.reset(event.discarded)
-        elif isinstance(event, Done):
-            live.done()
-            return event.generation.tokens
 
 
 def as_json(tok, text: str, number: int, g: Generation, args) -> str:
@@ -153,7 +138,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
+def program() -> None:
     if os.name == "nt":
         os.system("")  # switches on escape sequences
     errors.run(main)
+
+
+if __name__ == "__main__":
+    program()

@@ -7,12 +7,10 @@
     python sample.py --ckpt runs/toy-0/sft --url http://127.0.0.1:8000     # --ckpt names the tokenizer
     python -m backtrack.serve --ckpt runs/toy-0/sft --url …                # an endpoint for OpenAI clients
 
-The server does not know what [RESET] means. We ask it to stop there, and send the retry as another request: prompt ⊕
-[RESET]^r, of which the server's prefix cache has the prompt; with on_reset="keep" all that was taken back as well.
-Prompts and answers are ids both ways (return_token_ids, vLLM 0.10.2 or newer): text is never encoded again. Greedy
-answers equal ours where both compute in fp32.
-
-A request that fails is sent again with the tokens that had come: the answer goes on where it broke off.
+The server does not know [RESET]. We ask it to stop there, and send the retry as another request: prompt ⊕ [RESET]^r, or
+with on_reset="keep" all that was taken back as well. Prompts and answers are ids both ways (return_token_ids, vLLM
+0.10.2 or newer): text is never encoded again. Greedy answers equal ours where both compute in fp32. A request that
+fails is sent again with the tokens that had come: the answer goes on where it broke off.
 """
 
 import json
@@ -22,7 +20,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -72,19 +69,14 @@ def stream(
     api_key: str | None = None,
     **options,
 ) -> Iterator[Token | Reset | Done]:
-    """generate.stream, with a server's `url` and the name of a model there in place of a model; and three more options:
+    """generate.stream behind a server's `url` and the name of a model there.
 
-    parallel    most prompts that are with the server at once; the others wait here.
-    timeout_s   a request has failed when the server sends nothing for so many seconds.
-    api_key     sent as a bearer token.
-
-    Seconds in a Generation are counted from the moment its prompt was first sent. Sampled answers depend on (seed, i)
-    and the server. A server limits reset_bias to ±100 and masks [RESET] with −100, which is as good as −∞.
-
-    Raises InputError as generate.stream does, and for a server that does not answer, is not vLLM, does not have that
-    model, sends no token ids, refuses a request, or keeps failing.
+    parallel: most prompts that are with the server at once. api_key: sent as a bearer token. A request has failed when
+    the server sends nothing for timeout_s. Sampled answers depend on (seed, i) and the server. Servers limit reset_bias
+    to ±100; −100, which masks [RESET], is as good as −∞. Raises InputError as generate.stream does, and for a server
+    that does not answer, is not vLLM, does not have that model, refuses a request, or keeps failing.
     """
-    server = look(url, model, timeout_s, api_key)
+    server = look_for(url, model, timeout_s, api_key, any_name=False)
     options = Options(**options)
     server.vocab_size = options.vocab_size or MANY
     prefill, seeds = checked(options, prompts, prefill, sample_ids, seed, server)
@@ -100,18 +92,15 @@ def check_bias(reset_bias: float) -> None:
 
 def in_parallel(server: Server, records: list[Record], options: Options, seeds: list[str], parallel: int):
     """The events of all records. Up to `parallel` threads answer one at a time each."""
-    waiting, events, over = deque(records), queue.Queue(), threading.Event()
+    waiting, events, over = iter(records), queue.SimpleQueue(), threading.Event()  # the threads share one iterator
 
     def work() -> None:
         try:
-            while not over.is_set():
-                record = waiting.popleft()
+            for record in waiting:
                 for event in answer(server, record, options, seeds[record.row]):
-                    events.put(event)
                     if over.is_set():
                         return
-        except IndexError:  # no record is left
-            return
+                    events.put(event)
         except Exception as error:  # raised again by the thread that reads the events
             events.put(error)
 
@@ -129,11 +118,8 @@ def in_parallel(server: Server, records: list[Record], options: Options, seeds: 
         over.set()
 
 
-# ── One answer: the state machine ────────────────────────────────────────────────────────────────────────────────────
-
-
 def answer(server: Server, record: Record, options: Options, seed: str) -> Iterator[Token | Reset | Done]:
-    """One request, and another one after each [RESET]: what generate.decode does on a device."""
+    """The state machine: a request, and another one after each [RESET]; what generate.decode does on a device."""
     start = time.perf_counter()
     for id in record.tokens:
         yield Token(record.row, id)
@@ -161,13 +147,9 @@ def request_body(resets: int, options: Options) -> dict:
     return body
 
 
-# ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def sampled(server: Server, prompt: list[int], body: dict, seed: str) -> Iterator[int]:
     """The ids that the server samples after `prompt`, one by one; the id that it stopped at is the last."""
-    ids: list[int] = []
-    failures = 0
+    ids, failures = [], 0
     while True:
         number = random.Random(f"{seed}/{len(ids)}").getrandbits(31)
         rest = {"prompt": prompt + ids, "max_tokens": body["max_tokens"] - len(ids), "seed": number}
@@ -187,11 +169,12 @@ def sampled(server: Server, prompt: list[int], body: dict, seed: str) -> Iterato
 def completion(server: Server, body: dict) -> Iterator[int]:
     """One request's ids as they come. Raises TryAgain, or InputError for what will not get better."""
     for line in answered(server, "/v1/completions", body):
-        if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+        if not line.startswith(b"data: {"):  # an empty line, or "data: [DONE]"
             continue
-        chunk = as_json(line.removeprefix(b"data: "))
+        line = line.removeprefix(b"data: ")
+        chunk = as_json(line)
         if "error" in chunk:
-            raise TryAgain(complaint(chunk))
+            raise TryAgain(complaint(line))
         choice = (chunk.get("choices") or [{}])[0]  # a last chunk may have token counts and no choice
         read = choice.get("prompt_token_ids")
         if read is not None and read != body["prompt"]:
@@ -228,12 +211,10 @@ def wait(server: Server, error: TryAgain, failures: int) -> None:
 
 def answered(server: Server, path: str, body: dict | None = None) -> Iterator[bytes]:
     """The lines of a server's answer; body: what is posted. Raises TryAgain and InputError, see `completion`."""
-    data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
-    if server.api_key:
-        headers["Authorization"] = f"Bearer {server.api_key}"
+    headers |= {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
     try:
-        request = urllib.request.Request(server.url + path, data, headers)
+        request = urllib.request.Request(server.url + path, json.dumps(body).encode() if body else None, headers)
         with OPENER.open(request, timeout=server.timeout_s) as response:
             yield from response
     except urllib.error.HTTPError as error:
@@ -241,12 +222,11 @@ def answered(server: Server, path: str, body: dict | None = None) -> Iterator[by
         if error.code in (408, 429) or error.code >= 500:
             raise TryAgain(said) from None
         raise InputError(f"{server.url}{path}: {said}") from None
-    except urllib.error.URLError as error:
-        raise TryAgain(str(error.reason)) from None
     except TimeoutError:
         raise TryAgain(f"no word from the server for {server.timeout_s:g} seconds") from None
     except (OSError, HTTPException) as error:
-        raise TryAgain(f"the connection broke ({error or type(error).__name__})") from None
+        why = getattr(error, "reason", None) or error or type(error).__name__
+        raise TryAgain(f"the connection broke ({why})") from None
 
 
 def as_json(data: bytes):
@@ -256,47 +236,30 @@ def as_json(data: bytes):
         raise TryAgain("it answers with something else than JSON") from None
 
 
-def complaint(said: bytes | dict) -> str:
+def complaint(data: bytes) -> str:
     """The message in a server's error, on one line."""
     try:
-        said = json.loads(said) if isinstance(said, bytes) else said
-        message = said["error"]["message"]
+        said = str(json.loads(data)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        message = said if isinstance(said, dict) else ""
-    return " ".join(str(message or "no reason given").split())[:300]
+        said = data.decode(errors="replace")
+    return " ".join(said.split())[:300] or "no reason given"
 
 
-# ── Which models a server has ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def served(url: str, timeout_s: float = TIMEOUT_S, api_key: str | None = None) -> dict[str, int]:
-    """Name of each model that the server has -> most positions there. InputError if there is no such server."""
+def look_for(url: str, model: str, timeout_s=TIMEOUT_S, api_key: str | None = None, any_name: bool = True) -> Server:
+    """The server at `url`, if it has that model: under that name or, with any_name, as its only one."""
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url}: not the address of a server; it looks like http://127.0.0.1:8000")
+    server = Server(url.rstrip("/").removesuffix("/v1"), str(model), MANY, min(timeout_s, 30.0), api_key)
     try:
-        listed = as_json(
-            b"".join(answered(Server(root_of(url), "", MANY, min(timeout_s, 30.0), api_key), "/v1/models"))
-        )
-        return {entry["id"]: entry.get("max_model_len") or MANY for entry in listed["data"]}
+        listed = as_json(b"".join(answered(server, "/v1/models")))
+        found = {entry["id"]: entry.get("max_model_len") or MANY for entry in listed["data"]}
     except TryAgain as error:
         raise InputError(f"{url}: {error}; is the server up, and is that its address?") from None
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{url}: lists no models as vLLM does; is that a vLLM server?") from None
-
-
-def look(url: str, model: str, timeout_s: float = TIMEOUT_S, api_key: str | None = None) -> Server:
-    """The server at `url`, if it has that model; else InputError."""
-    found = served(url, timeout_s, api_key)
-    if model not in found:
-        raise InputError(f"{url}: does not serve {model!r}; it serves {', '.join(found) or 'nothing'}")
-    return Server(root_of(url), model, found[model], timeout_s, api_key)
-
-
-def look_for(url: str, ckpt: str, timeout_s: float = TIMEOUT_S, api_key: str | None = None) -> Server:
-    """The server that has this checkpoint: as its only model, or under the path that we know it by."""
-    found = list(served(url, timeout_s, api_key))
-    return look(url, found[0] if len(found) == 1 else str(ckpt), timeout_s, api_key)
-
-
-def root_of(url: str) -> str:
-    return url.rstrip("/").removesuffix("/v1")
+    if any_name and len(found) == 1:
+        [server.name] = found
+    if server.name not in found:
+        raise InputError(f"{url}: does not serve {server.name!r}; it serves {', '.join(found) or 'nothing'}")
+    server.max_position_embeddings, server.timeout_s = found[server.name], timeout_s
+    return server

@@ -1,27 +1,28 @@
 """What people see: an answer that is typed, taken back and begun again, and a trace.
 
-live = Live(tok, show_discarded=True)             # gets the events of generate.stream
-trace(sampler, tok, prompt_ids, **options)        # prints one line per decode step
+type_out(stream(model, …), tok, show_discarded=True)    # one answer
+trace(sampler, tok, prompt_ids, **options)              # one line per decode step
 """
 
 import os
 import shutil
 import sys
+import time
 import unicodedata
 from collections import deque
+from itertools import islice
 
 import torch
 
-from backtrack.generate import Done, Generation, Reset, Token
+from backtrack.generate import Generation, Reset, Token
 
 DIM, STRUCK, PLAIN = "\x1b[2m", "\x1b[2;9m", "\x1b[0m"
-CONTROL = [*range(32), *range(127, 160)]
 # What a model says must not move the cursor or change the terminal: tabs and escapes become spaces.
-HARMLESS = {code: " " for code in CONTROL if code != ord("\n")}
+HARMLESS = {code: " " for code in (*range(32), *range(127, 160)) if code != ord("\n")}
 
 
 def escapes_allowed() -> bool:
-    """Whether the terminal may be sent escapes (https://no-color.org)."""
+    """May the terminal be sent escapes? See https://no-color.org."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -64,38 +65,38 @@ def edit_lines() -> None:
         readline.parse_and_bind("set enable-meta-key off")
 
 
-class Live:
-    """One streamed answer on a terminal. A character is written when its last byte has come."""
+def type_out(events, tok, show_discarded: bool, pause_s: float = 0.0) -> list[int]:
+    """Show one answer as it comes, and wait after each token; returns its surviving ids.
 
-    def __init__(self, tok, show_discarded: bool):
-        self.tok, self.show_discarded = tok, show_discarded
-        self.ids: list[int] = []
-        self.shown = ""
+    A character is written when its last byte has come. On a reset the text is erased; with
+    show_discarded it is written again, struck through.
+    """
+    ids, shown = [], ""
+    for event in events:
+        if isinstance(event, Reset):
+            erase(shown)
+            if show_discarded:
+                write(f"{STRUCK}{tok.decode(event.discarded).translate(HARMLESS)}{PLAIN} ")
+            write(f"{DIM}[RESET]{PLAIN}\n")
+            ids, shown = [], ""
+            continue
+        ids += [event.id] if isinstance(event, Token) else []
+        text = tok.decode(ids)
+        if isinstance(event, Token):  # the answer may end within a character: then U+FFFD is shown
+            text = text.rstrip("\ufffd")
+            time.sleep(pause_s)
+        if text.startswith(shown):
+            write(text[len(shown) :].translate(HARMLESS))
+            shown = text
+    write("\n")
+    return ids
 
-    def token(self, id: int) -> None:
-        self.ids.append(id)
-        self.show(self.tok.decode(self.ids).rstrip("\ufffd"))
 
-    def show(self, text: str) -> None:
-        if text.startswith(self.shown):
-            write(text[len(self.shown) :].translate(HARMLESS))
-            self.shown = text
-
-    def reset(self, discarded: list[int]) -> None:
-        """Erase what is on the screen; with show_discarded, write it again, struck through."""
-        screen = shutil.get_terminal_size()
-        lines = sum(height(line, screen.columns) for line in self.shown.split("\n"))
-        up = min(lines, screen.lines) - 1  # what has scrolled away cannot be erased
-        write("\r" + (f"\x1b[{up}A" if up else "") + "\x1b[J")
-        if self.show_discarded:
-            write(f"{STRUCK}{self.tok.decode(discarded).translate(HARMLESS)}{PLAIN} ")
-        write(f"{DIM}[RESET]{PLAIN}\n")
-        self.ids, self.shown = [], ""
-
-    def done(self) -> None:
-        """An answer may end within a character: show that as a pipe does, as U+FFFD."""
-        self.show(self.tok.decode(self.ids))
-        write("\n")
+def erase(text: str) -> None:
+    screen = shutil.get_terminal_size()
+    lines = sum(height(line, screen.columns) for line in text.split("\n"))
+    up = min(lines, screen.lines) - 1  # what has scrolled away cannot be erased
+    write("\r" + (f"\x1b[{up}A" if up else "") + "\x1b[J")
 
 
 def write(text: str) -> None:
@@ -120,13 +121,12 @@ def trace(sampler, tok, prompt: list[int], *, prefill: list[int], **options) -> 
         print(f"{length:>6}  {p_reset:>10.4f}  {what}")
         return length
 
-    forced, resets = len(prefill), 0
     print(f"{'cache':>6}  {'p([RESET])':>10}  token")
-    for event in sampler([prompt], prefill=[prefill], watch=watch, **options):
-        if isinstance(event, Token) and forced:
-            forced -= 1
-            print(f"{'':>20}{tok.decode([event.id])!r}   (forced)")
-        elif isinstance(event, Token):
+    for id in prefill:
+        print(f"{'':>20}{tok.decode([id])!r}   (forced)")
+    events, resets = sampler([prompt], prefill=[prefill], watch=watch, **options), 0
+    for event in islice(events, len(prefill), None):
+        if isinstance(event, Token):
             line(repr(tok.decode([event.id])))
         elif isinstance(event, Reset):
             length = line(f"[RESET]  {len(event.discarded)} tokens taken back")
@@ -134,7 +134,6 @@ def trace(sampler, tok, prompt: list[int], *, prefill: list[int], **options) -> 
                 back = len(prompt) + resets
                 print(f"{back:>6}  ← the cache is cut back: {length - back} entries forgotten")
             resets += 1
-        elif isinstance(event, Done):
-            if event.generation.finish_reason == "stop":
-                line("(stop)")
-            return event.generation
+        elif event.generation.finish_reason == "stop":
+            line("(stop)")
+    return event.generation

@@ -59,7 +59,7 @@ def start(directory: Path, log: Path, port: int = 0):
     url, last = f"http://127.0.0.1:{port}", time.monotonic() + 600
     while time.monotonic() < last and process.poll() is None:
         try:
-            remote.served(url)
+            remote.look_for(url, directory)
             return process, url
         except InputError:
             time.sleep(2)
@@ -110,7 +110,7 @@ def test_the_likeliest_tokens_are_ours(served):
     """What a guard behind a server is asked for."""
     name, model, tok, url, there = served
     prompt = tok.render(user(QUESTIONS[name][0]))
-    ids, logprobs = remote.first_ids(remote.look(url, there), prompt, 3)
+    ids, logprobs = remote.first_ids(remote.look_for(url, there), prompt, 3)
     for place, found in enumerate(logprobs):
         ours = model(torch.tensor([prompt + ids[:place]]))[0, -1].log_softmax(-1)
         assert ids[place] == ours.argmax().item() and len(found) >= 20
