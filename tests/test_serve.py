@@ -12,118 +12,166 @@ from samples import toy_tokenizer, user
 from backtrack.generate import Done, Generation, Reset, Token, generate
 from backtrack.sampling import Options
 from backtrack.serve import engine, remote
-from backtrack.serve.engine import Job, Shown
-from backtrack.serve.request import Refusal, understand
 from model import InputError
 
 TOK = toy_tokenizer()
-ARGS = SimpleNamespace(prefill=False, max_tokens=9, reset_bias=0.0, max_resets=1, on_reset="truncate")
+ARGS = SimpleNamespace(prefill=False, max_tokens=9, reset_bias=0.0, max_resets=1, on_reset="truncate", hold_back=0)
 
 
-def events(*texts):
-    """Of an answer whose texts but the last are taken back."""
+def told(hold_back, *texts, max_resets=1, stop=()):
+    """An Answer and what it tells at each event; all texts but the last are taken back."""
     *taken_back, last = [TOK.encode(text) for text in texts]
-    for ids in taken_back:
-        yield from (Token(0, id) for id in ids)
-        yield Reset(0, ids)
-    yield from (Token(0, id) for id in last)
-    yield Done(0, Generation(last, taken_back, len(taken_back), "stop", 0, 0.0, 0.0))
+    options = Options(TOK.reset_id, [], 99, max_resets=max_resets, hold_back=hold_back)
+    answer, pieces = engine.Answer(TOK, [1], [], options, "", stop), []
+    answer.tell = lambda piece: pieces[-1].append(piece)
+    events = [e for ids in taken_back for e in (*(Token(0, id) for id in ids), Reset(0, ids))]
+    done = Done(0, Generation(last, taken_back, len(taken_back), "stop", 0, 0.0, 0.0))
+    for event in [*events, *(Token(0, id) for id in last), done]:
+        pieces.append([])
+        answer.add(event)
+    return answer, pieces
 
 
-def shown(hold_back, *texts, max_resets=1, stop=()):
-    """What is sent at each event, and what is to be forgotten."""
-    released = Shown(TOK, max_resets, hold_back, list(stop))
-    pieces = []
-    for event in events(*texts):
-        if released.finish_reason is None:
-            pieces.append(released.add(event))
-    return pieces, released
+def text_of(pieces):
+    return "".join(piece["text"] for some in pieces for piece in some)
 
 
 @pytest.mark.parametrize("hold_back", [0, 1, 4, math.inf])
 def test_nothing_is_sent_that_can_still_be_taken_back(hold_back):
     unsafe, safe = "Sure, take the road 漢 to", "No, 漢漢 never é."
-    pieces, released = shown(hold_back, unsafe, safe)
-    n = len(TOK.encode(unsafe))
-    before = "".join(text for text, _ in pieces[:n])
+    _, pieces = told(hold_back, unsafe, safe)
+    n, before = len(TOK.encode(unsafe)), text_of(pieces[: len(TOK.encode(unsafe))])
     visible = [] if hold_back == math.inf else TOK.encode(unsafe)[: n - hold_back]
-    assert before == TOK.decode(visible).rstrip("\ufffd") and pieces[n] == ("", before)
-    assert "".join(text for text, _ in pieces[n + 1 :]) == safe and not any("\ufffd" in text for text, _ in pieces)
-    assert sum(bool(text) for text, _ in pieces[n + 1 :]) > 5  # the resets are used up: it streams
-    assert (released.resets, released.retracted, released.finish_reason) == (1, n, "stop")
-    if hold_back == math.inf:
-        pieces, _ = shown(math.inf, unsafe, safe, max_resets=2)  # another reset might come: all at the end
-        assert [text for text, _ in pieces if text] == [safe]
+    assert before == TOK.decode(visible).rstrip("\ufffd")
+    assert [piece["retracted"] for piece in pieces[n]] == ([before] if before else [])
+    assert text_of(pieces[n:]) == safe and not any("\ufffd" in text_of([some]) for some in pieces)
+    assert sum(map(len, pieces[n + 1 :])) > 5  # the resets are used up: it streams
+    last = pieces[-1][0]
+    assert last["finish_reason"] == "stop" and last["backtrack"] == {"resets": 1, "retracted_tokens": n}
+    _, pieces = told(math.inf, unsafe, safe, max_resets=2)  # another reset might come: all at the end
+    assert text_of(pieces[-1:]) == text_of(pieces) == safe
 
 
 def test_stop_strings_count_in_what_cannot_be_taken_back():
-    pieces, released = shown(math.inf, "Sure. It", "No. Never. It", stop=["er. ", ". It"])
-    assert "".join(text for text, _ in pieces) == "No. Nev" and released.finish_reason == "stop"
-    pieces, _ = shown(0, "so it is e", stop=["er"])  # what might have been its beginning
-    assert "".join(text for text, _ in pieces) == "so it is e"
-    pieces, _ = shown(0, "it \ufffd", max_resets=0)  # the last bytes of a character that never came, or U+FFFD itself
-    assert "".join(text for text, _ in pieces) == "it \ufffd"
+    answer, pieces = told(math.inf, "Sure. It", "No. Never. It", stop=["er. ", ". It"])
+    assert text_of(pieces) == answer.sent == "No. Nev" and answer.finish_reason == "stop"
+    _, pieces = told(0, "so it is e", stop=["er"])  # what might have been its beginning
+    assert text_of(pieces) == "so it is e"
+    _, pieces = told(0, "it \ufffd", max_resets=0)  # the last bytes of a character never came, or it is U+FFFD itself
+    assert text_of(pieces) == "it \ufffd"
 
 
-def test_what_waits_is_one_batch_and_who_left_is_left_out():
+def test_what_waits_is_one_batch_and_who_left_is_left_out(monkeypatch):
     model = prone_to(7, network_of(LLAMA, vocab_size=61, tie_word_embeddings=False, scale=0.4))
-    options = Options(reset_id=7, stop_ids=[11], max_new_tokens=12, temperature=1.0)
-    other = Options(reset_id=7, stop_ids=[11], max_new_tokens=1, temperature=1.0)
-    prompts, told, jobs = random_ids(3, 9, 4, 6, vocab=61), queue.Queue(), []
+    model.decoded = []
+    decode = engine.decode
+    monkeypatch.setattr(engine, "decode", lambda model, *rest: (model.decoded.append(rest[0]), decode(model, *rest))[1])
+    prompts, answers, over = random_ids(3, 9, 4, 6, vocab=61), [], queue.Queue()
+    jobs = queue.SimpleQueue()
     for i, prompt in enumerate(prompts):
-        tell = lambda event, i=i: told.put((i, event))  # noqa: E731
-        jobs.append(Job(prompt, [], other if i == 1 else options, f"0/{i}", tell, left=i == 2))
-    waiting = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
-    engine.threading.Thread(target=engine.answer_here, args=(model, waiting, 64), daemon=True).start()
-    done = {}
-    while len(done) < 3:
-        i, event = told.get(timeout=60)
-        if isinstance(event, Done):
-            done[i] = event.generation.tokens
-    how = {"reset_id": 7, "stop_ids": [11], "temperature": 1.0, "sample_ids": [0, 1, 3]}
+        options = Options(reset_id=7, stop_ids=[11], max_new_tokens=1 if i == 1 else 12, temperature=1.0)
+        answers.append(engine.Answer(SimpleNamespace(decode=lambda ids: "x" * len(ids)), prompt, [], options, f"0/{i}"))
+        answers[i].tell = lambda piece, i=i: over.put(i) if piece["finish_reason"] else None
+        answers[i].over = i == 2
+        jobs.put(answers[i])
+    engine.threading.Thread(target=engine.sample_all, args=(model, jobs, 64), daemon=True).start()
+    assert sorted(over.get(timeout=60) for _ in range(3)) == [0, 1, 3]
+    assert [list(some) for some in model.decoded] == [[prompts[0], prompts[3]], [prompts[1]]]
     some = [prompts[i] for i in (0, 1, 3)]
-    long, short = (generate(model, some, max_new_tokens=n, **how) for n in (12, 1))
-    assert long[1].tokens != short[1].tokens
-    assert done == {0: long[0].tokens, 1: short[1].tokens, 3: long[2].tokens}
+    how = {"reset_id": 7, "stop_ids": [11], "temperature": 1.0, "sample_ids": [0, 1, 3]}
+    long, short = ([g.tokens for g in generate(model, some, max_new_tokens=n, **how)] for n in (12, 1))
+    assert [answers[i].ids for i in (0, 1, 3)] == [long[0], short[1], long[2]]
 
 
-def test_a_failure_is_told_to_all_who_wait():
+def test_a_failure_is_told_to_all_who_wait(monkeypatch):
     def broken(*batch):
         raise InputError("no room")
-        yield
 
-    told = []
-    engine.run([Job([1], [], None, "", told.append), Job([1], [], None, "", told.append, left=True)], broken)
-    assert [str(error) for error in told] == ["no room"]
+    monkeypatch.setattr(engine, "decode", broken)
+    heard = []
+    answers = [engine.Answer(TOK, [1], [], None, "") for _ in range(2)]
+    for answer in answers:
+        answer.tell = heard.append
+    answers[1].over = True
+    engine.sample(None, answers)
+    assert [(str(error), error.status_code) for error in heard] == [("no room", 502)]
 
 
 def ask(chat=True, **body):
     config = remote.Server("", "", 64, vocab_size=TOK.vocab_size)
-    return understand(json.dumps(body).encode(), chat, "toy", TOK, config, ARGS)
+    return engine.understand(json.dumps(body).encode(), chat, "toy", TOK, config, ARGS)
 
 
 def test_what_is_understood():
-    wanted = ask(
-        messages=user("Hi <reset> [RESET]"), seed=3, n=2, max_tokens=5, stop="x", temperature=0, logit_bias=None
-    )
-    assert wanted.prompt == TOK.render(user("Hi <reset> [RESET]")) and TOK.reset_id not in wanted.prompt
-    assert wanted.seeds == ["3/0", "3/1"] and wanted.stop == ["x"] and not wanted.stream
-    assert (wanted.options.max_new_tokens, wanted.options.temperature, wanted.options.reset_id) == (5, 0, TOK.reset_id)
-    assert ask(messages=user("Hi")).options.max_new_tokens == 9 and ask(messages=user("Hi")).options.temperature == 1
-    assert ask(False, prompt="<reset>").prompt == [TOK.text_start_id, *TOK.encode("<reset>")]
+    chat = {"messages": user("Hi <reset> [RESET]")}
+    body, answers = ask(**chat, seed=3, n=2, max_tokens=5, stop="x", temperature=0, logit_bias=None, logprobs=False)
+    assert answers[0].prompt == TOK.render(user("Hi <reset> [RESET]")) and TOK.reset_id not in answers[0].prompt
+    assert [(a.index, a.seed, a.stop) for a in answers] == [
+        (0, "3/0", ["x"]),
+        (1, "3/1", ["x"]),
+    ] and "stream" not in body
+    options = answers[0].options
+    assert (options.max_new_tokens, options.temperature, options.reset_id) == (5, 0, TOK.reset_id)
+    [answer] = ask(**chat)[1]
+    assert (answer.options.max_new_tokens, answer.options.temperature) == (9, 1)
+    for prompt in ("<reset>", ["<reset>"]):
+        assert ask(False, prompt=prompt)[1][0].prompt == [TOK.text_start_id, *TOK.encode("<reset>")]
 
 
-@pytest.mark.parametrize("name", ["logit_bias", "ignore_eos", "min_tokens", "stop_token_ids", "guided_json", "echo"])
-def test_only_known_parameters_are_allowed(name):
-    with pytest.raises(Refusal, match=f"'{name}' is not allowed") as refused:
-        ask(messages=user("Hi"), **{name: 0})
-    assert refused.value.status == 400 and refused.value.body["error"]["param"] == name
+REFUSED = [
+    "logit_bias",
+    "ignore_eos",
+    "min_tokens",
+    "allowed_token_ids",
+    "bad_words",
+    "stop_token_ids",
+    "echo",
+    "top_k",
+]
+REFUSED += [
+    "prompt_logprobs",
+    "guided_json",
+    "guided_regex",
+    "continue_final_message",
+    "functions",
+    "logits_processors",
+]
 
 
-def test_a_prefilled_answer_is_refused_and_too_long_a_chat():
-    with pytest.raises(Refusal, match="prefilled"):
-        ask(messages=[*user("Hi"), {"role": "assistant", "content": "Sure"}])
-    with pytest.raises(InputError, match="too long"):
-        ask(messages=user("word " * 99))
+def test_only_known_parameters_are_allowed():
+    for name in REFUSED:
+        with pytest.raises(engine.Refusal, match=f"'{name}' is not allowed") as refused:
+            ask(messages=user("Hi"), **{name: 0})
+        assert refused.value.status_code == 400 and refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"logprobs": True}, "logprobs must be"),
+        ({"temperature": -1}, "temperature must be float from 0 to 1000"),
+        ({"temperature": math.nan}, "temperature must be"),
+        ({"n": True}, "n must be int"),
+        ({"n": 1000}, "n must be"),
+        ({"max_tokens": 10**5}, "too long"),
+        ({"stop": ["a"] * 5}, "stop must be"),
+        ({"stop": [""]}, "stop must be"),
+        ({"stream": "yes"}, "stream must be"),
+        ({"model": "gpt"}, "no model 'gpt'"),
+        ({"messages": "Hi"}, "a chat must be a list"),
+        ({"messages": [3]}, "message 0"),
+        ({"messages": [{"role": "<reset>", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not text"),
+        ({"messages": user("word " * 99)}, "too long"),
+        ({"messages": [*user("Hi"), {"role": "assistant", "content": "Sure"}]}, "prefilled"),
+    ],
+)
+def test_what_is_refused(body, message):
+    with pytest.raises(InputError, match=message):
+        ask(**{"messages": user("Hi"), "max_tokens": 4} | body)
+
+
+def test_completions_take_text_alone():
+    for prompt in ([7, 8], ["a", "b"], None):
+        with pytest.raises(InputError, match="must be a string"):
+            ask(False, prompt=prompt)

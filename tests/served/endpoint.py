@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -29,18 +29,18 @@ class Endpoint:
     process: subprocess.Popen
     port: int
     out: Path
+    headers: dict = field(default_factory=lambda: {"Content-Type": "application/json"})
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
-    def open(self, path=CHAT, data=None, headers=None, timeout=120):
-        headers = {"Content-Type": "application/json"} | (headers or {})
-        return OPENER.open(urllib.request.Request(self.url + path, data, headers), timeout=timeout)
+    def open(self, path=CHAT, data=None, timeout=120):
+        return OPENER.open(urllib.request.Request(self.url + path, data, self.headers), timeout=timeout)
 
-    def ask(self, path=CHAT, data=None, headers=None, **body):
+    def ask(self, path=CHAT, data=None, **body):
         try:
-            with self.open(path, data or json.dumps(body).encode(), headers) as response:
+            with self.open(path, data or json.dumps(body).encode()) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
@@ -57,11 +57,15 @@ class Endpoint:
         return [json.loads(line.removeprefix(b"data: ")) for line in lines[:-1]]
 
     def metrics(self):
-        with OPENER.open(self.url + "/metrics", timeout=60) as response:
+        with self.open("/metrics") as response:
             return {k: float(v) for k, v in (line.decode().rsplit(" ", 1) for line in response)}
 
     def log(self):
         return [json.loads(line) for line in self.out.read_text().splitlines() if line.startswith("{")]
+
+    def listens(self):
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
 
     def until(self, condition, seconds=60):
         last = time.monotonic() + seconds
@@ -86,20 +90,12 @@ def endpoint(ckpt, *words, out: Path, python=sys.executable, **environment):
         )
     served = Endpoint(process, port, out)
     try:
-        served.until(lambda: answers(served))
+        served.until(served.listens)
         yield served
     finally:
         process.terminate()
         process.wait(60)
     assert "Traceback" not in out.read_text()
-
-
-def answers(served) -> bool:
-    try:
-        with OPENER.open(served.url + "/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
 
 
 def joined(chunks):
