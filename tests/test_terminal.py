@@ -1,4 +1,4 @@
-"""sample.py in processes of its own: on a real pseudo-terminal, with keys as a keyboard sends them, and in a pipe."""
+"""sample.py in processes of its own: on a real pseudo-terminal, with keys as a keyboard sends them, and compiled."""
 
 import contextlib
 import fcntl
@@ -36,37 +36,31 @@ def ckpt(tmp_path_factory):
     return root
 
 
-class Screen(io.StringIO):
-    """stderr, on a terminal or not."""
-
-    def __init__(self, is_terminal: bool):
-        super().__init__()
-        self.isatty = lambda: is_terminal
+def on_stderr(monkeypatch, is_terminal):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    sys.stderr.isatty = lambda: is_terminal
+    return Ticker()
 
 
 def test_a_ticker_writes_over_its_line_on_a_terminal(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Screen(True))
-    ticker = Ticker()
+    ticker = on_stderr(monkeypatch, True)
     for text in ("1/10, 100 s left", "2/10, 9 s left"):
         ticker.show(text)
     ticker.done()
     assert sys.stderr.getvalue() == "\r1/10, 100 s left\r2/10, 9 s left  \n"
+    on_stderr(monkeypatch, True).done()  # nothing was to be done
+    assert sys.stderr.getvalue() == ""
 
 
 def test_a_ticker_writes_a_line_now_and_then_into_a_file(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Screen(False))
-    now = [1000.0]
+    ticker, now = on_stderr(monkeypatch, False), [1000.0]
     monkeypatch.setattr(say.time, "monotonic", lambda: now[0])
-    ticker = Ticker()
     for count in range(100):
         ticker.show(f"{count}/99")
         now[0] += 1.0
     ticker.done()
     ticker.done()
     assert sys.stderr.getvalue() == "0/99\n30/99\n60/99\n90/99\n99/99\n"
-    monkeypatch.setattr(sys, "stderr", Screen(True))
-    Ticker().done()  # nothing was to be done
-    assert sys.stderr.getvalue() == ""
 
 
 class Person:
@@ -119,18 +113,10 @@ class Person:
         return self.received
 
 
-def heed_ctrl_c() -> None:
-    """As a terminal's shell starts programs. One that runs tests in the background has them ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def take_terminal() -> None:
-    """Make the pseudo-terminal the new session's own, so that Ctrl-C comes as a signal."""
-    heed_ctrl_c()
+    """Make the pseudo-terminal the new session's own, so that Ctrl-C comes as a signal; heed it, as shells have it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-# ── Keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_chat_with_arrow_keys_and_ctrl_c(ckpt):
@@ -154,10 +140,9 @@ def test_a_chat_with_arrow_keys_and_ctrl_c(ckpt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_no_escapes_where_none_are_wanted(ckpt, environment):
-    """Then an answer is printed once it is finished, as in a pipe: what cannot be erased must not be shown."""
-    person = Person(ckpt, "--max-new-tokens", 3, "--reset-bias", 1000, "--show-discarded", **environment)
+def test_no_escapes_where_none_are_wanted(ckpt):
+    """Not even readline's. The answer is printed once it is finished: what cannot be erased must not be shown."""
+    person = Person(ckpt, "--max-new-tokens", 3, "--reset-bias", 1000, "--show-discarded", NO_COLOR="1")
     shown = person.reads("> ")
     person.types("hello\n")
     shown += person.reads("~~~~ [RESET]") + person.reads("> ")
@@ -165,23 +150,11 @@ def test_no_escapes_where_none_are_wanted(ckpt, environment):
 
 
 @pytest.mark.slow
-def test_closed_streams_and_ctrl_c_in_a_pipe(ckpt):
+def test_closed_streams(ckpt):
     words = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--device", "cpu", "--max-new-tokens", "3"]
-    for closing in (">&-", "<&-", "2>&-", ">&- <&- 2>&-"):
+    for closing in ("2>&-", ">&- <&- 2>&-"):
         done = subprocess.run(["bash", "-c", f'"$@" {closing}', "x", *words, "--prompt", "x"], capture_output=True)
-        assert (done.returncode, done.stderr) == (0, b"") and bool(done.stdout) == (not closing.startswith(">"))
-    process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c
-    )
-    process.stdin.write(b"one\n")
-    process.stdin.flush()
-    assert process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == b""
-
-
-# ── torch.compile ────────────────────────────────────────────────────────────────────────────────────────────────────
+        assert (done.returncode, done.stderr) == (0, b"") and bool(done.stdout) == (closing == "2>&-")
 
 
 @pytest.mark.slow
@@ -202,33 +175,12 @@ def test_compile(ckpt, tmp_path):
         assert plain == compiled
 
 
-# ── Text that the output cannot hold ─────────────────────────────────────────────────────────────────────────────────
-
-SURROGATE = "how \ud800 now 漢"
-
-
-def test_a_pipe_in_a_poor_locale(ckpt):
-    """The real thing: a line in, a line out; what ASCII does not have is U+FFFD on the way in and an escape in JSON."""
-    words = ["--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "6", "--reset-bias", "1000", "--json"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), *words],
-        input="one\n漢\n".encode() + b"a\xffb\n",
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=120,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [r["prompt"] for r in records] == ["one", "\ufffd" * 3, "a\ufffdb"] and done.stdout.isascii()
-    assert [r["resets"] for r in records] == [1, 1, 1]
-
-
 def test_attacks_write_half_a_character(ckpt, tmp_path):
     """The file is UTF-8, a line of JSON each, and what was read comes out again."""
-    prompts = write(tmp_path / "prompts.jsonl", {"prompt": user(SURROGATE), "target": "Sure", "set": "s"})
-    (tmp_path / "lenient.py").write_text(
-        "from backtrack.judge import Verdict\ndef judge(prompt, answer):\n    return Verdict(unsafe=False)\n"
-    )
+    text = "how \ud800 now 漢"
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": user(text), "target": "Sure", "set": "s"})
+    judge = "from backtrack.judge import Verdict\ndef judge(prompt, answer):\n    return Verdict(unsafe=False)\n"
+    (tmp_path / "lenient.py").write_text(judge)
     out = tmp_path / "out.jsonl"
     words = ["--ckpt", ckpt, "--prompts", prompts, "--judge", "lenient:judge", "--out", out, "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
@@ -236,10 +188,7 @@ def test_attacks_write_half_a_character(ckpt, tmp_path):
         command(attacks.main, "instruct", *words, "--max-new-tokens", 2, "--dtype", "float32")
     _, line = out.read_text(encoding="utf-8").splitlines()
     sent = [variant["sent"][-1]["content"] for variant in json.loads(line)["variants"].values()]
-    assert sent and all(text.startswith(SURROGATE) for text in sent)
-
-
-# ── Too much ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    assert sent and all(one.startswith(text) for one in sent)
 
 
 def test_too_little_memory_is_one_line():

@@ -22,7 +22,6 @@ from samples import toy_tokenizer, user
 
 import sample
 from backtrack.generate import generate
-from backtrack.serve import __main__ as serve
 from model import load_model, load_tokenizer, save_model
 
 pytestmark = pytest.mark.serve
@@ -337,5 +336,7 @@ def test_sigterm_finishes_what_runs_and_takes_no_more(upstream, front):
 
 
 def test_bad_arguments_are_one_line(ckpt):
+    from backtrack.serve import __main__ as serve  # here: `make test` has no Starlette
+
     for words in (["--url", "http://127.0.0.1:1"], ["--hold-back", "-1"], ["--client-key-env", "NOT_THERE"]):
         command(serve.main, "--ckpt", ckpt, *words, code=2)
