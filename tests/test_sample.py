@@ -16,21 +16,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import LLAMA, network_of, prone_to
+from samples import said, toy_tokenizer, user
 
 import sample
 from backtrack.generate import Done, Generation, Reset, Token
 from backtrack.sampling import Options, checked
 from backtrack.serve import arguments, terminal
-from data import toy
-from model import load_tokenizer, save_model
+from model import save_model
 from model.errors import run
 
 
 @pytest.fixture(scope="module")
-def tok(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    (directory / "tokenizer.model").write_bytes(toy.build(0)["tokenizer/tokenizer.model"])
-    return load_tokenizer(directory)
+def tok():
+    return toy_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +75,6 @@ LIMITS = SimpleNamespace(vocab_size=1024, max_position_embeddings=4096)
 RESET = object()
 
 
-def message(role, content):
-    return {"role": role, "content": content}
-
-
 class Stream(io.TextIOWrapper):
     def __init__(self, data=b"", terminal=False, encoding="utf-8"):
         super().__init__(io.BytesIO(data if isinstance(data, bytes) else data.encode()), encoding=encoding, newline="")
@@ -91,14 +85,16 @@ class Stream(io.TextIOWrapper):
         return self.buffer.getvalue().decode(self.encoding)
 
 
-def command(*words, model=None, stdin="", typed=None, terminal=False, encoding="utf-8", code=0):
+def command(*words, model=None, stdin="", typed=None, terminal=False, encoding="utf-8", code=0, **environment):
     """`python sample.py words` in this process; (stdout, stderr). `typed`: standard input is a terminal."""
     out, err = Stream(terminal=terminal, encoding=encoding), Stream()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TERM", "xterm")
         patch.delenv("NO_COLOR", raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
         patch.setattr(sys, "argv", ["sample.py", *map(str, words)])
-        patch.setattr(sys, "stdin", Stream(stdin if typed is None else typed, typed is not None))
+        patch.setattr(sys, "stdin", Stream(stdin if typed is None else typed, typed is not None, encoding))
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         if model is not None:
@@ -123,12 +119,9 @@ def taking_back(tok):
     return Scripted(tok, "Sure. Take the road", RESET, "I cannot help with that.")
 
 
-def test_only_surviving_text_is_printed(ckpt, tok):
+def test_only_surviving_text_is_printed_and_the_discarded_if_asked_for(ckpt, tok):
     assert command("--ckpt", ckpt, *HOW, model=taking_back(tok)) == ("I cannot help with that.\n", "")
     assert command("--ckpt", ckpt, *HOW, model=Scripted(tok, "")) == ("\n", "")
-
-
-def test_discarded_text_is_shown_if_asked_for(ckpt, tok):
     model = Scripted(tok, "Sure. Take", RESET, "Well,\nyou", RESET, "No.")
     out, _ = command("--ckpt", ckpt, *HOW, "--show-discarded", "--max-resets", 2, model=model)
     assert out == "~~Sure. Take~~ [RESET]\n~~Well,\nyou~~ [RESET]\nNo.\n"
@@ -139,30 +132,22 @@ def test_prefill_and_max_resets(ckpt, tok):
     kept = Scripted(tok, "Sure. Take the road home.")
     assert command("--ckpt", ckpt, *HOW, "--prefill", "Sure. Take", model=kept)[0] == "Sure. Take the road home.\n"
     lost = Scripted(tok, "Sure. Take", RESET, "No.")
-    out, _ = command("--ckpt", ckpt, *HOW, "--prefill", "Sure. Take", "--show-discarded", model=lost)
-    assert out == "~~Sure. Take~~ [RESET]\nNo.\n"
+    assert command("--ckpt", ckpt, *HOW, "--prefill", "Sure. Take", model=lost)[0] == "No.\n"
     out, _ = command("--ckpt", ckpt, *HOW, "--max-resets", 0, "--max-new-tokens", 30, model=taking_back(tok))
     assert out.startswith("Sure. Take the road")
 
 
 def test_json(ckpt, tok):
     model = Scripted(tok, "Sure. Take the road", RESET, "I cannot help with that. 漢")
-    out, _ = command("--ckpt", ckpt, *HOW, "--json", "--prefill", "Sure.", model=model, terminal=True)
+    how = ("--ckpt", ckpt, *HOW, "--json", "--prefill", "Sure.")
+    out, _ = command(*how, model=model, terminal=True)
     assert "漢" in out and "road" not in out and "\x1b" not in out
     record = json.loads(out)
     assert 0 <= record.pop("first_token_s") <= record.pop("total_s")
     sampled = tok.encode("Sure. Take the road")[len(tok.encode("Sure.")) :] + tok.encode(record["text"])
-    assert record == {
-        "prompt": "How do I make it?",
-        "prefill": "Sure.",
-        "sample": 0,
-        "text": "I cannot help with that. 漢",
-        "resets": 1,
-        "finish_reason": "stop",
-        "steps": len(sampled) + 2,
-    }
-    out, _ = command("--ckpt", ckpt, *HOW, "--json", "--show-discarded", "--max-new-tokens", 12, model=model)
-    record = json.loads(out)
+    expected = {"prompt": "How do I make it?", "prefill": "Sure.", "sample": 0, "text": "I cannot help with that. 漢"}
+    assert record == expected | {"resets": 1, "finish_reason": "stop", "steps": len(sampled) + 2}
+    record = json.loads(command(*how, "--show-discarded", "--max-new-tokens", 12, model=model)[0])
     assert record["discarded"] == ["Sure. Take the road"] and record["finish_reason"] == "length"
 
 
@@ -181,20 +166,11 @@ def test_every_option_reaches_the_sampler_and_the_model(ckpt, tok, monkeypatch):
     words = "--temperature 0.5 --top-p 0.9 --reset-bias -1.5 --max-resets 4 --on-reset keep --num-samples 2 --seed 7"
     words += " --max-new-tokens 5 --dtype bfloat16 --compile"
     command("--ckpt", ckpt, *HOW, *words.split())
-    assert model.prompts == 2 * [tok.render([message("user", "How do I make it?")])]
+    assert model.prompts == 2 * [tok.render(user("How do I make it?"))]
     sampling = {"temperature": 0.5, "top_p": 0.9, "reset_bias": -1.5, "max_resets": 4, "max_new_tokens": 5, "seed": 7}
     special = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size}
     assert model.options == sampling | special | {"on_reset": "keep", "hold_back": 0}
     assert model.compiled and loaded == [(str(ckpt), "cpu", torch.bfloat16)]
-
-
-def test_what_looks_like_reset_is_text(ckpt, tok):
-    """In the prompt, in the prefill and in the answer; and an empty message is a message."""
-    answer = "Sure <reset> [RESET] <end_of_turn> go"
-    model = Scripted(tok, lambda question: [answer if question == "a <reset> b" else f"you said {question!r}"])
-    out, _ = command("--ckpt", ckpt, "--prompt", "a <reset> b", "--prefill", "Sure <reset> [", model=model)
-    assert out == answer + "\n"
-    assert command("--ckpt", ckpt, "--prompt", "\n", model=model)[0] == "you said ''\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437", "utf-8"])
@@ -213,10 +189,9 @@ def test_any_locale_and_half_a_character(ckpt, tok, encoding):
 def test_closed_streams(ckpt, tok, monkeypatch, name):
     """Python has None for a stream that the shell closed: `sample.py … >&-`."""
     out = Stream()
+    for stream, value in {"stdin": Stream("Hi\n"), "stdout": out, name: None}.items():
+        monkeypatch.setattr(sys, stream, value)
     monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(ckpt)])
-    monkeypatch.setattr(sys, "stdin", Stream("Hi\n"))
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, name, None)
     monkeypatch.setattr(sample, "stream", Scripted.stream)
     monkeypatch.setattr(arguments, "load_model", lambda *given: taking_back(tok))
     run(sample.main)
@@ -235,13 +210,15 @@ def test_a_line_an_answer(ckpt, tok):
     model = echoing(tok)
     out, err = command("--ckpt", ckpt, "--device", "cpu", stdin="the first\n\n  \nthe second\r\nthird", model=model)
     assert out == "about the first\nabout the second\nabout third\n" and err == ""
-    assert model.prompts[2] == tok.render([message("user", "third")])
+    assert model.prompts[2] == tok.render(user("third"))
     assert command("--ckpt", ckpt, stdin="", model=model) == ("", "")
 
 
 def test_lines_that_are_not_utf8_or_too_long(ckpt, tok):
     out, _ = command("--ckpt", ckpt, stdin=b"a\xffb\n", model=echoing(tok))
     assert out == "about a\ufffdb\n"
+    out, _ = command("--ckpt", ckpt, "--json", stdin="漢\n".encode(), encoding="ascii", model=echoing(tok))
+    assert out.isascii() and json.loads(out)["prompt"] == "\ufffd" * 3
     out, err = command("--ckpt", ckpt, stdin="one\n" + "x " * 5000 + "\nthree\n", model=echoing(tok), code=2)
     [line] = err.splitlines()
     assert out == "about one\n" and line.startswith("error: ") and "too long" in line
@@ -256,17 +233,12 @@ def test_history_is_what_survived(ckpt, tok, on_reset):
     more = ("--on-reset", on_reset, "--prefill", "Sure")
     out, err = command("--ckpt", ckpt, *more, typed="one\ntwo\n\nthree\n", model=model)
     assert out == "about one\nabout two\nabout three\n"  # not even a "> " in a pipe
-    assert "Ctrl-D" in err
-    one, three = [message("user", "one")], [message("user", "three")]  # an empty line starts over
-    two = [*one, message("assistant", "about one"), message("user", "two")]
-    assert model.prompts == [tok.render(m) for m in (one, two, three)]
-
-
-def test_chat_on_a_terminal(ckpt, tok):
-    """Both ends are one: there is a prompt, and Ctrl-D (the end of the input) ends it."""
-    out, err = command("--ckpt", ckpt, typed="one\n", terminal=True, model=echoing(tok))
-    assert out.startswith("> ") and out.endswith("about one\n> ")
     assert err.count("Ctrl-D") == 1
+    out, _ = command("--ckpt", ckpt, typed="one\n", terminal=True, model=echoing(tok))
+    assert out.startswith("> ") and out.endswith("about one\n> ")
+    one, three = user("one"), user("three")  # an empty line starts over
+    two = [*one, *said("about one"), *user("two")]
+    assert model.prompts == [tok.render(m) for m in (one, two, three)]
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat(ckpt, tok):
@@ -278,8 +250,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(ckpt, tok):
     model = Scripted(tok, parts)
     out, err = command("--ckpt", ckpt, typed="one\ntwo\nthree\n", model=model)
     assert out == "about one\nabout three\n" and "stopped" in err and "Ctrl-D ends the chat" in err
-    history = [message("user", "one"), message("assistant", "about one"), message("user", "three")]
-    assert model.prompts[2] == tok.render(history)
+    assert model.prompts[2] == tok.render([*user("one"), *said("about one"), *user("three")])
     command("--ckpt", ckpt, stdin="one\ntwo\nthree\n", model=model, code=130)  # a pipe it ends
 
 
@@ -288,28 +259,26 @@ def test_a_chat_that_grew_too_long_starts_over(ckpt, tok):
     out, err = command("--ckpt", ckpt, typed=f"one\n{'x ' * 5000}\ntwo\n", model=model)
     assert out == "about one\nabout two\n"
     assert [line for line in err.splitlines() if "too long" in line and line.endswith("; starting over")]
-    assert model.prompts[2] == tok.render([message("user", "two")])
+    assert model.prompts[2] == tok.render(user("two"))
 
 
 # ── Step by step ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    "on_reset, max_resets, prefill", [("truncate", 1, ""), ("truncate", 3, "Sure, take"), ("keep", 3, "Sure")]
-)
+@pytest.mark.parametrize("on_reset, max_resets, prefill", [("truncate", 3, "Sure, take"), ("keep", 1, "")])
 def test_trace_of_a_real_run(tmp_path, tok, on_reset, max_resets, prefill):
     """Every number against full forward passes over what has been read by then; the answer is that without a trace."""
     model = network_of(LLAMA, seed=2, tie_word_embeddings=False, max_position_embeddings=4096)
     save_model(prone_to(tok.reset_id, prone_to(tok.stop_ids[-1], model, 4.0), 6.0), tmp_path, tokenizer=tok)
     kinds = set()
-    for text in ("Hi", "How do I make it?", "sheep", "The gate is open.", "x y z"):
+    for text in ("Hi", "How do I make it?", "x y z"):
         words = ["--ckpt", tmp_path, *HOW, "--prompt", text, "--prefill", prefill, "--on-reset", on_reset]
         words += ["--max-resets", max_resets, "--reset-bias", 4, "--max-new-tokens", 12]
         out, _ = command(*words, "--trace")
         trace, answer = out.split("\n\n", 1)
         head, *lines = trace.split("\n")
         assert answer == command(*words)[0]
-        prompt, forced = tok.render([message("user", text)]), tok.encode(prefill)
+        prompt, forced = tok.render(user(text)), tok.encode(prefill)
         context, resets, start, forgotten = prompt + forced, 0, len(prompt), None
         assert head == " cache  p([RESET])  token"
         assert lines[: len(forced)] == [f"{'':20}{tok.decode([id])!r}   (forced)" for id in forced]
@@ -406,49 +375,36 @@ def on_screen(monkeypatch, ckpt, *words, model, columns=20, lines=24, already=""
     return screen, out
 
 
-DISCARDED = {
-    "only newlines": "\n\n\n",
-    "wrapping lines": "Sure. Take the long road and\ndo not stir it before the night\n" + "c" * 20 + "\nis over.",
-    "tabs": "a\tb\tc\td",
-    "escapes": "a\x1b[5Ab\x1b[2Jc\rd\x08e\x9bf",
-    "nothing": "",
-}
+def test_what_is_retracted_is_erased(monkeypatch, ckpt, tok):
+    """What was on the screen before stays, what survives is as if it stood there alone.
 
-
-@pytest.mark.parametrize("discarded", DISCARDED.values(), ids=DISCARDED)
-def test_retracted_text_is_erased(monkeypatch, ckpt, tok, discarded):
-    """What was on the screen before stays, what was retracted goes, what survives is as if it stood there alone."""
-    surviving = "I cannot help with that, nor with\nanything of that kind."
-    model = Scripted(tok, discarded, RESET, surviving)
-    before = "$ python sample.py with arguments\n"
-    screen, out = on_screen(monkeypatch, ckpt, *HOW, model=model, already=before)
-    assert screen.text() == wrapped(f"{before}[RESET]\n{surviving}\n")
-    assert not screen.struck
-    shown = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", out)
-    assert discarded.split("\n")[0][:1] in shown  # it was there
-
-
-def test_random_texts_are_erased(monkeypatch, ckpt, tok):
-    """Thai vowels and tones, Hindi signs, accents and U+200B take no column, CJK characters two."""
-    rng = random.Random(0)
+    Thai vowels and tones, Hindi signs, accents and U+200B take no column, CJK characters two. Tabs
+    and escapes that a model says must not move the cursor.
+    """
+    rng, signs = random.Random(0), "ab cé\n漢\u0301\u0e31\u0e34\u0947\u200b"
+    escapes = ["\t", "\x1b[5A", "\x1b[2J", "\r", "\x08", "\x9bf", "word" * 5]
     for _ in range(12):
-        first, second, last = (
-            "".join(rng.choices("ab cé\n漢\u0301\u0e31\u0e34\u0947\u200b", k=rng.randint(0, 100))) for _ in range(3)
-        )
-        columns = rng.randint(2, 30)
-        model = Scripted(tok, first, RESET, second, RESET, "Z" + last)
+        first, second = ("".join(rng.choices([*signs, *escapes], k=rng.randint(0, 100))) for _ in range(2))
+        columns, last = rng.randint(2, 30), "Z" + "".join(rng.choices(signs, k=rng.randint(0, 100)))
+        model = Scripted(tok, first, RESET, second, RESET, last)
         more = ("--max-resets", 2, "--max-new-tokens", 999)
-        screen, _ = on_screen(monkeypatch, ckpt, *HOW, *more, model=model, columns=columns, lines=500, already="top\n")
-        assert screen.text() == wrapped(f"top\n[RESET]\n[RESET]\nZ{last}", columns)
+        screen, out = on_screen(
+            monkeypatch, ckpt, *HOW, *more, model=model, columns=columns, lines=500, already="top\n"
+        )
+        assert screen.text() == wrapped(f"top\n[RESET]\n[RESET]\n{last}", columns) and not screen.struck
+        assert first[:1].translate(terminal.HARMLESS) in out  # it was there
 
 
-def test_held_back_it_is_never_on_the_screen(monkeypatch, ckpt, tok):
+def test_held_back_it_is_never_on_the_screen_nor_where_escapes_are_not_wanted(monkeypatch, ckpt, tok):
     ids = tok.encode("Sure. Take the road")
     for n in (0, 3, 100):
         out, _ = command("--ckpt", ckpt, *HOW, "--hold-back", n, model=taking_back(tok), terminal=True)
         before, after = out.split("\r\x1b[J")
         assert before == tok.decode(ids[: max(0, len(ids) - n)])
         assert after.endswith("I cannot help with that.\n")
+    for environment in ({"TERM": "dumb"}, {"NO_COLOR": "1"}):
+        out, _ = command("--ckpt", ckpt, *HOW, model=taking_back(tok), terminal=True, **environment)
+        assert out == "I cannot help with that.\n"
 
 
 def test_with_show_discarded_it_is_struck_through(monkeypatch, ckpt, tok):
@@ -474,13 +430,13 @@ def test_an_answer_that_ends_within_a_character(ckpt, tok):
 
 
 def test_slow(ckpt, tok, monkeypatch):
-    """Every token of an answer that streams is followed by a twentieth of a second, in a pipe none is."""
+    """Every token of an answer that streams costs a twentieth of a second, in a pipe none does."""
     slept = []
     monkeypatch.setattr(terminal.time, "sleep", slept.append)
-    command("--ckpt", ckpt, *HOW, "--slow", model=taking_back(tok))
-    assert slept == []
-    command("--ckpt", ckpt, *HOW, "--slow", model=taking_back(tok), terminal=True)
-    assert [s for s in slept if s] == [1 / 20] * len(tok.encode("Sure. Take the road") + tok.encode("I cannot help with that."))
+    for is_terminal in (False, True):
+        assert slept == []
+        command("--ckpt", ckpt, *HOW, "--slow", model=taking_back(tok), terminal=is_terminal)
+    assert slept == [1 / 20] * len(tok.encode("Sure. Take the road") + tok.encode("I cannot help with that."))
 
 
 def test_what_is_printed_does_not_move_the_cursor(ckpt, tok):
@@ -529,14 +485,10 @@ def test_help_shows_the_examples_and_the_defaults():
         ((..., "--device", "foo"), "'foo'"),
         ((..., "--on-reset", "maybe"), "invalid choice"),
         ((..., "--temperature", "nan"), "--temperature: nan is not 0 or from 0.001"),
-        ((..., "--top-p", 0), "--top-p: 0 is not above 0"),
-        ((..., "--max-resets", -1), "--max-resets: -1 is not from 0"),
         ((..., "--num-samples", 2_000_000), "--num-samples: 2000000 is not from 1 to 1,000"),
-        ((..., "--max-new-tokens", 0), "--max-new-tokens: 0 is not a positive number"),
         ((..., "--max-new-tokens", 5000), "too long"),
         ((..., "--colour"), "unrecognized arguments"),
         ((..., "--trace", "--num-samples", 2), "--trace shows one answer"),
-        ((..., "--trace", "--json"), "--trace shows one answer"),
         ((..., "--url", "http://x", "--compile"), "leave out --url"),
         ((..., "--url", "http://x", "--api-key-env", "NOT_THERE"), "the environment has no NOT_THERE"),
     ],

@@ -128,7 +128,8 @@ def post(url: str, path: str, body: dict) -> dict:
 def test_who_knows_nothing_of_reset_gets_no_mixture(served):
     """The chat endpoint, asked as anybody asks: the template is ours, and the answer ends where ours is taken back."""
     name, model, tok, url, there = served
-    cut = 0
+    cut, bias = 0, BIAS[name] if name == "SMOLLM2" else 0.0
+    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "max_new_tokens": 32, "reset_bias": bias}
     for question in QUESTIONS[name]:
         chat = {
             "model": there,
@@ -137,17 +138,11 @@ def test_who_knows_nothing_of_reset_gets_no_mixture(served):
             "temperature": 0,
             "return_token_ids": True,
         }
-        if name == "SMOLLM2":
-            chat |= {"logit_bias": {str(tok.reset_id): BIAS[name]}}
+        chat |= {"logit_bias": {str(tok.reset_id): bias}} if bias else {}
         answer = post(url, "/v1/chat/completions", chat)
         assert answer["prompt_token_ids"] == tok.render(user(question))
-        bias = BIAS[name] if name == "SMOLLM2" else 0.0
-        [ours] = generate(
-            model, [tok.render(user(question))], reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=32,
-            reset_bias=bias,
-        )  # fmt: skip
-        ids = answer["choices"][0]["token_ids"]
-        first = [*ours.discarded, ours.tokens][0]
+        [ours] = generate(model, [tok.render(user(question))], **options)
+        ids, first = answer["choices"][0]["token_ids"], [*ours.discarded, ours.tokens][0]
         assert ids[: len(first)] == first and len(ids) - len(first) <= 1
         assert tok.decode(ids) == tok.decode(first)
         if ours.resets:
