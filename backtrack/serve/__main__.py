@@ -25,6 +25,7 @@ import math
 import signal
 import sys
 import time
+import traceback
 import uuid
 from collections import Counter
 from functools import partial
@@ -144,6 +145,8 @@ async def respond(state, chat: bool, body: dict, answers: list[Answer], scope, r
             await event(as_body([], "delta", usage=usage))
     except Exception as error:
         status, said = in_openai_form(error)
+        if status == 500:  # a bug
+            traceback.print_exception(error)
         await (event(said) if stream else JSONResponse(said, status)(scope, receive, send))
     finally:
         leaving.cancel()
