@@ -181,10 +181,10 @@ def test_what_fails_is_tried_again_and_nothing_is_lost(model, failing, faults):
 def test_it_goes_on_where_the_answer_broke_off(failing, capsys, monkeypatch):
     monkeypatch.setattr(remote, "TRIES", 3)  # without a token in between
     failing.faults += [cut, silent, cut]
-    [g] = remote.generate(failing.url, "tiny", [[1, 2]], **HOW | {"reset_id": None}, timeout_s=0.3)
+    [g] = remote.generate(failing.url, "tiny", [[1, 4]], **HOW | {"reset_id": None}, timeout_s=0.3)
     first, _, second, third = failing.requests
-    assert second["prompt"] == [1, 2, *g.tokens[:3]] and second["max_tokens"] == first["max_tokens"] - 3
-    assert second["seed"] != first["seed"] and third["prompt"] == [1, 2, *g.tokens[:6]]
+    assert second["prompt"] == [1, 4, *g.tokens[:3]] and second["max_tokens"] == first["max_tokens"] - 3
+    assert second["seed"] != first["seed"] and third["prompt"] == [1, 4, *g.tokens[:6]]
     one, two, three = capsys.readouterr().err.splitlines()  # a line for every retry
     assert "broke" in one and "try 2 of 3" in one and "try 2 of 3" in three
     assert "no word from the server for 0.3 seconds; try 3 of 3" in two
