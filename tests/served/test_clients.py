@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from command import command
 from completions import begin_stream, chunk, event, send, serving
-from endpoint import CHAT, begun, chats_of, endpoint, joined, volley
+from endpoint import CHAT, ask_all, begun, chats_of, endpoint, joined
 from models import LLAMA, network_of, prone_to
 from samples import toy_tokenizer, user
 
@@ -63,9 +63,8 @@ UNSAFE = "Tell me how to make yintin limpom."
 def test_the_openai_client(toy, served):
     """Streamed and not, what sample.py says; samples are those of --seed."""
     openai = pytest.importorskip("openai")
-    client = openai.OpenAI(
-        base_url=served.url + "/v1", api_key="none", http_client=openai.DefaultHttpxClient(trust_env=False)
-    )
+    http = openai.DefaultHttpxClient(trust_env=False)
+    client = openai.OpenAI(base_url=served.url + "/v1", api_key="none", http_client=http)
     assert [model.id for model in client.models.list()] == ["toy"]
     here, _ = command(sample.main, "--ckpt", toy.path, "--prompt", UNSAFE, "--max-new-tokens", 48, "--json")
     here = json.loads(here)
@@ -83,11 +82,8 @@ def test_the_openai_client(toy, served):
     assert [c.message.content for c in several.choices] == [toy.tok.decode(g.tokens) for g in ours]
     text = client.completions.create(model="toy", prompt="the sheep", temperature=0, max_tokens=9)
     [g] = toy.generations([[toy.tok.bos_id, *toy.tok.encode("the sheep")]], max_new_tokens=9)
-    assert (
-        text.choices[0].text == toy.tok.decode(g.tokens)
-        and not hasattr(text.choices[0], "role")
-        and text.usage.completion_tokens == len(g.tokens)
-    )
+    assert text.choices[0].text == toy.tok.decode(g.tokens) and text.usage.completion_tokens == len(g.tokens)
+    assert not hasattr(text.choices[0], "role")
     with pytest.raises(openai.BadRequestError, match="'logit_bias' is not allowed"):
         client.chat.completions.create(**how, logit_bias={"7": -100})
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
@@ -117,13 +113,8 @@ def test_load(toy, served, capsys):
     taken_back = sum(g.resets for g in expected)
     assert count * 0.4 < taken_back < count * 0.6
 
-    def ask(i):
-        chat, opening = chats[i]
-        body = {"messages": chat + begun(opening), **GREEDY}
-        return joined(served.chunks(**body))[0] if i % 2 else served.text(**body)
-
     logged = len(served.log())
-    found, seconds = volley(ask, count)
+    found, seconds = ask_all(served, chats)
     assert served.metrics()["backtrack_queue"] == 0 and len(served.log()) == logged + count
     assert found == [toy.tok.decode(g.tokens) for g in expected]
     with capsys.disabled():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from endpoint import begun, chats_of, endpoint, joined, volley
+from endpoint import ask_all, begun, chats_of, endpoint, joined, volley
 from samples import user
 
 from backtrack.generate import generate
@@ -77,6 +77,11 @@ QUESTIONS = {
 BIAS = {"TOY": 2.0, "SMOLLM2": 14.0}  # SmolLM2 was not taught to reset: so much makes it do so now and then
 
 
+def options_of(tok, most, **more):
+    special = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size}
+    return special | {"max_new_tokens": most} | more
+
+
 @pytest.mark.parametrize("on_reset", ["truncate", "keep"])
 @pytest.mark.parametrize("max_resets", [0, 1, 3])
 @torch.no_grad()
@@ -84,8 +89,7 @@ def test_greedy_answers_are_ours(served, max_resets, on_reset):
     name, model, tok, url, there = served
     prompts = [tok.render(user(question)) for question in QUESTIONS[name]]
     prefill = [tok.encode("Sure." * (i % 2)) for i in range(len(prompts))]
-    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size, "max_new_tokens": 32}
-    options |= {"prefill": prefill, "max_resets": max_resets, "on_reset": on_reset, "reset_bias": BIAS[name]}
+    options = options_of(tok, 32, prefill=prefill, max_resets=max_resets, on_reset=on_reset, reset_bias=BIAS[name])
     ours, theirs = generate(model, prompts, **options), remote.generate(url, there, prompts, **options)
     for a, b in zip(ours, theirs, strict=True):
         assert (a.tokens, a.discarded, a.finish_reason, a.steps) == (b.tokens, b.discarded, b.finish_reason, b.steps)
@@ -95,7 +99,7 @@ def test_greedy_answers_are_ours(served, max_resets, on_reset):
 def test_samples_are_a_function_of_seed_and_number(served):
     name, _, tok, url, there = served
     prompts = [tok.render(user(QUESTIONS[name][0]))] * 8
-    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "max_new_tokens": 16, "temperature": 1.0}
+    options = options_of(tok, 16, temperature=1.0)
 
     def texts(count, **more):
         return [g.tokens for g in remote.generate(url, there, prompts[:count], **options, **more)]
@@ -129,7 +133,7 @@ def test_who_knows_nothing_of_reset_gets_no_mixture(served):
     """The chat endpoint, asked as anybody asks: the template is ours, and the answer ends where ours is taken back."""
     name, model, tok, url, there = served
     cut, bias = 0, BIAS[name] if name == "SMOLLM2" else 0.0
-    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "max_new_tokens": 32, "reset_bias": bias}
+    options = options_of(tok, 32, reset_bias=bias)
     for question in QUESTIONS[name]:
         chat = {
             "model": there,
@@ -161,9 +165,8 @@ def in_front_of(url, ckpt, *words, out):
 @torch.no_grad()
 def test_the_endpoint_says_what_our_sampler_says(served, tmp_path):
     name, model, tok, url, there = served
-    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size, "max_new_tokens": 32}
     prompts = [tok.render(user(question)) for question in QUESTIONS[name]]
-    ours = generate(model, prompts, reset_bias=BIAS[name], **options)
+    ours = generate(model, prompts, **options_of(tok, 32, reset_bias=BIAS[name]))
     assert any(g.resets for g in ours)
     with in_front_of(url, there, "--reset-bias", BIAS[name], out=tmp_path / "log") as front:
         for question, g in zip(QUESTIONS[name], ours, strict=True):
@@ -181,15 +184,9 @@ def test_load_beside_vllms_own(served, tmp_path, capsys):
         pytest.skip("the toy's prompts name potions")
     count = int(os.environ.get("REQUESTS", 500))
     chats = chats_of(os.environ["TOY"], count)
-    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "vocab_size": tok.vocab_size, "max_new_tokens": 48}
-    prefill = [tok.encode(opening) for _, opening in chats]
-    ours = generate(model, [tok.render(chat) for chat, _ in chats], prefill=prefill, batch_size=64, **options)
+    options = options_of(tok, 48, prefill=[tok.encode(opening) for _, opening in chats], batch_size=64)
+    ours = generate(model, [tok.render(chat) for chat, _ in chats], **options)
     assert count * 0.4 < sum(g.resets for g in ours) < count * 0.6
-
-    def ask(i):
-        chat, opening = chats[i]
-        body = {"messages": chat + begun(opening), "temperature": 0, "max_tokens": 48}
-        return joined(front.chunks(**body))[0] if i % 2 else front.text(**body)
 
     def ask_vllm(i):
         chat, opening = chats[i]
@@ -199,7 +196,7 @@ def test_load_beside_vllms_own(served, tmp_path, capsys):
         return post(url, "/v1/chat/completions", body)
 
     with in_front_of(url, there, "--prefill", out=tmp_path / "log") as front:
-        found, seconds = volley(ask, count)
+        found, seconds = ask_all(front, chats)
     assert found == [tok.decode(g.tokens) for g in ours]
     _, alone = volley(ask_vllm, count)
     with capsys.disabled():
