@@ -99,7 +99,8 @@ def test_a_failure_is_told_to_all_who_wait(monkeypatch):
 
 def ask(chat=True, **body):
     config = remote.Server("", "", 64, vocab_size=TOK.vocab_size)
-    return engine.understand(json.dumps(body).encode(), chat, "toy", TOK, config, ARGS)
+    state = SimpleNamespace(name="toy", tok=TOK, config=config, args=ARGS)
+    return engine.understand(json.dumps(body).encode(), chat, state)
 
 
 def test_what_is_understood():

@@ -59,8 +59,7 @@ async def completions(request: Request):
         data += part if len(data) <= LARGEST_BODY else b""
     if len(data) > LARGEST_BODY:
         raise Refusal(413, f"the body has more than {LARGEST_BODY} bytes")
-    about = state.name, state.tok, state.config, state.args
-    body, answers = await asyncio.to_thread(understand, bytes(data), chat, *about)
+    body, answers = await asyncio.to_thread(understand, bytes(data), chat, state)
     if state.running + len(answers) > state.args.queue:
         raise Refusal(429, f"{state.running} answers are on their way already; try again later")
     return partial(respond, state, chat, body, answers)  # Starlette calls it with the connection
@@ -205,9 +204,10 @@ def main() -> None:
     paths.append(Route("/health", JSONResponse({"status": "ok"})))
     refused = (InputError, HTTPException, ClientDisconnect, Exception)
     app = Starlette(routes=paths, exception_handlers=dict.fromkeys(refused, refuse))
-    state, app.state.running, app.state.counts = app.state, 0, Counter()  # running: answers sampled or waiting
-    state.args, state.tok, state.name, state.key = args, tok, args.name or args.ckpt, key
+    state = app.state
+    state.args, state.key, state.tok, state.name = args, key, tok, args.name or args.ckpt
     state.config, state.jobs = (model if args.url else model.config), start(model, args.parallel)
+    state.running, state.counts = 0, Counter()  # answers that are sampled or wait; /metrics
     say(f"{state.name}: http://{args.host}:{args.port}/v1")
     # uvicorn finishes what runs, takes no more, and raises the signal again: then we leave with 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -46,13 +46,13 @@ class Refusal(InputError):
         self.status_code, self.param = status_code, param
 
 
-def understand(data: bytes, chat: bool, name: str, tok, config, args):
+def understand(data: bytes, chat: bool, state):
     """(a request's parameters, an Answer for each choice). Raises InputError for what is not allowed.
 
-    name: of the model. config: what knows vocab_size and max_position_embeddings, a model's config or a Server.
+    state: the model's name, its tok, its config or the Server that has it, and args: those of the command line.
     Text never becomes a special token: tok.render and tok.encode see to it.
     """
-    body = parameters(data)
+    body, name, tok, args = parameters(data), state.name, state.tok, state.args
     if body.get("model", name) != name:
         raise Refusal(404, f"there is no model {body['model']!r}; this is {name!r}", "model")
     stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
@@ -62,13 +62,13 @@ def understand(data: bytes, chat: bool, name: str, tok, config, args):
     if prefill and not args.prefill:
         raise Refusal(400, "the last message is the assistant's: a prefilled answer is not allowed here", "messages")
     attempts = args.max_resets + 1 if args.on_reset == "keep" else 1
-    room = (config.max_position_embeddings - len(prompt) - len(prefill) - args.max_resets) // attempts
+    room = (state.config.max_position_embeddings - len(prompt) - len(prefill) - args.max_resets) // attempts
     most = body.get("max_completion_tokens", body.get("max_tokens", max(1, min(args.max_tokens, room))))
     how = {name: getattr(tok, name) for name in ("reset_id", "stop_ids", "vocab_size")}
     how |= {name: getattr(args, name) for name in ("reset_bias", "max_resets", "on_reset", "hold_back")}
     how |= {name: body.get(name, 1.0) for name in ("temperature", "top_p")}
     options = Options(max_new_tokens=most, **how)
-    checked(options, [prompt], [prefill], None, 0, config)
+    checked(options, [prompt], [prefill], None, 0, state.config)
     seed, numbers = body.get("seed", uuid.uuid4().int), range(body.get("n", 1))
     return body, [Answer(tok, prompt, prefill, options, f"{seed}/{i}", stop, i) for i in numbers]
 
