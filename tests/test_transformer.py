@@ -529,7 +529,7 @@ def test_rms_norm():
 
 @pytest.mark.parametrize("n_in, n_out, blocks, bias", [(64, 48, 1, True), (256, 2048, 8, True), (300, 1201, 1, False)])
 def test_linear_in_blocks(monkeypatch, n_in, n_out, blocks, bias):
-    """Up to 32 rows take a path of their own on a CPU; one definition, whatever the shape of x, in training too."""
+    """Up to 32 rows in fp32 take a path of their own on a CPU; one definition, whatever the shape of x, in training too."""
     linear, bmm, calls = randomize(Linear(n_in, n_out, bias), scale=0.05), torch.bmm, []
     monkeypatch.setattr(torch, "bmm", lambda *a: calls.append(a[1].shape) or bmm(*a))
     assert linear.blocks == blocks and (linear.bias is not None) == bias
@@ -544,6 +544,9 @@ def test_linear_in_blocks(monkeypatch, n_in, n_out, blocks, bias):
         gradients = torch.autograd.grad(y.square().sum(), (x, linear.weight))
         expected = torch.autograd.grad(expected.square().sum(), (x, linear.weight))
         assert all(distance(a, b) < 1e-5 * b.abs().max() + 1e-5 for a, b in zip(gradients, expected, strict=True))
+    calls.clear()
+    linear.bfloat16()(torch.ones(1, n_in, dtype=torch.bfloat16))
+    assert calls == []
 
 
 def test_fresh_weights_are_repeatable_and_small():
