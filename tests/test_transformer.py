@@ -529,7 +529,7 @@ def test_rms_norm():
 
 @pytest.mark.parametrize("n_in, n_out, blocks, bias", [(64, 48, 1, True), (256, 2048, 8, True), (300, 1201, 1, False)])
 def test_linear_in_blocks(monkeypatch, n_in, n_out, blocks, bias):
-    """Up to 32 rows in fp32 take a path of their own on a CPU; one definition, whatever the shape of x, in training too."""
+    """Up to 32 rows in fp32 take a path of their own on a CPU; the values are the same, in training too."""
     linear, bmm, calls = randomize(Linear(n_in, n_out, bias), scale=0.05), torch.bmm, []
     monkeypatch.setattr(torch, "bmm", lambda *a: calls.append(a[1].shape) or bmm(*a))
     assert linear.blocks == blocks and (linear.bias is not None) == bias
