@@ -270,22 +270,31 @@ def attend(q, k, v, mask, scale: float, cap: float | None) -> torch.Tensor:
     B, H, T, hd = q.shape
     K, S = k.shape[1], k.shape[2]
     G = H // K
-    # The fused kernel never builds the scores; it knows no softcap.
-    if cap is None and mask is None:
+    # The fused kernel never builds the scores. It knows no softcap; and on a CPU it takes twice as
+    # long in bf16 as two products with the scores in memory, which long texts have no room for.
+    unfused = cap is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 768)
+    if mask is None and not unfused:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=G > 1
         )
-    if cap is None and T > 1:
+    if T > 1 and not unfused:
         # Copied keys cost little here; with both a mask and enable_gqa CUDA has no fused kernel.
         k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     # With the G heads of a group stacked along T, one product serves them all and no key is copied.
     q = q.reshape(B, K, G * T, hd)
-    if cap is None:  # T is 1, and the G queries of a group share its one mask
+    if T == 1 and cap is None:  # the G queries of a group share its one mask
         # On CUDA the result is laid out in another order than on a CPU: reshape, not view.
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(B, H, T, hd)
-    scores = softcap((q * scale) @ k.transpose(-1, -2), cap)  # (B, K, G·T, S)
-    scores = scores.view(B, K, G, T, S) + mask[:, None]
+    if mask is None:
+        mask = as_mask(torch.ones(1, 1, T, S, device=q.device).triu(1).bool(), q.dtype)
+    mask = mask[:, None].float()  # so that scores are added up in fp32
+    if cap is None:
+        scores = (q @ k.transpose(-1, -2)).view(B, K, G, T, S)
+        scores = torch.add(mask, scores, alpha=scale)
+    else:
+        scores = softcap((q * scale) @ k.transpose(-1, -2), cap)
+        scores = scores.view(B, K, G, T, S) + mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(v)
     return (weights.view(B, K, G * T, S) @ v).view(B, H, T, hd)
 

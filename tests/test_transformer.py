@@ -440,6 +440,29 @@ def test_plain_causal_attention_builds_no_mask(monkeypatch):
     assert len(seen) == 12 and all(mask is not None for mask in seen[6:])
 
 
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_attention_in_bfloat16_is_about_as_exact_as_the_fused_kernel(has_mask, T=50, scale=0.4):
+    """On a CPU attention in bf16 builds its scores: its errors against fp32 are at most twice the fused kernel's."""
+    generator = torch.Generator().manual_seed(SEED)
+    shapes = (3, 6, T, 8), (3, 2, T, 8), (3, 2, T, 8)
+    q, k, v = (torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes)
+    visible = causal(3, T)
+    visible[:, T // 2 :, 5:15] = False  # a branch that the rest does not see
+    mask = transformer_module.as_mask(~(visible if has_mask else causal(3, T))[:, None], torch.float32)
+
+    def with_gradients(attention, dtype):
+        y = attention(*(x.to(dtype) for x in (q, k, v)))
+        return [x.float() for x in (y, *torch.autograd.grad(y.float().square().sum(), (q, k, v)))]
+
+    def fused(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), scale=scale, enable_gqa=True)
+
+    exact, kernel = with_gradients(fused, torch.float32), with_gradients(fused, torch.bfloat16)
+    found = with_gradients(lambda q, k, v: attend(q, k, v, mask if has_mask else None, scale, None), torch.bfloat16)
+    for a, b, c in zip(found, kernel, exact, strict=True):
+        assert 0 < (a - c).norm() < 2 * (b - c).norm() and not torch.equal(a, b)
+
+
 def test_device_and_dtype():
     model = network_of(CASES["gemma2"])
     assert model.device == torch.device("cpu") and model.dtype == torch.float32
@@ -506,7 +529,7 @@ def test_rms_norm():
 
 @pytest.mark.parametrize("n_in, n_out, blocks, bias", [(64, 48, 1, True), (256, 2048, 8, True), (300, 1201, 1, False)])
 def test_linear_in_blocks(monkeypatch, n_in, n_out, blocks, bias):
-    """Up to 32 rows take a path of their own on a CPU; one definition, whatever the shape of x, in training too."""
+    """Up to 32 rows in fp32 take a path of their own on a CPU; the values are the same, in training too."""
     linear, bmm, calls = randomize(Linear(n_in, n_out, bias), scale=0.05), torch.bmm, []
     monkeypatch.setattr(torch, "bmm", lambda *a: calls.append(a[1].shape) or bmm(*a))
     assert linear.blocks == blocks and (linear.bias is not None) == bias
@@ -521,6 +544,9 @@ def test_linear_in_blocks(monkeypatch, n_in, n_out, blocks, bias):
         gradients = torch.autograd.grad(y.square().sum(), (x, linear.weight))
         expected = torch.autograd.grad(expected.square().sum(), (x, linear.weight))
         assert all(distance(a, b) < 1e-5 * b.abs().max() + 1e-5 for a, b in zip(gradients, expected, strict=True))
+    calls.clear()
+    linear.bfloat16()(torch.ones(1, n_in, dtype=torch.bfloat16))
+    assert calls == []
 
 
 def test_fresh_weights_are_repeatable_and_small():
