@@ -235,6 +235,7 @@ figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, fro
 
 bench: $(VENV)/.installed-dev  ## tokens per second against transformers, and what a reset costs
 	$(PY) -m backtrack.bench
+	$(PY) -m backtrack.bench.limits
 
 bench-gpu: $(VENV)/.installed-dev  ## on a CUDA device: what SFT and decoding of Llama-3-8B's shape make of it
 	$(PY) -m backtrack.bench.gpu --out $(RESULTS)/bench-gpu.json
