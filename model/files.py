@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from model.errors import InputError
+from model.slices import whole
 
 MARK = "config.json"  # a directory that has it is a checkpoint
 STATE = "optimizer.state"  # of an unfinished run. Safetensors, but servers load every file with that suffix
@@ -70,16 +71,7 @@ def put(draft: Path, path: Path) -> None:
     os.replace(draft, os.path.realpath(path))
 
 
-# As the format calls them.
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
+DTYPES = dict(float64="F64", float32="F32", bfloat16="BF16", float16="F16", int64="I64", int32="I32", uint8="U8")
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
@@ -95,8 +87,8 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[s
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+        dtype, shape = DTYPES[str(tensors[name].dtype).removeprefix("torch.")], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     try:
@@ -110,8 +102,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[s
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return memoryview(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return memoryview(whole(tensor).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 # ── Directories ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -132,37 +123,31 @@ def atomic_directory(path: str | Path):
         if path.is_dir():
             _carry_over(path, new)
         for root, _, names in os.walk(new):
-            for name in names:
-                _fsync(Path(root, name))
-            _fsync(Path(root))
+            for entry in (*names, "."):
+                _fsync(Path(root, entry))
         with _refused_clearly(path):
-            if path.is_dir():
-                _swap(new, path)
-            else:
-                os.rename(new, path)
+            (_swap if path.is_dir() else os.rename)(new, path)
         _fsync(path.parent)
 
 
 def try_save(path: str | Path) -> None:
     """Go through the motions of a save with one small file, raise what would go wrong, and change nothing."""
     path = Path(path).resolve()
-    with _directory_beside(path) as new:
+    with _directory_beside(path) as new, _refused_clearly(path):
         write_tensors({"trial": torch.zeros(1)}, new / "trial.safetensors")
-        if path.is_dir():
-            with _refused_clearly(path):
-                try:
-                    os.rename(path, new)  # cannot succeed, for `new` is not empty; a mount fails with another error
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
+        try:
+            if path.is_dir():
+                os.rename(path, new)  # cannot succeed, for `new` is not empty; a mount fails with another error
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def holds_strangers(path: str | Path) -> bool:
     """Whether a directory holds somebody's files and no checkpoint. (Its metrics may be there before one is.)"""
     path = Path(path)
-    if not path.is_dir() or (path / MARK).exists() or (path / "metrics.jsonl").exists():
-        return False
-    return any(path.iterdir())
+    ours = (path / MARK).exists() or (path / "metrics.jsonl").exists()
+    return path.is_dir() and not ours and any(path.iterdir())
 
 
 def sweep(path: str | Path) -> None:
@@ -180,7 +165,6 @@ def _directory_beside(path: Path):
     """An empty directory in which to build what is to replace `path`. It is locked, and removed in the end."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: exists and is not a directory; choose another path")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
         sweep(path)
         new = _beside(path, "tmp")
@@ -228,8 +212,7 @@ def _swap(new: Path, path: Path) -> None:
     whole under `path`.old, and load_model says so.
     """
     libc, a, b = ctypes.CDLL(None, use_errno=True), os.fsencode(new), os.fsencode(path)
-    exchange = ctypes.c_uint(2)  # RENAME_EXCHANGE, RENAME_SWAP
-    at_cwd = -100
+    exchange, at_cwd = ctypes.c_uint(2), -100  # RENAME_EXCHANGE, RENAME_SWAP; AT_FDCWD
     if sys.platform == "darwin" and libc.renamex_np(a, b, exchange) == 0:
         return
     if hasattr(libc, "renameat2") and libc.renameat2(at_cwd, a, at_cwd, b, exchange) == 0:
@@ -273,18 +256,17 @@ def locked(path: str | Path):
     with _refused_clearly(path):
         fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _lock(fd, path, file)
+        _lock(fd, path)
         HELD.add(path)
-        try:
-            yield
-        finally:
+        yield
+    finally:
+        if path in HELD:
             HELD.discard(path)
             file.unlink(missing_ok=True)  # while it is still ours
-    finally:
         os.close(fd)
 
 
-def _lock(fd: int, path: Path, file: Path) -> None:
+def _lock(fd: int, path: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -292,8 +274,7 @@ def _lock(fd: int, path: Path, file: Path) -> None:
         raise InputError(f"{path}: {who} writes there; wait until it has ended, or choose another --out") from None
     except OSError:
         return
-    if not file.exists() or not os.path.samestat(os.stat(file), os.fstat(fd)):
+    if os.fstat(fd).st_nlink == 0:  # its holder unlinked it between our open and our flock
         raise InputError(f"{path}: another process has just finished writing there; start again")
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
     os.truncate(fd, 0)
-    os.write(fd, f"process {os.getpid()} on {socket.gethostname()} (since {now})".encode())
+    os.write(fd, f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%F %T')})".encode())
