@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig
-from model.errors import InputError, refuse_pointer
+from model.errors import InputError, read_json, refuse_pointer
 from model.files import atomic_directory, write_tensors
 from model.slices import own_rows
 from model.transformer import Transformer
@@ -53,23 +53,23 @@ def load_model(
         raise InputError(f"{path}: no such directory{left}")
     config, files = ModelConfig.load(path), _tensor_files(path)
     stored_as = _names(files, config)
-    both = {HEAD, EMBEDDING} <= stored_as.keys()
+    notes, both = [f"config.json: {note}" for note in config.notes], {HEAD, EMBEDDING} <= stored_as.keys()
     if config.tie_word_embeddings and both and not _equal(files, stored_as[HEAD], stored_as[EMBEDDING]):
-        why = f"config.json says tie_word_embeddings, but the files hold an {HEAD} of its own: not tied"
-        print(f"{path}: {why}", file=sys.stderr)  # as transformers decides
-        config = dataclasses.replace(config, tie_word_embeddings=False)
+        notes.append(f"config.json says tie_word_embeddings, but the files hold an {HEAD} of its own: not tied")
+        config = dataclasses.replace(config, tie_word_embeddings=False)  # as transformers decides
+    for note in notes:
+        print(f"{path}: {note}", file=sys.stderr)
     with torch.device("meta"):  # shapes only: memory is taken tensor by tensor below
         model = Transformer(config)
     if config.tie_word_embeddings and HEAD in stored_as:  # one tensor, under either name or both
-        head = stored_as.pop(HEAD)
-        stored_as.setdefault(EMBEDDING, head)
+        stored_as.setdefault(EMBEDDING, stored_as.pop(HEAD))
     params = [name for name, _ in model.named_parameters()]  # lists a tied head once, as the embedding
 
     together = "config.json and the weights do not belong together, or the download is incomplete"
-    missing = [name for name in params if name not in stored_as]
+    for name in params:
+        if name not in stored_as:
+            raise InputError(f"{path}: tensor {name!r} is missing from the *.safetensors; {together}")
     extra = [stored for name, stored in stored_as.items() if name not in set(params)]
-    if missing:
-        raise InputError(f"{path}: tensor {missing[0]!r} is missing from the *.safetensors; {together}")
     if extra:
         found = f"tensor {extra[0]!r} is not part of this {config.model_type} model ({len(extra)} such)"
         raise InputError(f"{files[extra[0]]}: {found}; {together}")
@@ -106,27 +106,25 @@ def take_memory(model: Transformer, device) -> None:
 def _tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it, from the single file or from the shard index."""
     single, index, weight_map = path / "model.safetensors", path / INDEX, {}
-    if single.is_file():
-        shards = [single]
-    elif index.is_file():
-        refuse_pointer(index)
+    if index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = [path / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            weight_map = {name: path / shard for name, shard in read_json(index)["weight_map"].items()}
+        except (KeyError, TypeError, AttributeError):
             raise InputError(f"{index}: not a shard index (no 'weight_map'); download it again") from None
-    else:
+    elif not single.is_file():
         binary = " (*.bin files are pickles and are not read)" if list(path.glob("*.bin")) else ""
         raise InputError(f"{path}: neither model.safetensors nor {INDEX}{binary}; download the safetensors files")
+    shards = sorted(set(weight_map.values())) or [single]
+    if single.is_file() and single not in shards:  # transformers would read the one, vLLM the others
+        raise InputError(f"{single}: lies beside the shards of {INDEX}; delete whichever is older")
     files = {}
     for shard in shards:
         if not shard.is_file():
             raise InputError(f"{shard}: shard listed in {INDEX} is missing; download it")
-        with _open(shard) as f:
-            files.update(dict.fromkeys(f.keys(), shard))
-    for name, shard in weight_map.items():
-        if files.get(name) != path / shard:
-            raise InputError(f"{path / shard}: tensor {name!r} is not in this file, though {INDEX} says so")
+        with _open(shard) as f:  # of a tensor in two shards, the one that the index names counts
+            files |= {name: shard for name in f.keys() if weight_map.get(name, shard) == shard}  # noqa: SIM118
+    for name in weight_map.keys() - files.keys():
+        raise InputError(f"{weight_map[name]}: tensor {name!r} is not in this file, though {INDEX} says so")
     return files
 
 
@@ -224,6 +222,13 @@ def write_model(
         (directory / "custom_generate").mkdir(exist_ok=True)
         shutil.copyfile(Path(__file__).parent / "custom_generate.py", directory / "custom_generate" / "generate.py")
 
+    write_weights(weights, directory, shard_bytes)
+
+
+def write_weights(
+    weights: dict[str, torch.Tensor], directory: Path, shard_bytes: int = SHARD_BYTES, numbers: Callable | None = None
+) -> None:
+    """One safetensors file, or shards and their index. numbers: see write_tensors."""
     shards, size = [{}], 0
     for name, p in weights.items():
         if shards[-1] and size + p.nbytes > shard_bytes:
@@ -231,16 +236,14 @@ def write_model(
             size = 0
         shards[-1][name] = p
         size += p.nbytes
-    if len(shards) == 1:
-        write_tensors(shards[0], directory / "model.safetensors")
-        return
-    weight_map = {}
-    for i, tensors in enumerate(shards, start=1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(tensors, directory / name)
-        weight_map |= dict.fromkeys(tensors, name)
-    index = {"metadata": {"total_size": sum(p.nbytes for p in weights.values())}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(shard, directory / name, numbers=numbers)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": sum(p.nbytes for p in weights.values())}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _where_servers_stop(tokenizer, before: object, reset_id: int | None) -> list[int]:

@@ -8,12 +8,11 @@ Hugging Face's, so that a config can be read beside the file it came from. A set
 wrongly (YaRN, experts, other activations) is an error and never ignored.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from model.errors import InputError, refuse_pointer
+from model.errors import InputError, read_json
 
 FAMILIES = {  # model_type -> what transformers calls the network
     "llama": "LlamaForCausalLM",  # 2, 3, 3.1, 3.2, and SmolLM2
@@ -23,22 +22,44 @@ FAMILIES = {  # model_type -> what transformers calls the network
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",  # and the text part of a gemma3
 }
+GEMMA = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "norm_plus_one": True,
+    "scale_embeddings": True,
+    "post_norms": True,
+}
+NETWORKS = {  # what a family has that Llama has not: fields of ModelConfig
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA | {"qk_norm": True},
+}
+DEFAULTS = {  # what a file may leave out: the values of transformers' configuration classes
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072},
+    "qwen2": {"max_position_embeddings": 32_768, "max_window_layers": 28},
+    "qwen3": {"max_position_embeddings": 32_768, "max_window_layers": 28},
+    "gemma2": {"max_position_embeddings": 8192, "tie_word_embeddings": True},
+    "gemma3_text": {  # with images, text_config leaves out all that has these values
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "tie_word_embeddings": True,
+    },
+}
 NOT_KEPT = ("rope_parameters", "torch_dtype", "dtype", "vision_config")  # said in other words, or not true any more
 LOCAL = {"sliding_attention": True, "full_attention": False}
-# A gemma3 with images leaves out of its text_config what has these values (transformers' Gemma3TextConfig).
-GEMMA3_DEFAULTS = {
-    "vocab_size": 262_208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-6,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-}
 
 
 @dataclass(frozen=True)
@@ -78,13 +99,12 @@ class ModelConfig:
     final_logit_softcapping: float | None = None  # Gemma-2: the same on the output logits
     sliding_window: int | None = None  # local layers see this many positions, their own included
     local_layers: tuple[bool, ...] = ()  # which layers are local; (): none
-    rope_local_theta: float | None = (
-        None  # Gemma-3: RoPE's base in local layers, where nothing is scaled; None: the same
-    )
+    rope_local_theta: float | None = None  # Gemma-3: RoPE's base in local layers, unscaled; None: the same
     # Ours: the id of [RESET], stored as an extra key that transformers carries along and ignores.
     reset_token_id: int | None = None
     # Keys of config.json that mean nothing to the network (bos_token_id, ...), kept for save_model.
     other: dict = field(default_factory=dict, compare=False, repr=False)
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # what load_model tells the user
 
     @staticmethod
     def load(path: str | Path) -> "ModelConfig":
@@ -93,13 +113,7 @@ class ModelConfig:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise InputError(f"{path}: no such file; a model directory holds config.json beside its *.safetensors")
-        refuse_pointer(path)
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not valid JSON ({error}); download it again") from None
-        if not isinstance(raw, dict):
-            raise InputError(f"{path}: expected a JSON object; download it again")
+        raw = read_json(path)
         try:
             return ModelConfig.from_hf(raw)
         except InputError as error:
@@ -112,48 +126,36 @@ class ModelConfig:
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise InputError(f"model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
-        gemma = family.startswith("gemma")
-        given = _Fields(raw)
-        for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
-            given.one_of(name, (False,))
-        act = "gelu_pytorch_tanh" if gemma else "silu"
-        # Gemma's activation has two names; transformers lets hidden_activation win.
-        given.one_of("hidden_activation" if gemma and raw.get("hidden_activation") else "hidden_act", (act,))
-        tied = given.one_of("tie_word_embeddings", (gemma, not gemma))
         if raw.get("quantization_config"):
             raise InputError("the weights are quantized (quantization_config); use the bf16, fp16 or fp32 release")
+        gemma, network, given = family.startswith("gemma"), NETWORKS.get(family, {}), _Fields(DEFAULTS[family], raw)
+        for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
+            given.one_of(name, (False,))
+        # Gemma's activation has two names; transformers lets hidden_activation win.
+        name = "hidden_activation" if gemma and raw.get("hidden_activation") else "hidden_act"
+        given.one_of(name, (network.get("hidden_act", "silu"),))
         reset, vocab_size = raw.get("reset_token_id"), given.need("vocab_size")
         if reset is not None and (type(reset) is not int or not 0 <= reset < vocab_size):
             raise InputError(f"reset_token_id {reset!r} is not a token id below vocab_size {vocab_size}")
-        theta, scaling, local_theta = _rope(raw)
-        window, local = _window(given)
-        heads = _heads(given)
+        window, local = _window(given, family)
+        softcaps = ("attn_logit_softcapping", "final_logit_softcapping") if gemma else ()
         return ModelConfig(
+            model_type=family,
             vocab_size=vocab_size,
-            hidden_size=given.need("hidden_size"),
-            intermediate_size=given.need("intermediate_size"),
-            num_hidden_layers=given.need("num_hidden_layers"),
-            **heads,
+            **{name: given.need(name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")},
+            **_heads(given, family),
             max_position_embeddings=given.need("max_position_embeddings"),
             rms_norm_eps=given.need("rms_norm_eps", float),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings=tied,
-            model_type=family,
-            qkv_bias=family == "qwen2",
-            qk_norm=family in ("qwen3", "gemma3_text"),
-            hidden_act=act,
-            norm_plus_one=gemma,
-            scale_embeddings=gemma,
-            post_norms=gemma,
+            tie_word_embeddings=given.one_of("tie_word_embeddings", (False, True)),
             query_pre_attn_scalar=given.need("query_pre_attn_scalar", float) if gemma else None,
-            attn_logit_softcapping=given.optional("attn_logit_softcapping", None, float) if gemma else None,
-            final_logit_softcapping=given.optional("final_logit_softcapping", None, float) if gemma else None,
+            **{name: given.optional(name, None, float) for name in softcaps},
             sliding_window=window,
             local_layers=local,
-            rope_local_theta=local_theta,
+            **_rope(raw, family),
+            **network,
             reset_token_id=reset,
             other=raw,
+            notes=_notes(raw, given),
         )
 
     def to_hf(self) -> dict:
@@ -197,14 +199,15 @@ def _text_part(raw: dict) -> dict:
     ours = ("bos_token_id", "eos_token_id", "pad_token_id", "reset_token_id", "tie_word_embeddings")
     outer = {name: raw[name] for name in (*ours, "quantization_config") if name in raw}
     outer["vision_config"] = raw.get("vision_config")  # for load_model, which refuses its tensors
-    return GEMMA3_DEFAULTS | outer | raw["text_config"] | {"model_type": "gemma3_text"}
+    return outer | raw["text_config"] | {"model_type": "gemma3_text"}
 
 
 class _Fields:
-    """The fields of a config.json, each checked as it is read."""
+    """The fields of a config.json, each checked as it is read. What is null counts as left out."""
 
-    def __init__(self, raw: dict):
-        self.raw = raw
+    def __init__(self, *parts: dict):
+        """Each part goes before those to its left."""
+        self.raw = {name: value for part in parts for name, value in part.items() if value is not None}
 
     def need(self, name: str, kind=int):
         """A positive number, as it is written: transformers insists on an int here and there."""
@@ -217,82 +220,97 @@ class _Fields:
         return int(value) if kind is int else value
 
     def optional(self, name: str, default, kind=int):
-        return default if self.raw.get(name) is None else self.need(name, kind)
+        return self.need(name, kind) if name in self.raw else default
 
     def one_of(self, name: str, good: tuple):
         """Its value, by default the first of the good ones. Nothing else is implemented."""
-        value = good[0] if self.raw.get(name) is None else self.raw[name]
+        value = self.raw.get(name, good[0])
         if value not in good:
             raise InputError(f"{name} {value!r} is not supported (only {' or '.join(map(repr, good))})")
         return value
 
 
-def _heads(given: _Fields) -> dict[str, int]:
+def _notes(raw: dict, given: _Fields) -> tuple[str, ...]:
+    """What the user should know of a file that is taken all the same."""
+    notes, family = [], raw["model_type"]
+    if raw.get("max_position_embeddings") is None:
+        default = DEFAULTS[family]["max_position_embeddings"]
+        notes.append(f"no max_position_embeddings: taken to be {default}, as transformers does for {family}")
+    width, heads = given.need("hidden_size"), given.need("num_attention_heads")
+    if width % heads and family in ("llama", "gemma2", "gemma3_text"):
+        why = "transformers 5 refuses such a model, this one and what is saved of it"
+        notes.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}: {why}")
+    return tuple(notes)
+
+
+def _heads(given: _Fields, family: str) -> dict[str, int]:
     """How many query heads and key/value heads there are, and their width."""
     heads, width = given.need("num_attention_heads"), given.need("hidden_size")
     kv_heads = given.optional("num_key_value_heads", heads)
     if heads % kv_heads:
         raise InputError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    always_there = given.raw["model_type"] in ("gemma2", "gemma3_text", "qwen3")
-    if given.raw.get("head_dim") is None and (always_there or width % heads):
-        raise InputError("field 'head_dim' is missing; take config.json from the original checkpoint")
-    head_dim = given.optional("head_dim", width // heads)
+    must_say = family in ("gemma2", "qwen3") or width % heads
+    head_dim = given.need("head_dim") if must_say else given.optional("head_dim", width // heads)
     if head_dim % 2:
         raise InputError(f"head_dim {head_dim} is odd; rotary embeddings need pairs")
     return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
-def _window(given: _Fields) -> tuple[int | None, tuple[bool, ...]]:
+def _window(given: _Fields, family: str) -> tuple[int | None, tuple[bool, ...]]:
     """The sliding window, and which layers have it."""
-    raw, family, n = given.raw, given.raw["model_type"], given.need("num_hidden_layers")
+    layers = range(given.need("num_hidden_layers"))
     if family == "llama":
         return None, ()
     window = given.need("sliding_window") if family.startswith("gemma") else given.optional("sliding_window", None)
-    first = n  # Qwen: the first local layer
-    if family.startswith("qwen"):
-        window = window if given.one_of("use_sliding_window", (False, True)) else None
-        first = raw.get("max_window_layers", 28)
-        if window and not isinstance(first, int):
+    if family.startswith("qwen") and not given.one_of("use_sliding_window", (False, True)):
+        window = None
+    if window is None:
+        local = [False for i in layers]
+    elif family.startswith("qwen"):
+        first = given.raw["max_window_layers"]
+        if not isinstance(first, int):
             raise InputError(f"max_window_layers {first!r} is not a number of layers")
-    every = given.optional("sliding_window_pattern", 6)  # Gemma-3: every so many-th layer is global
-    rule = {
-        "mistral": lambda i: window is not None,
-        "gemma2": lambda i: i % 2 == 0,
-        "gemma3_text": lambda i: (i + 1) % every > 0,
-    }.get(family, lambda i: window is not None and i >= first)
-    local = tuple(map(rule, range(n)))
-    names = raw.get("layer_types")
+        local = [i >= first for i in layers]
+    elif family == "gemma3_text":
+        every = given.need("sliding_window_pattern")  # every so many-th layer is global
+        local = [(i + 1) % every > 0 for i in layers]
+    else:
+        local = [family == "mistral" or i % 2 == 0 for i in layers]
+    names = given.raw.get("layer_types")
     if names is not None:
-        names = names[:n] if isinstance(names, list) else []
-        if len(names) < n or not all(isinstance(name, str) and name in LOCAL for name in names):
-            raise InputError(f"layer_types must name sliding_attention or full_attention for {n} layers")
-        named = tuple(LOCAL[name] for name in names)
+        names = names[: len(layers)] if isinstance(names, list) else []
+        if len(names) < len(layers) or not all(isinstance(name, str) and name in LOCAL for name in names):
+            raise InputError(f"layer_types must name sliding_attention or full_attention for {len(layers)} layers")
+        named = [LOCAL[name] for name in names]
         if named != local and (family == "mistral" or window is None):
             raise InputError(f"layer_types and sliding_window of this {family} contradict each other")
         local = named
-    return (window, local) if any(local) else (None, ())
+    return (window, tuple(local)) if any(local) else (None, ())
 
 
-def _rope(raw: dict) -> tuple[float, RopeScaling | None, float | None]:
-    """RoPE's base, its scaling, and the base in local layers (None: the same), from any of the dialects: `rope_theta`
-    and `rope_scaling` (published files), one `rope_parameters` (newer), or one for each layer type (Gemma-3)."""
-    gemma3 = raw["model_type"] == "gemma3_text"
+def _rope(raw: dict, family: str) -> dict:
+    """RoPE's base, its scaling, and the base in local layers, from any of the dialects: `rope_theta` and `rope_scaling`
+    (published files), one `rope_parameters` (newer), or one for each layer type (Gemma-3)."""
+    gemma3 = family == "gemma3_text"
     whole, local = raw.get("rope_parameters") or {}, {}
     if isinstance(whole, dict) and whole.keys() & LOCAL.keys() and gemma3:
         whole, local = whole.get("full_attention") or {}, whole.get("sliding_attention") or {}
     whole = whole or raw.get("rope_scaling") or {}
     for part in (whole, local):
         if not isinstance(part, dict) or any(isinstance(value, dict) for value in part.values()):
-            raise InputError(f"rope_parameters or rope_scaling {part!r} is not what a {raw['model_type']} has")
+            raise InputError(f"rope_parameters or rope_scaling {part!r} is not what a {family} has")
     if gemma3 and raw.get("rope_parameters") and not local:
         raise InputError("rope_parameters lacks an object for 'sliding_attention' or for 'full_attention'")
     # Llama 2's first config.json has no base; 10000 is its default.
-    theta = _first(whole.get("rope_theta"), raw.get("rope_theta"), 1e6 if gemma3 else 1e4)
-    local_theta = _first(local.get("rope_theta"), raw.get("rope_local_base_freq"), 1e4)
-    _positive(rope_theta=theta, rope_local_base_freq=local_theta)
+    theta = _Fields({"rope_theta": 1e4}, DEFAULTS[family], raw, whole).need("rope_theta", float)
+    found = {"rope_theta": float(theta), "rope_scaling": _scaling(whole)}
+    if gemma3:
+        local_theta = {"rope_local_base_freq": local.get("rope_theta")}
+        theta = _Fields(DEFAULTS[family], raw, local_theta).need("rope_local_base_freq", float)
+        found["rope_local_theta"] = float(theta)
     if _scaling(local) is not None:
         raise InputError("RoPE scaling in local layers is not supported")
-    return float(theta), _scaling(whole), float(local_theta) if gemma3 else None
+    return found
 
 
 def _scaling(part: dict) -> RopeScaling | None:
@@ -304,17 +322,8 @@ def _scaling(part: dict) -> RopeScaling | None:
     names = ["factor"]
     if kind == "llama3":
         names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    _positive(**{name: part.get(name) for name in names})
-    if kind == "llama3" and part["high_freq_factor"] <= part["low_freq_factor"]:
+    given = _Fields(part)
+    found = RopeScaling(*(given.need(name, float) for name in names))
+    if kind == "llama3" and found.high_freq_factor <= found.low_freq_factor:
         raise InputError("high_freq_factor of the 'llama3' RoPE scaling must exceed its low_freq_factor")
-    return RopeScaling(*(part[name] for name in names))
-
-
-def _first(*values):
-    return next(value for value in values if value is not None)
-
-
-def _positive(**values) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise InputError(f"{name} {value!r} of RoPE is not a positive number")
+    return found

@@ -5,6 +5,7 @@ names the culprit and the way out. A bug still raises whatever it raises, so tha
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -22,6 +23,18 @@ def refuse_pointer(path: str | Path) -> None:
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
             raise InputError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned")
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file."""
+    refuse_pointer(path)
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object; download it again")
+    return value
 
 
 def run(main, ranks: bool = False) -> None:

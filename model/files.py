@@ -21,6 +21,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -74,11 +75,17 @@ def put(draft: Path, path: Path) -> None:
 DTYPES = dict(float64="F64", float32="F32", bfloat16="BF16", float16="F16", int64="I64", int32="I32", uint8="U8")
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    tensors: dict[str, torch.Tensor],
+    file: Path,
+    metadata: dict[str, str] | None = None,
+    numbers: Callable[[str], torch.Tensor] | None = None,
+) -> None:
     """Write a safetensors file, one tensor after another. A failure is an OSError that names the file.
 
     A DTensor, of which every process holds a slice, is gathered when its turn comes, so that only one of them is ever
     whole in memory. All processes must gather in the order of `tensors`, so the dtypes of DTensors must all be alike.
+    numbers(name): where the numbers come from if `tensors` are on the meta device.
 
     The format (github.com/huggingface/safetensors): the header's length in 8 bytes, the header in JSON, the numbers.
     """
@@ -95,7 +102,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[s
         with open(file, "wb") as f:
             f.write(struct.pack("<Q", len(text)) + text)
             for name in names:
-                f.write(_bytes_of(tensors[name]))
+                f.write(_bytes_of(tensors[name] if numbers is None else numbers(name)))
         _fsync(file)
     except OSError as error:
         raise OSError(f"{file}: cannot write ({error}); the previous checkpoint, if any, is untouched") from None
