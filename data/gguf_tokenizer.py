@@ -2,8 +2,8 @@
 
     write_tokenizer(file, metadata, directory)
 
-GGUF has two kinds. "gpt2" is byte-level BPE: tokens and merges, and the name of the way to cut text.
-"llama" is SentencePiece's BPE: pieces and scores, from which the merges follow.
+GGUF has two kinds. "gpt2" is byte-level BPE: tokens and merges, and the name of the way to cut text. "llama" is
+SentencePiece's BPE: pieces and scores, from which the merges follow.
 """
 
 import json
@@ -16,12 +16,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's types of tokens
 
 QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit by itself
 DIGITS = {"type": "Digits", "individual_digits": True}
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def split_by(regex: str) -> list[dict]:
@@ -45,28 +40,32 @@ def write_tokenizer(file: Path, metadata: dict, directory: Path) -> None:
     tokens, types = of("tokens"), of("token_type")
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
         raise InputError(f"{file}: no tokenizer, or half of one; download the file again")
+    tokens = [*tokens]
     kind, pre = of("model"), of("pre")
     if kind == "gpt2" and pre in PRE_TOKENIZERS:
         spec = byte_level(tokens, types, of("merges", []), pre)
     elif kind == "llama" and len(of("scores", [])) == len(tokens):
         spec = sentencepiece(tokens, types, of("scores"), of("add_space_prefix", True))
     else:
-        raise InputError(
-            f"{file}: its tokenizer is {kind!r} with pre-tokenizer {pre!r}; only SentencePiece's BPE"
-            f" and byte-level BPE cut as by {', '.join(PRE_TOKENIZERS)} are known: use the"
-            " published safetensors and tokenizer.json"
-        )
-
+        known = f"only SentencePiece's BPE and byte-level BPE cut as by {', '.join(PRE_TOKENIZERS)} are known"
+        found = f"its tokenizer is {kind!r} with pre-tokenizer {pre!r}"
+        raise InputError(f"{file}: {found}; {known}: use the published safetensors and tokenizer.json")
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec["added_tokens"] = [
+        {"id": i, "content": token, "special": types[i] == CONTROL} | plain
+        for i, token in enumerate(tokens)
+        if types[i] in (CONTROL, USER_DEFINED)
+    ]
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     ids = {name: of(f"{key}_token_id") for name, key in names.items()}
-    ids = {name: i for name, i in ids.items() if i is not None and i < len(tokens)}
-    if of("add_bos_token", False) and "bos" in ids:
-        spec["post_processor"] = begin_with(tokens[ids["bos"]], ids["bos"])
-    (directory / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
+    named = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)}
+    if of("add_bos_token", False) and "bos_token" in named:
+        spec["post_processor"] = begin_with(named["bos_token"], ids["bos"])
+    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0"} | spec, ensure_ascii=False), "utf-8")
     config = {
         # The class that takes tokenizer.json as it is. Others of transformers 5 cut text their way.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{name}_token": tokens[i] for name, i in ids.items()},
+        **named,
         "clean_up_tokenization_spaces": False,
         "model_max_length": metadata.get(f"{metadata['general.architecture']}.context_length"),
     }
@@ -78,53 +77,45 @@ def write_tokenizer(file: Path, metadata: dict, directory: Path) -> None:
 
 
 def byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str) -> dict:
-    steps = PRE_TOKENIZERS[pre]
     vocab = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, CONTROL)}
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added_tokens(tokens, types),
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
         "decoder": BYTE_LEVEL,
-        "model": model(vocab, merges, ignore_merges=pre == "llama-bpe"),
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": pre == "llama-bpe"},
     }
 
 
 def sentencepiece(tokens: list[str], types: list[int], scores: list[float], prefix: bool) -> dict:
     """prefix: a text begins with a space, as in Llama 2, not in Gemma."""
-    # llama.cpp writes user-defined pieces with spaces.
-    tokens = [
-        token.replace(" ", "▁") if kind == USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)
-    ]
+    for i, kind in enumerate(types):
+        if kind == USER_DEFINED:  # llama.cpp writes these with spaces
+            tokens[i] = tokens[i].replace(" ", "▁")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     prepend = {"type": "Prepend", "prepend": "▁"}
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *([strip] if prefix else [])]
-    unknown = next((token for token in tokens[:10] if token == "<unk>"), None)
-    vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
-    merges = merges_of(tokens, types, scores)
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added_tokens(tokens, types),
         "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]} if prefix else replace,
         "pre_tokenizer": None,
-        "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": model(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True),
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>" if "<unk>" in tokens[:10] else None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED},
+            "merges": merges_of(tokens, types, scores),
+        },
     }
 
 
 def merges_of(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
     """Every way to make a piece of two others, the piece with the highest score first.
 
-    User-defined pieces, such as Gemma's runs of spaces, come before all others and the longest of
-    them first: SentencePiece cuts them out before it merges. No merge makes a control token.
+    User-defined pieces, such as Gemma's runs of spaces, come before all others and the longest of them first:
+    SentencePiece cuts them out before it merges. No merge makes a control token.
     """
     score_of = {}
     for token, kind, score in zip(tokens, types, scores, strict=True):
@@ -138,31 +129,6 @@ def merges_of(tokens: list[str], types: list[int], scores: list[float]) -> list[
                 merges.append((-score, -cut, cut - len(token), left, right))
     merges.sort(key=lambda merge: merge[:3])
     return [[left, right] for *_, left, right in merges]
-
-
-def added_tokens(tokens: list[str], types: list[int]) -> list[dict]:
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return [
-        {"id": i, "content": token} | plain | {"special": kind == CONTROL}
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-
-
-def model(vocab: dict[str, int], merges: list, **settings) -> dict:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        **settings,
-        "vocab": vocab,
-        "merges": merges,
-    }
 
 
 def begin_with(name: str, id: int) -> dict:

@@ -371,9 +371,9 @@ def test_bad_files_end_in_one_line_and_leave_nothing(llama, tmp_path, monkeypatc
         fails(out, file, *words, of=[file])
 
     without = {name: tensor for name, tensor in tensors.items() if name != "blk.1.ffn_up.weight"}
-    bad(["tensor blk.1.ffn_up.weight is missing"], tensors=without)
+    bad(["model.layers.1.mlp.up_proj.weight", "is missing"], tensors=without)
     bias = {"blk.0.attn_q.bias": np.zeros(64, "f4")}
-    bad(["tensor blk.0.attn_q.bias is not part of a llama"], tensors=tensors | bias)
+    bad(["self_attn.q_proj.bias' is not part of this llama"], tensors=tensors | bias)
     odd = {"blk.2.ffn_down.weight": (Type.Q8_1, np.zeros((64, 120), np.uint8))}
     bad(["blk.2.ffn_down.weight has the type Q8_1"], tensors=tensors | odd)
     bad(["architecture 'falcon'", "qwen3"], metadata | {"general.architecture": "falcon"})

@@ -13,7 +13,8 @@ A tokenizer is two things: a way to cut text into ids, and a way to write chats.
             gemma.py         <start_of_turn>user …              Gemma-2, Gemma-3, the toy
             inst.py          [INST] … [/INST]                   Llama-2, Mistral
 
-base.py has what all of them share: encode, decode, save, and the ids by name.
+base.py has what all of them share: encode, decode, save, and the ids by name; templates.py knows
+the published Jinja templates by their text.
 Nothing here trains a tokenizer, downloads one, or looks for special tokens in text. An id such as
 <|eot_id|> can only come from code: a user who could type [RESET] or a turn marker could rewrite the
 conversation.
@@ -42,10 +43,8 @@ def load_tokenizer(path):
         if name in files.data:
             text = _read_text(files, name)
             return _family(files, text)(files, text)
-    raise InputError(
-        f"{files.directory}: no tokenizer; copy the checkpoint's tokenizer.json or tokenizer.model"
-        " into it"
-    )
+    way_out = "copy the checkpoint's tokenizer.json or tokenizer.model into it"
+    raise InputError(f"{files.directory}: no tokenizer; {way_out}")
 
 
 def _read_text(files, name):
@@ -65,16 +64,14 @@ def _read_json(file, spec):
         steps = cut.get("pretokenizers", [cut])
         if kind == "BPE" and any(step.get("type") == "ByteLevel" for step in steps):
             return read_byte_level(file, spec)
+    except InputError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{file}: damaged or unknown layout ({error!r}); download the file again"
-        ) from None
-    raise InputError(
-        f"{file}: a {kind} tokenizer, neither byte-level BPE nor SentencePiece's BPE, which alone are"
-        " known here; if the checkpoint has a tokenizer.model, put it next to it"
-    )
+        what = f"damaged or unknown layout ({error!r})"
+        raise InputError(f"{file}: {what}; download the file again") from None
+    known = "neither byte-level BPE nor SentencePiece's BPE, which alone are known here"
+    way_out = "if the checkpoint has a tokenizer.model, put it next to it"
+    raise InputError(f"{file}: a {kind} tokenizer, {known}; {way_out}")
 
 
 def _family(files, text):

@@ -11,6 +11,7 @@ import re
 
 from model.errors import InputError
 from model.tokenizers.base import Tokenizer
+from model.tokenizers.templates import THINKING_OFF
 
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -28,7 +29,6 @@ def _jinja(system: str) -> str:
     )
 
 
-THINKING_OFF = "{%- set enable_thinking = false %}"
 # In Qwen3's chats the last answer has the block, and those before it have lost theirs.
 QWEN3_JINJA = (
     "{% for message in messages %}{% if loop.last and message['role'] == 'assistant' %}"
@@ -40,6 +40,7 @@ QWEN3_JINJA = (
 
 
 class ChatMLTokenizer(Tokenizer):
+    family = "ChatML"
     marker = "<|im_start|>"
 
     def __init__(self, files, text):
@@ -49,10 +50,8 @@ class ChatMLTokenizer(Tokenizer):
         special = text.special
         ends = [name for name in ("<|endoftext|>", "<|end_of_text|>") if name in special]
         if not ends:
-            raise InputError(
-                f"{text.file}: no special token <|endoftext|>, so neither SmolLM2's nor Qwen's; use"
-                " a tokenizer.json that has one"
-            )
+            others = "so neither SmolLM2's tokenizer nor Qwen's"
+            raise InputError(f"{text.file}: no special token <|endoftext|>, {others}")
         self._start, self.eos_id = special["<|im_start|>"], special["<|im_end|>"]
         self.text_end_id = special[ends[0]]
         self.turn_end = [self.eos_id, *self.encode("\n")]
@@ -88,10 +87,8 @@ class ChatMLTokenizer(Tokenizer):
         """
         turns, ids = self._turns(messages), []
         if "<think>" in self.jinja and not self._think:
-            raise InputError(
-                "this checkpoint's chat template thinks before every answer, which cannot be turned"
-                " off; use a checkpoint whose template has enable_thinking"
-            )
+            why = "thinks before every answer, which cannot be turned off"
+            raise InputError(f"{self._files.template_file}: {why}; use one with enable_thinking")
         if not continues:
             turns = self._with_system_turn(turns)
             if "bos_token" in (self.chat_template or ""):  # not in SmolLM2's
@@ -100,7 +97,7 @@ class ChatMLTokenizer(Tokenizer):
         for position, (role, content) in enumerate(turns):
             if self._think and role == "assistant" and "</think>" in content:
                 raise InputError(
-                    f"message {position} has </think> in it; thinking is off: leave it out"
+                    f"message {position} has </think> in it: leave it out, thinking is off"
                 )
             if self._think and role == "assistant" and position == len(turns) - 1:
                 ids += answer_begins + self.encode(content.lstrip("\n")) + self.turn_end
@@ -115,7 +112,7 @@ class ChatMLTokenizer(Tokenizer):
         for system in KNOWN_SYSTEMS:
             if re.search(SYSTEM_BEGINS + re.escape(system) + re.escape("<|im_end|>"), self.jinja):
                 return [("system", system), *turns]
+        why = "begins with a system turn that is not known here"
         raise InputError(
-            "this checkpoint's chat template may begin with a system turn that is not known here;"
-            " begin the chat with a system message"
+            f"{self._files.template_file}: {why}; begin the chat with a system message"
         )

@@ -27,6 +27,7 @@ NAME = {"user": "user", "assistant": "model"}
 
 
 class GemmaTokenizer(Tokenizer):
+    family = "Gemma"
     marker = "<start_of_turn>"
 
     def __init__(self, files, text):
@@ -36,10 +37,8 @@ class GemmaTokenizer(Tokenizer):
         special = text.special
         for name in ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"):
             if name not in special:
-                raise InputError(
-                    f"{text.file}: no special piece {name}, so not Gemma's layout, and not Llama"
-                    " 2's either; no other is known here: use a Gemma or Llama 2 checkpoint"
-                )
+                others = "so neither Gemma's layout nor Llama 2's, and no other is known here"
+                raise InputError(f"{text.file}: no special piece {name}, {others}")
         for piece in text.pieces:
             if re.fullmatch(MARKERS, piece) and piece not in special:
                 raise InputError(

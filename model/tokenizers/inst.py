@@ -21,8 +21,8 @@ LLAMA2_JINJA = (
     "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
     "{% set turns = messages[1:] %}{% endif %}"
     "{% for message in turns %}" + ALTERNATE + "{% if message['role'] == 'user' %}"
-    "{{ bos_token + LEAD + '[INST] ' + (system if loop.first else '') + message['content'] | trim"
-    " + ' [/INST]' }}{% else %}"
+    "{{ bos_token + LEAD + '[INST] '"
+    " + ((system if loop.first else '') + message['content']) | trim + ' [/INST]' }}{% else %}"
     "{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 
@@ -87,6 +87,8 @@ class InstTokenizer(Tokenizer):
 
 
 class Llama2Tokenizer(InstTokenizer):
+    family = "Llama 2"
+
     def __init__(self, files, text):
         super().__init__(files, text, LLAMA2_JINJA.replace("LEAD", repr(text.lead)))
         space = [i for i, piece in enumerate(text.pieces) if piece == "▁"]
@@ -96,24 +98,27 @@ class Llama2Tokenizer(InstTokenizer):
         """Llama 2's template. BOS begins every pair of turns, so continues changes nothing. The
         system turn stands inside the first user turn. "[/INST]" opens the assistant's turn.
         """
-        turns, ids = self._turns(messages), []
+        turns, ids, system = self._turns(messages), [], ""
         self._refuse_tags(turns, LLAMA2_TAGS)
-        system = turns.pop(0)[1] if turns[0][0] == "system" and len(turns) > 1 else None
+        if turns[0][0] == "system" and len(turns) > 1:
+            system = f"<<SYS>>\n{turns.pop(0)[1]}\n<</SYS>>\n\n"
         self._check_order(turns)
-        for position, (role, content) in enumerate(turns):
-            content = content.strip()
-            if role == "assistant":
+        for role, content in turns:
+            if role == "user":
+                text = f"[INST] {(system + content).strip()} [/INST]"
+                ids += [self.bos_id, *self.encode(text)]
+                system = ""
+            elif content := content.strip():
                 ids += self.encode(content) + self.turn_end
-                continue
-            if position == 0 and system is not None:
-                content = f"<<SYS>>\n{system}\n<</SYS>>\n\n{content}"
-            ids += [self.bos_id, *self.encode(f"[INST] {content} [/INST]")]
+            else:  # the spaces before and behind an empty answer meet
+                ids += [*self.encode(" "), self.eos_id]
         return ids
 
 
 class MistralTokenizer(InstTokenizer):
     def __init__(self, files, text):
         self._is_v3 = "[INST]" in text.special
+        self.family = "Mistral v3" if self._is_v3 else "Mistral v1"
         super().__init__(files, text, jinja := _mistral_jinja(self._is_v3, text.lead))
         self.jinja = jinja  # the checkpoint's own may put other spaces than render() does
         self.turn_end = [self.eos_id]

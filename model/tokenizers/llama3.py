@@ -28,21 +28,19 @@ JINJA = (
 
 
 class Llama3Tokenizer(Tokenizer):
+    family = "Llama-3"
     marker = "<|start_header_id|>"
 
     def __init__(self, files, text):
         super().__init__(files, text, JINJA)
         if text.missing_bytes:
-            raise InputError(
-                f"{text.file}: lacks single bytes, so some text cannot be encoded; download it again"
-            )
+            lacks = "lacks single bytes, so some text cannot be encoded"
+            raise InputError(f"{text.file}: {lacks}; download it again")
         special = text.special
         for token in LLAMA3_SPECIAL:
             if token not in special and "reserved" not in token:
-                raise InputError(
-                    f"{text.file}: no special token {token}, so not a Llama-3 tokenizer (nor one"
-                    " with ChatML's tokens); use one that is"
-                )
+                others = "so neither a Llama-3 tokenizer nor one with ChatML's tokens"
+                raise InputError(f"{text.file}: no special token {token}, {others}")
         if "date_string" in self.jinja:  # 3.1 and 3.2 write the date, which render() leaves out
             self.jinja = JINJA
         self.bos_id = self.text_start_id = special["<|begin_of_text|>"]
