@@ -34,12 +34,7 @@ TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?(?:\n|$)")
 
 class BytePairEncoding:
     def __init__(
-        self,
-        file,
-        tokens: dict[bytes, int],
-        split: str,
-        special: dict[str, int],
-        composes: bool = False,
+        self, file, tokens: dict[bytes, int], split: str, special: dict[str, int], composes=False
     ):
         """tokens: {bytes: id} in the order of merging. special: {name: id}; they are not tokens.
         composes: text becomes NFC first (Qwen): e and ◌́ become é.
@@ -108,9 +103,8 @@ def read_tiktoken(file, data: bytes, split: str, special: dict[str, int]):
         try:
             tokens[base64.b64decode(match[1], validate=True)] = int(match[2])
         except (TypeError, ValueError):
-            raise InputError(
-                f"{file}: line {number} is not `base64 rank`; download the file again"
-            ) from None
+            what = f"line {number} is not `base64 rank`"
+            raise InputError(f"{file}: {what}; download the file again") from None
     if not tokens or sorted(tokens.values()) != list(range(number)):
         raise InputError(f"{file}: its ranks are not 0, 1, 2, …; download the file again")
     tokens = dict(sorted(tokens.items(), key=lambda item: item[1]))
@@ -124,10 +118,8 @@ def read_byte_level(file, spec: dict) -> BytePairEncoding:
     split = split_regex(steps.get("pretokenizers", [steps]))
     normalizer = spec.get("normalizer")
     if split is None or (normalizer and normalizer != {"type": "NFC"}):
-        raise InputError(
-            f"{file}: cuts text in a way not known here; use a Llama-3, SmolLM2 or Qwen"
-            " checkpoint's"
-        )
+        known = "use a Llama-3, SmolLM2 or Qwen checkpoint's"
+        raise InputError(f"{file}: cuts text in a way not known here; {known}")
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
     tokens = in_order_of_merging(file, spec["model"], special)
     if not set(special.values()).isdisjoint(tokens.values()):
@@ -166,10 +158,8 @@ def in_order_of_merging(file, model: dict, special: dict[str, int]) -> dict[byte
             tokens.setdefault(parts[0] + parts[1], i)
     for text in vocab:
         if to_bytes(text) not in tokens:
-            raise InputError(
-                f"{file}: no merge makes the token {text} of earlier ones: its merges are out of"
-                " order or incomplete; download it again"
-            )
+            why = "its merges are out of order or incomplete"
+            raise InputError(f"{file}: no merge makes the token {text} of earlier ones: {why}")
     return tokens
 
 

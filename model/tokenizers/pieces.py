@@ -46,10 +46,8 @@ class Pieces:
         # What a template must write behind a special token, so that a space comes out.
         self.lead = " " if prefix == "unless there is one" else ""
         if sum(sp.is_byte(ids)) != 256:
-            raise InputError(
-                f"{file}: no byte pieces, so not every text can be encoded; use the tokenizer of a"
-                " Gemma or Llama 2 checkpoint"
-            )
+            why = "no byte pieces, so not every text can be encoded"
+            raise InputError(f"{file}: {why}; use the tokenizer of a Gemma or Llama 2 checkpoint")
 
     def encode(self, text: str) -> list[int]:
         if text and (self._prefix == "always" or (self._prefix and text[0] not in " ▁")):
@@ -68,9 +66,8 @@ class Pieces:
 
 
 def read_sentencepiece(file, data: bytes) -> Pieces:
-    """A tokenizer.model.
+    """A tokenizer.model. The markers become control pieces (type 3), which are never found in text.
 
-    The markers become control pieces (type 3) in memory, which SentencePiece never finds in text.
     Cutting the text at each marker would not do: normalisation may make one of other characters
     (＜ becomes <).
     """
@@ -83,9 +80,8 @@ def _load(file, model: bytes) -> sentencepiece.SentencePieceProcessor:
         sp.LoadFromSerializedProto(model)
         sp.id_to_piece(list(range(sp.vocab_size())))
     except (RuntimeError, ValueError):
-        raise InputError(
-            f"{file}: neither a tiktoken file nor a SentencePiece model; download it again"
-        ) from None
+        what = "neither a tiktoken file nor a SentencePiece model"
+        raise InputError(f"{file}: {what}; download it again") from None
     return sp
 
 
@@ -93,6 +89,7 @@ def _load(file, model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # SentencePiece's types; user-defined is 4
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+INSTEAD = "put the checkpoint's tokenizer.model next to it"
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 
 
@@ -128,10 +125,8 @@ def read_merges(file, spec: dict) -> Pieces:
         elif len(piece) == 1 or piece in rank:
             kind, score = NORMAL, -float(rank.get(piece, 0))
         else:
-            raise InputError(
-                f"{file}: no merge makes the piece {piece}: its merges are incomplete; put the"
-                " checkpoint's tokenizer.model next to it"
-            )
+            what = f"no merge makes the piece {piece}: its merges are incomplete"
+            raise InputError(f"{file}: {what}; {INSTEAD}")
         rows.append((piece.encode(), score, kind))
     return Pieces(file, _load(file, _proto(rows)), _prefix(file, spec))
 
@@ -145,10 +140,8 @@ def _ranks(file, merges: list, others: set[str]) -> dict[str, int]:
         if piece in others:
             continue  # SentencePiece cuts these out before it merges
         if piece != last and piece in rank:
-            raise InputError(
-                f"{file}: the merges that make {piece} stand apart, which SentencePiece cannot do;"
-                " put the checkpoint's tokenizer.model next to it"
-            )
+            what = f"the merges that make {piece} stand apart, which SentencePiece cannot do"
+            raise InputError(f"{file}: {what}; {INSTEAD}")
         rank.setdefault(piece, len(rank))
         last = piece
     return rank
@@ -169,9 +162,7 @@ def _prefix(file, spec: dict) -> str | None:
     if cut and cut["type"] == "Metaspace" and not steps and cut.get("split") is False:
         scheme = cut.get("prepend_scheme", "always")
         return None if scheme == "never" else "unless there is one"
-    raise InputError(
-        f"{file}: cuts text in a way not known here; put the checkpoint's tokenizer.model next to it"
-    )
+    raise InputError(f"{file}: cuts text in a way not known here; {INSTEAD}")
 
 
 def _proto(rows: list[tuple[bytes, float, int]]) -> bytes:
