@@ -7,10 +7,9 @@ import json
 import random
 
 import pytest
-import torch
 from vocabularies import CHATML_NAMES, MISSING, NASTY, TEXT, fuzz_texts, trained
 
-from model import InputError, ModelConfig, Transformer, load_tokenizer
+from model import InputError, load_tokenizer
 from model.tokenizers.chatml import ChatMLTokenizer
 from model.tokenizers.llama3 import Llama3Tokenizer
 
@@ -65,9 +64,9 @@ def spec():
     return trained(MISSING)
 
 
-@pytest.fixture(scope="module", params=["missing bytes", "all bytes", "shuffled ids"])
+@pytest.fixture(scope="module", params=["missing bytes", "shuffled ids"])
 def directory(request, tmp_path_factory, spec):
-    made = {"missing bytes": spec, "all bytes": trained(), "shuffled ids": edited(spec, with_shuffled_ids)}
+    made = {"missing bytes": spec, "shuffled ids": edited(trained(), with_shuffled_ids)}
     return write(tmp_path_factory.mktemp("chatml"), made[request.param])
 
 
@@ -95,7 +94,7 @@ def check_ids(directory, count):
 
 
 def test_ids_are_those_of_tokenizers(directory):
-    check_ids(directory, 700)
+    check_ids(directory, 400)
 
 
 def test_ids_of_gpt2_without_digits(spec, tmp_path):
@@ -272,8 +271,6 @@ def without_end_of_text(spec):
     ("change", "words"),
     [
         (pre_tokenizers(lambda steps: steps[0].update(individual_digits=False)), "cuts text in a way not known"),
-        (pre_tokenizers(lambda steps: steps.reverse()), "cuts text in a way not known"),
-        (pre_tokenizers(lambda steps: steps.insert(0, steps[0])), "cuts text in a way not known"),
         (pre_tokenizers(lambda steps: steps[1].update(use_regex=False)), "cuts text in a way not known"),
         (lambda spec: spec["model"]["vocab"].update(qqqq=1000), "no merge makes the token .* order"),
         (without_end_of_text, r"no special token <\|endoftext\|>"),
@@ -282,26 +279,3 @@ def without_end_of_text(spec):
 def test_what_is_not_known_is_refused(spec, tmp_path, change, words):
     with pytest.raises(InputError, match=r"tokenizer\.json: " + words):
         load_tokenizer(write(tmp_path, edited(spec, change)))
-
-
-# ── SmolLM2's published configs ──────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("width", "inner", "layers", "heads", "kv_heads", "theta", "parameters"),
-    [
-        (576, 1536, 30, 9, 3, 100000, 134_515_008),
-        (960, 2560, 32, 15, 5, 100000, 361_821_120),
-        (2048, 8192, 24, 32, 32, 130000, 1_711_376_384),
-    ],
-)
-def test_published_configs(width, inner, layers, heads, kv_heads, theta, parameters):
-    sizes = dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads)
-    others = dict(is_llama_config=True, rope_interleaved=False, rope_scaling=None, attention_bias=False, mlp_bias=False)
-    numbers = dict(vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-05, rope_theta=theta)
-    fields = dict(model_type="llama", hidden_act="silu", num_key_value_heads=kv_heads, tie_word_embeddings=True)
-    config = ModelConfig.from_hf(sizes | others | numbers | fields)
-    with torch.device("meta"):
-        model = Transformer(config)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert config.rope_theta == theta and config.head_dim == 64

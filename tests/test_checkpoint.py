@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import signal
-import stat
 import struct
 import subprocess
 import sys
@@ -34,19 +33,12 @@ SIZES = dict(vocab_size=V, hidden_size=16, intermediate_size=24, head_dim=6, max
 LLAMA = models.LLAMA | SIZES | dict(tie_word_embeddings=False)
 GEMMA = models.GEMMA | SIZES
 GEMMA |= dict(query_pre_attn_scalar=6, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=8)
+STRETCHED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+STRETCHED |= dict(original_max_position_embeddings=32)
 KINDS = {
     "llama": LLAMA,
     "llama-tied": LLAMA | dict(tie_word_embeddings=True),
-    "llama-3.1": LLAMA
-    | dict(
-        rope_scaling=dict(
-            rope_type="llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=32,
-        )
-    ),
+    "llama-3.1": LLAMA | dict(rope_scaling=STRETCHED),
     "gemma2": GEMMA,
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -128,63 +120,86 @@ def test_round_trip_with_transformers_is_bit_exact(tmp_path, kind, dtype):
     assert torch.equal(last(TOKENS), ours(TOKENS))
 
 
-def test_tied_head_in_the_file_or_not(tmp_path):
-    """Some writers store the tied head a second time. It is the embedding all the same, and we write it once."""
-    write_transformers(tmp_path / "without", GEMMA, torch.bfloat16)
-    shutil.copytree(tmp_path / "without", tmp_path / "with")
-    tensors = tensors_of(tmp_path / "without")
+def test_a_tied_head_that_is_stored_twice_is_written_once(tmp_path):
+    save_model(random_model(GEMMA), tmp_path)
+    tensors = tensors_of(tmp_path)
     assert "lm_head.weight" not in tensors
-    twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    save_file(twice, tmp_path / "with" / "model.safetensors", metadata={"format": "pt"})
-    for name in ("with", "without"):
-        ours = load_model(tmp_path / name, dtype=torch.bfloat16)
-        assert ours.lm_head.weight is ours.model.embed_tokens.weight
-        save_model(ours, tmp_path / "out")
-        assert same_tensors(tensors_of(tmp_path / "out"), tensors)
-        read_transformers(tmp_path / "out", torch.bfloat16)
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    ours = load_model(tmp_path)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    save_model(ours, tmp_path / "out")
+    assert same_tensors(tensors_of(tmp_path / "out"), tensors)
 
 
 @torch.no_grad()
 def test_shards(tmp_path):
-    """Those of transformers are read, ours are read by it."""
-    theirs = write_transformers(tmp_path / "theirs", GEMMA, torch.bfloat16, max_shard_size="6KB")
+    """Those of transformers are read, ours are read by it; and no old file survives a save, which it would prefer."""
+    write_transformers(tmp_path / "theirs", GEMMA, torch.bfloat16, max_shard_size="6KB")
     assert len(list((tmp_path / "theirs").glob("model-*-of-*.safetensors"))) > 2
-    model, limit = load_model(tmp_path / "theirs", dtype=torch.bfloat16), 3000
-    assert all(torch.equal(p, dict(theirs.named_parameters())[n]) for n, p in model.named_parameters())
-    save_model(model, tmp_path / "a", shard_bytes=limit)
-    index = json.loads((tmp_path / "a" / INDEX).read_text())
-    shards = sorted(set(index["weight_map"].values()))
-    assert len(shards) > 3
-    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    assert shards == sorted(f.name for f in (tmp_path / "a").glob("*.safetensors"))
-    total = 0
-    for shard in shards:
-        tensors = load_file(tmp_path / "a" / shard)
-        assert all(index["weight_map"][name] == shard for name in tensors)
-        size = sum(t.nbytes for t in tensors.values())
-        assert size <= limit or len(tensors) == 1
-        total += size
-    assert index["metadata"]["total_size"] == total == sum(p.nbytes for p in model.parameters())
-    assert same_tensors(tensors_of(tmp_path / "a"), {n: p.detach() for n, p in model.named_parameters()})
+    model = load_model(tmp_path / "theirs", dtype=torch.bfloat16)
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    assert same_tensors(weights, tensors_of(tmp_path / "theirs"))
+    for limit, count in ((10**9, 1), (3000, None), (10**9, 1), (20_000, None)):
+        save_model(model, tmp_path / "a", shard_bytes=limit)
+        shards = sorted(f.name for f in (tmp_path / "a").glob("*.safetensors"))
+        assert same_tensors(tensors_of(tmp_path / "a"), weights)
+        if count == 1:
+            assert shards == ["model.safetensors"] and not (tmp_path / "a" / INDEX).exists()
+            continue
+        index = json.loads((tmp_path / "a" / INDEX).read_text())
+        assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        held = {shard: load_file(tmp_path / "a" / shard) for shard in shards}
+        assert index["weight_map"] == {name: shard for shard in shards for name in held[shard]} and len(shards) > 1
+        assert all(len(part) == 1 or sum(t.nbytes for t in part.values()) <= limit for part in held.values())
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in weights.values())
     theirs = read_transformers(tmp_path / "a", torch.bfloat16)
-    assert same_tensors(
-        {n: p.detach() for n, p in theirs.named_parameters()}, {n: p.detach() for n, p in model.named_parameters()}
-    )
+    assert same_tensors({n: p.detach() for n, p in theirs.named_parameters()}, weights)
     assert torch.equal(load_model(tmp_path / "a", dtype=torch.bfloat16)(TOKENS), model(TOKENS))
 
 
-def test_no_stale_shard_survives_a_save(tmp_path):
-    """From many shards to one file, to few shards: transformers would prefer a leftover index or single file."""
-    for seed, (limit, count) in enumerate([(6000, None), (10**9, 1), (40_000, None)]):
-        model = random_model(seed=seed)
-        save_model(model, tmp_path / "a", shard_bytes=limit)
-        names = {f.name for f in (tmp_path / "a").iterdir()}
-        weights = {n for n in names if n.endswith(".safetensors")}
-        assert (len(weights) == 1) == (count == 1) == (INDEX not in names)
-        assert (count == 1) == ("model.safetensors" in weights)
-        assert same_tensors(tensors_of(tmp_path / "a"), {n: p.detach() for n, p in model.named_parameters()})
-        loaded = load_model(tmp_path / "a")
-        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+def test_what_index_and_files_disagree_about(tmp_path):
+    """A tensor in two shards is the one that the index names. A single file beside shards is refused: transformers
+    would read the one, vLLM the others."""
+    model = random_model()
+    save_model(model, tmp_path, shard_bytes=6000)
+    one, two = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    name = next(iter(load_file(one)))
+    edit_tensors(tmp_path, lambda t: t.update({name: torch.zeros(3)}), two.name)
+    assert torch.equal(load_model(tmp_path)(TOKENS), model(TOKENS))
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"][name] = two.name
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=f"{two}: tensor '{name}' has shape"):
+        load_model(tmp_path)
+    save_model(random_model(seed=2), tmp_path / "b")
+    shutil.copy(tmp_path / "b" / "model.safetensors", tmp_path)
+    with pytest.raises(InputError, match=rf"^{tmp_path}/model.safetensors: lies beside the shards of {INDEX}; delete"):
+        load_model(tmp_path)
+
+
+def test_what_config_json_leaves_out_is_taken_as_transformers_does_and_said(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    for fields in (models.LLAMA, models.GEMMA, *models.OTHERS.values()):
+        fields = {k: v for k, v in fields.items() if k != "max_position_embeddings"}
+        config = ModelConfig.from_hf(fields)
+        theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(fields)))
+        assert config.max_position_embeddings == theirs.max_position_embeddings, config.model_type
+    save_model(random_model(LLAMA | dict(hidden_size=18)), tmp_path)
+    assert capsys.readouterr().err == ""
+    edit_config(tmp_path, drop=["max_position_embeddings"])
+    assert load_model(tmp_path).config.max_position_embeddings == 2048
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{tmp_path}: config.json: no max_position_embeddings: taken to be 2048, as transformers")
+    # With head_dim given we need no hidden_size that the heads divide; transformers does, of these families.
+    assert "hidden_size 18 is not a multiple of num_attention_heads 4: transformers 5 refuses" in second
+    for fields in (models.LLAMA, models.GEMMA, *models.OTHERS.values()):
+        fields = fields | dict(hidden_size=18)
+        try:
+            transformers.AutoConfig.for_model(**json.loads(json.dumps(fields)))
+        except Exception as error:
+            assert "not a multiple" in str(error) and ModelConfig.from_hf(fields).notes
+        else:
+            assert not ModelConfig.from_hf(fields).notes
 
 
 def test_unknown_keys_of_config_json_survive(tmp_path):
@@ -209,40 +224,17 @@ def test_unknown_keys_of_config_json_survive(tmp_path):
     assert read_transformers(tmp_path / "b", torch.float32).config.reset_token_id == 300
 
 
-@torch.no_grad()
 def test_tokenizer_goes_with_the_model(tmp_path):
-    """Its files, its ids in config.json, and generation settings with which transformers ends where we end."""
-    transformers = pytest.importorskip("transformers")
+    """The model that was trained stays in hand; saving it again, without a tokenizer, keeps the files beside it."""
     write_tokenizer(tmp_path)
     tok, model = load_tokenizer(tmp_path), random_model()
-    assert tok.vocab_size == V
-    save_model(model, tmp_path / "a", tokenizer=tok)
-    again = load_tokenizer(tmp_path / "a")
-    assert again.encode("Größe") == tok.encode("Größe") and again.reset_id == tok.reset_id
-    assert ModelConfig.load(tmp_path / "a").reset_token_id == tok.reset_id
-    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "a")
-    assert settings.eos_token_id == [*tok.stop_ids, tok.reset_id] and settings.bos_token_id == tok.bos_id
-    assert read_transformers(tmp_path / "a", torch.float32).config.bos_token_id == tok.bos_id
-    # The model that was trained stays in hand; saving it again, without a tokenizer, keeps the files beside it.
-    save_model(model, tmp_path / "a")
-    assert load_tokenizer(tmp_path / "a").encode("Größe") == tok.encode("Größe")
+    for given in (tok, None):
+        save_model(model, tmp_path / "a", tokenizer=given)
+        again = load_tokenizer(tmp_path / "a")
+        assert again.encode("Größe") == tok.encode("Größe") and again.reset_id == tok.reset_id
 
 
-def test_permissions_follow_the_umask(tmp_path):
-    umask = 0o027
-    before = os.umask(umask)
-    try:
-        save_model(random_model(), tmp_path / "a", shard_bytes=20_000)
-    finally:
-        os.umask(before)
-    entries = [tmp_path / "a", *(tmp_path / "a").iterdir()]
-    assert len(entries) > 4
-    for entry in entries:
-        assert stat.S_IMODE(entry.stat().st_mode) == (0o777 if entry.is_dir() else 0o666) & ~umask, entry
-
-
-@pytest.mark.parametrize("asked", DTYPES, ids=str)
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("stored, asked", [(torch.bfloat16, torch.float16), (torch.float64, torch.bfloat16)], ids=str)
 def test_conversion_on_load_is_that_of_torch(tmp_path, monkeypatch, stored, asked):
     """Also when a tensor is read in many pieces."""
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 64)
@@ -274,19 +266,11 @@ def edit_tensors(directory, edit, file="model.safetensors"):
 def cut(directory, keep, file="model.safetensors"):
     data = (directory / file).read_bytes()
     header = 8 + struct.unpack("<Q", data[:8])[0]
-    sizes = dict(nothing=0, header=header // 2, data=(header + len(data)) // 2)
-    (directory / file).write_bytes(data[: sizes.get(keep, len(data) - 1)])
+    (directory / file).write_bytes(data[: header // 2 if keep == "header" else (header + len(data)) // 2])
 
 
 def reshard(directory):
     save_model(load_model(directory), directory, shard_bytes=6000)
-
-
-def misplace(directory):
-    reshard(directory)
-    index = json.loads((directory / INDEX).read_text())
-    index["weight_map"]["model.norm.weight"] = "model-00001-of-00006.safetensors"
-    (directory / INDEX).write_text(json.dumps(index))
 
 
 def rename_to_bin(directory):
@@ -317,16 +301,14 @@ BROKEN = {
     "not a directory": (shutil.rmtree, ["broken"]),
     "no config": (lambda d: (d / "config.json").unlink(), ["config.json"]),
     "config not JSON": (lambda d: (d / "config.json").write_text("{'a': 1}"), ["config.json"]),
-    "config not UTF-8": (lambda d: (d / "config.json").write_bytes(b'{"a": "\xff"}'), ["config.json"]),
     "config a list": (lambda d: (d / "config.json").write_text("[1]"), ["config.json"]),
     "architecture": (lambda d: edit_config(d, model_type="mixtral"), ["config.json", "mixtral"]),
     "quantized config": (lambda d: edit_config(d, quantization_config={"bits": 4}), ["config.json", "quantiz"]),
     "only bin": (rename_to_bin, ["broken", "*.bin", "safetensors"]),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), ["broken", WEIGHTS]),
-    **{f"cut: {at}": (lambda d, at=at: cut(d, at), [WEIGHTS]) for at in ("nothing", "header", "data", "last")},
+    **{f"cut: {at}": (lambda d, at=at: cut(d, at), [WEIGHTS]) for at in ("header", "data")},
     "no safetensors": (lambda d: (d / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), [WEIGHTS]),
     "shape": (set_tensor(torch.zeros(25, 16)), [WEIGHTS, GATE, "25", "24"]),
-    "scalar": (set_tensor(torch.zeros(())), [WEIGHTS, GATE]),
     "int8": (set_tensor(torch.zeros(24, 16, dtype=torch.int8)), [WEIGHTS, GATE, "I8"]),
     "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(GATE)), ["broken", GATE]),
     "extra tensor": (
@@ -335,11 +317,9 @@ BROKEN = {
     ),
     "another family": (lambda d: edit_config(d, model_type="qwen3"), ["broken", "q_norm", "config.json"]),
     "fewer layers": (lambda d: edit_config(d, num_hidden_layers=1), [WEIGHTS, "model.layers.1."]),
-    "more layers": (lambda d: edit_config(d, num_hidden_layers=3), ["broken", "model.layers.2."]),
     "missing shard": (sharded(SHARD, lambda d, name: (d / name).unlink()), [SHARD]),
     "shard cut": (sharded(SHARD, lambda d, name: cut(d, "data", name)), [SHARD]),
-    "misplaced tensor": (misplace, ["model-00001-of-00006.safetensors", "model.norm.weight"]),
-    "index not JSON": (sharded(INDEX, lambda d, name: (d / name).write_text("{")), [INDEX]),
+    "misplaced tensor": (sharded(SHARD, lambda d, name: edit_tensors(d, lambda t: t.popitem(), name)), [SHARD, INDEX]),
     "index without map": (sharded(INDEX, lambda d, name: (d / name).write_text('{"metadata": {}}')), [INDEX]),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), ["broken", "tokenizer"]),
 }
@@ -371,11 +351,10 @@ def test_broken_checkpoints_end_in_one_line(good, tmp_path, what):
     with pytest.raises(InputError) as error:
         load_tokenizer(directory)
         load_model(directory)
-    assert all(name in str(error.value) for name in names), error.value
-    out, err = sampled(directory, code=2)
-    assert out == "" and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
-    assert all(name in err for name in names)
-    assert str(directory) in err
+    said = str(error.value)
+    assert all(name in said for name in [*names, str(directory)]) and "\n" not in said
+    if what in ("shape", "no tokenizer"):
+        assert sampled(directory, code=2) == ("", f"error: {said}\n")
 
 
 def test_rotary_tables_of_early_llama_files_are_no_extra_tensors(tmp_path):
@@ -505,7 +484,7 @@ def test_at_any_line_the_directory_is_old_or_new(tmp_path, unsynced, new):
     # There is one moment at which old becomes new.
     turn = seen.index(True)
     assert len(seen) > 60 and seen == [False] * turn + [True] * (len(seen) - turn)
-    for n in (0, turn // 3, turn // 2, turn - 1, turn, len(seen) - 1):
+    for n in (0, turn // 2, turn - 1, turn, len(seen) - 1):
         runs.save(1 - new)
         assert runs.leftovers() == []  # the last save swept what the kill before it had left
         with forked(lambda n=n: killed_at_line(n, lambda: runs.save(new))) as pid:
@@ -532,9 +511,9 @@ def test_the_first_save_leaves_all_or_nothing(tmp_path, unsynced):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("existing, limit", [(True, 100), (True, 5_000), (False, 30_000)])
+@pytest.mark.parametrize("existing, limit", [(True, 5_000), (False, 30_000)])
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, existing, limit):
-    """Simulated by a limit on file sizes, met in config.json, in a shard, in the one large file."""
+    """Simulated by a limit on file sizes, met in a shard, in the one large file."""
     path = tmp_path / "ckpt"
     if existing:
         save_model(random_model(seed=1), path, Tokenizer("A"))
@@ -628,23 +607,19 @@ def test_digest_is_that_of_weights_and_config(tmp_path):
     shards = sorted(file.name for file in (tmp_path / "a").glob("model-*.safetensors"))
     digest = checkpoint.weights_digest(tmp_path / "a")
     assert len(digest) == 16 and int(digest, 16) >= 0
-    assert checkpoint.weights_digest(str(tmp_path / "a")) == digest
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert checkpoint.weights_digest(tmp_path / "b") == digest
-    write_tokenizer(tmp_path / "b")
-    names = ["optimizer.state", "training.json", "metrics.jsonl"]
-    for name in (*names, "tokenizer_config.json", "generation_config.json"):
+    for name in ("optimizer.state", "training.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / "b" / name).write_bytes(b"{}")
-    assert checkpoint.weights_digest(tmp_path / "b") == digest
+    assert checkpoint.weights_digest(str(tmp_path / "b")) == digest
     seen = {digest}
     for name in (*shards, "config.json"):
         file = tmp_path / "b" / name
         whole = file.read_bytes()
-        for place in (0, len(whole) // 2, len(whole) - 1):
+        for place in (0, len(whole) - 1):
             file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
             seen.add(checkpoint.weights_digest(tmp_path / "b"))
         file.write_bytes(whole)
-    assert len(seen) == 1 + 3 * (len(shards) + 1) > 7 and checkpoint.weights_digest(tmp_path / "b") == digest
+    assert len(seen) == 1 + 2 * (len(shards) + 1) > 5
     save_model(random_model(seed=1), tmp_path / "c")
     assert checkpoint.weights_digest(tmp_path / "c") not in seen
 

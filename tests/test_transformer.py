@@ -45,14 +45,8 @@ GEMMA3 |= dict(query_pre_attn_scalar=5, sliding_window=11)
 
 def stretched(factor):
     """Llama 3.1's scaling with an original context of 32. Of the 8 pairs some are left alone, some blended."""
-    return {
-        "rope_type": "llama3",
-        "rope_theta": 100.0,
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }
+    bounds = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+    return dict(rope_type="llama3", rope_theta=100.0, factor=factor) | bounds
 
 
 SMALL_HEADS = dict(head_dim=8)  # Qwen2 has no head_dim of its own
@@ -66,9 +60,7 @@ CASES = {
     "qwen2": LLAMA | SMALL_HEADS | dict(model_type="qwen2"),
     "qwen2-window": LLAMA
     | SMALL_HEADS
-    | dict(
-        model_type="qwen2", tie_word_embeddings=True, use_sliding_window=True, sliding_window=11, max_window_layers=1
-    ),
+    | dict(model_type="qwen2", use_sliding_window=True, sliding_window=11, max_window_layers=1),
     "qwen3": LLAMA | dict(model_type="qwen3", tie_word_embeddings=True),
     "gemma2": GEMMA,
     "gemma2-caps": GEMMA | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),  # the published caps
@@ -153,7 +145,6 @@ def test_logits_equal_those_of_transformers(checkpoints, name):
 
 OFF = [
     ("llama", dict(rope_theta=10000.0)),
-    ("llama", dict(rms_norm_eps=1e-5)),
     ("llama", dict(query_pre_attn_scalar=8.0)),  # 48 / 6: what head_dim is not
     ("llama", dict(hidden_act="gelu_pytorch_tanh")),
     ("llama-3.1", dict(rope_scaling=None)),
@@ -165,9 +156,6 @@ OFF = [
     ("qwen2-window", dict(local_layers=(True, True, True))),
     ("qwen3", dict(qk_norm=False)),
     ("gemma3", dict(qk_norm=False)),
-    ("gemma3", dict(norm_plus_one=False)),
-    ("gemma3", dict(post_norms=False)),
-    ("gemma3", dict(query_pre_attn_scalar=None)),
     ("gemma3", dict(rope_local_theta=None)),
     ("gemma3", dict(rope_theta=100.0)),
     ("gemma3", dict(sliding_window=12)),
@@ -177,27 +165,25 @@ OFF = [
     ("gemma2", dict(final_logit_softcapping=None)),
     ("gemma2-caps", dict(attn_logit_softcapping=None)),
     ("gemma2-caps", dict(final_logit_softcapping=None)),
-    ("gemma2", dict(sliding_window=10)),
     ("gemma2", dict(sliding_window=12)),
-    ("gemma2", dict(local_layers=())),
     ("gemma2", dict(local_layers=(False, True, False, True))),
     ("gemma2-layers", dict(local_layers=(True, False, True, False))),
     ("gemma2", dict(query_pre_attn_scalar=None)),
     ("gemma2", dict(norm_plus_one=False)),
     ("gemma2", dict(scale_embeddings=False)),
     ("gemma2", dict(post_norms=False)),
-    ("gemma2", dict(hidden_act="silu")),
 ]
 
 
-@pytest.mark.parametrize("name, changes", OFF, ids=[f"{name}-{'-'.join(changes)}" for name, changes in OFF])
+@pytest.mark.parametrize("name", dict(OFF))
 @torch.no_grad()
-def test_every_setting_bites(checkpoints, name, changes):
+def test_every_setting_bites(checkpoints, name):
     """So that the agreement above says something about each of them."""
-    _, theirs, ours = checkpoints(name)
-    tokens = random_tokens(2, LENGTH)
-    assert distance(variant(ours)(tokens), theirs(tokens).logits) < CLOSE  # the copy itself changes nothing
-    assert distance(variant(ours, **changes)(tokens), theirs(tokens).logits) > DIFFERENT
+    ours, tokens = checkpoints(name)[2], random_tokens(2, LENGTH)
+    logits = ours(tokens)
+    assert torch.equal(variant(ours)(tokens), logits)  # the copy itself changes nothing
+    for changes in (changes for other, changes in OFF if other == name):
+        assert distance(variant(ours, **changes)(tokens), logits) > DIFFERENT, changes
 
 
 @torch.no_grad()
@@ -209,7 +195,7 @@ def test_rope_scaling_has_all_three_kinds_of_pairs(checkpoints):
     assert scaled.dtype == torch.float32 and kept >= 1 and slowed >= 1 and kept + slowed < len(ratio)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*ONE_EACH, "llama-linear", "mistral-global", "gemma2-layers"])
 @torch.no_grad()
 def test_both_dialects_of_config_json(checkpoints, tmp_path, name):
     """transformers 5 writes `rope_parameters` and `layer_types`; we write the older words besides, as published files
@@ -249,7 +235,7 @@ def test_sparse_configs_mean_what_transformers_takes_them_to_mean(checkpoints, t
     assert ours.config.rope_theta == 10000.0
 
 
-@pytest.mark.parametrize("name", ["llama-3.1", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama-3.1", "gemma3"])
 @torch.no_grad()
 def test_bfloat16(checkpoints, name):
     """In bf16 we differ from transformers less than transformers differs from itself in fp32."""
@@ -285,7 +271,7 @@ def test_gemma_embedding_scale_is_rounded_to_the_models_dtype(tmp_path, dtype=to
     assert not torch.equal(entered[1], unrounded)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", *ONE_EACH])
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_gradients_equal_those_of_transformers(checkpoints, name):
     _, theirs, ours = checkpoints(name)
     tokens = random_tokens(2, 40, seed=2).clamp(min=1)  # transformers trains no embedding of Gemma's padding, 0
@@ -463,26 +449,13 @@ def test_attention_in_bfloat16_is_about_as_exact_as_the_fused_kernel(has_mask, T
         assert 0 < (a - c).norm() < 2 * (b - c).norm() and not torch.equal(a, b)
 
 
-def test_device_and_dtype():
-    model = network_of(CASES["gemma2"])
-    assert model.device == torch.device("cpu") and model.dtype == torch.float32
-    assert model.to(torch.bfloat16).dtype == torch.bfloat16
-    with torch.device("meta"):
-        assert Transformer(model.config).device.type == "meta"
-
-
 # ── Full size, on the meta device ────────────────────────────────────────────────────────────────────────────────────
 
 # config.json of published models, in little, and how many parameters they have.
-SHAPES = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-]
+SHAPES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+SHAPES += ["num_attention_heads", "num_key_value_heads"]
 FULL_SIZE = {
+    "smollm2": ([49152, 576, 1536, 30, 9, 3], dict(tie_word_embeddings=True), 134_515_008),  # SmolLM2-135M
     "llama": ([128256, 4096, 14336, 32, 32, 8], dict(head_dim=128), 8_030_261_248),  # Llama-3-8B
     "mistral": ([32000, 4096, 14336, 32, 32, 8], dict(head_dim=128), 7_241_732_096),  # Mistral-7B-v0.1
     "qwen2": ([151936, 896, 4864, 24, 14, 2], dict(tie_word_embeddings=True), 494_032_768),  # Qwen2.5-0.5B
@@ -497,6 +470,7 @@ def test_full_size_parameters_are_those_of_transformers(family):
     transformers = pytest.importorskip("transformers")
     shapes, more, count = FULL_SIZE[family]
     fields = dict(zip(SHAPES, shapes, strict=True)) | more
+    family = {"smollm2": "llama"}.get(family, family)
     fields |= dict(model_type=family, max_position_embeddings=8192, rms_norm_eps=1e-6, query_pre_attn_scalar=256)
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields))
@@ -567,7 +541,7 @@ def test_fresh_weights_are_repeatable_and_small():
 
 # ── Configurations that are refused ──────────────────────────────────────────────────────────────────────────────────
 
-NAN, INF = float("nan"), float("inf")
+INF = float("inf")
 
 
 def scaled(**changes):
@@ -575,48 +549,37 @@ def scaled(**changes):
 
 
 REFUSED = [
-    *((LLAMA, dict(model_type=other), other) for other in ("mixtral", "qwen3_moe", "qwen3_next", "gemma3n_text")),
+    *((LLAMA, dict(model_type=other), other) for other in ("mixtral", "qwen3_moe")),
     (LLAMA, dict(model_type=None), "model_type"),
     (LLAMA, dict(attention_bias=True), "attention_bias"),
-    (LLAMA, dict(mlp_bias=True), "mlp_bias"),
     (LLAMA, dict(hidden_act="gelu"), "hidden_act"),
     (LLAMA, dict(quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
     (LLAMA, dict(num_key_value_heads=4), "num_key_value_heads"),
     (LLAMA, dict(head_dim=15), "head_dim"),
     (LLAMA, dict(hidden_size=50, head_dim=None), "head_dim"),
-    (LLAMA, dict(vocab_size="67"), "vocab_size"),
     (LLAMA, dict(vocab_size=None), "vocab_size"),
     (LLAMA, dict(vocab_size=INF), "vocab_size"),
     (LLAMA, dict(hidden_size=48.5), "hidden_size"),
-    (LLAMA, dict(num_hidden_layers=0), "num_hidden_layers"),
-    (LLAMA, dict(rms_norm_eps=NAN), "rms_norm_eps"),
     (LLAMA, dict(tie_word_embeddings="false"), "tie_word_embeddings"),
     (LLAMA, dict(reset_token_id=V), "reset_token_id"),
     (LLAMA, dict(rope_parameters=None, rope_theta=-1.0), "rope_theta"),
-    (LLAMA, dict(rope_parameters=None, rope_theta="500000"), "rope_theta"),
     (LLAMA, dict(rope_parameters=None, rope_scaling="llama3"), "rope_scaling"),
     (LLAMA, dict(rope_parameters=None, rope_scaling={"type": "linear"}), "factor"),
     (LLAMA, dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rope_parameters"),
-    *((LLAMA, scaled(rope_type=kind), kind) for kind in ("yarn", "dynamic", "longrope")),
+    *((LLAMA, scaled(rope_type=kind), kind) for kind in ("yarn",)),
     *((LLAMA, scaled(**{name: None}), name) for name in stretched(8.0) if name not in ("rope_type", "rope_theta")),
     (LLAMA, scaled(high_freq_factor=1.0), "high_freq_factor"),
     (CASES["mistral"], dict(layer_types=["full_attention"] * 3), "layer_types"),
-    (CASES["mistral"], dict(sliding_window="4096"), "sliding_window"),
     (CASES["qwen2"], dict(layer_types=["sliding_attention"] * 3), "sliding_window"),
-    (CASES["qwen3"], dict(attention_bias=True), "attention_bias"),
     (CASES["qwen3"], dict(head_dim=None), "head_dim"),
     (CASES["qwen2-window"], dict(max_window_layers="28"), "max_window_layers"),
     (GEMMA, dict(hidden_activation="gelu"), "hidden_activation"),
     (GEMMA, dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
     (GEMMA, dict(query_pre_attn_scalar=None), "query_pre_attn_scalar"),
-    (GEMMA, dict(sliding_window=0), "sliding_window"),
     (GEMMA, dict(head_dim=None), "head_dim"),
-    (GEMMA, dict(attn_logit_softcapping=-50.0), "attn_logit_softcapping"),
-    (GEMMA, dict(layer_types=["sliding_attention"] * 3), "layer_types"),
     (GEMMA, dict(layer_types=["chunked_attention"] * 4), "layer_types"),
     (GEMMA, dict(layer_types=[["full_attention"]] * 4), "layer_types"),
     (GEMMA3, dict(rope_parameters={"rope_theta": 1e6}), "rope_parameters"),
-    (GEMMA3, dict(rope_local_base_freq=0), "rope_local_base_freq"),
     (GEMMA3, dict(sliding_window_pattern=-6), "sliding_window_pattern"),
 ]
 
