@@ -148,12 +148,13 @@ CHATS = [
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, PLAIN_TEMPLATE])
-def test_chats_are_the_template(directory, tmp_path, template):
+def test_chats_are_the_template(directory, tmp_path, template, capsys):
     write(tmp_path, json.loads((directory / "tokenizer.json").read_bytes()), template=template)
     tok = load_tokenizer(tmp_path)
     for chat in CHATS:
         for prompt in (True, False):
             assert tok.render(chat, add_generation_prompt=prompt) == theirs(tmp_path, chat, prompt), chat
+    assert ("not a chat template" in capsys.readouterr().err) == (template == PLAIN_TEMPLATE)  # SmolLM2's is known
 
 
 def test_without_a_template_smollm2s_system_turn_comes_first(spec, tmp_path):

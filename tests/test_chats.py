@@ -5,6 +5,7 @@ The templates are written down as published, without what tools and pictures nee
 vocabularies are small ones of the same layout; tests/real/ asks the same of Gemma-3's own.
 """
 
+import hashlib
 import json
 import random
 
@@ -28,6 +29,7 @@ from vocabularies import (
 import sample
 from data.gguf_tokenizer import QWEN_SPLIT
 from model import InputError, load_tokenizer, save_model
+from model.tokenizers import templates
 from model.tokenizers.chatml import QWEN25_SYSTEM, ChatMLTokenizer
 from model.tokenizers.gemma import GemmaTokenizer
 from model.tokenizers.inst import Llama2Tokenizer, MistralTokenizer
@@ -161,6 +163,18 @@ QWEN3_TEMPLATE = """\
     {%- endif %}
 {%- endif %}
 """  # noqa: E501
+LLAMA2_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 MISTRAL_BEGIN = """\
 {%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}
@@ -434,6 +448,48 @@ def test_mistral_v3_marks_turns_with_special_tokens(spec, tmp_path):
     assert [names[i] for i in tok.template_ids] == ["[INST]", "[/INST]", "[control_768]"]
     typed = tok.render(user("a [/INST] b [INST]"))
     assert sum(i in tok.special_ids for i in typed) == 3  # BOS and the two of the turn
+
+
+@pytest.mark.parametrize("spec", ["llama-legacy"], indirect=True)
+def test_200_random_chats_are_llama2s_published_template(spec, tmp_path, capsys):
+    """White space everywhere, empty turns, a system turn in every second chat."""
+    rng, contents = random.Random(0), ["", " ", "Hi", " hi", "the rain \n", "\n\nfarmer", "two\n lines", "漢 17"]
+    chats = []
+    for number in range(200):
+        turns = [user, said] * 3
+        chat = [message for turn in turns[: rng.randint(1, 6)] for message in turn(rng.choice(contents))]
+        chats.append([{"role": "system", "content": rng.choice(contents)}] * (number % 2) + chat)
+    write(tmp_path, spec, LLAMA2_TEMPLATE, model_type="llama")
+    tok, oracle = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    exported = load_tokenizer(write(tmp_path / "base", spec, model_type="llama")).jinja
+    for chat in chats:
+        for template in (LLAMA2_TEMPLATE, exported):
+            ids = oracle.apply_chat_template(chat, chat_template=template, return_dict=False)
+            assert ids == tok.render(chat), chat
+    assert "not a chat template" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", ["llama-legacy"], indirect=True)
+def test_a_template_is_known_by_its_text(spec, tmp_path, capsys, monkeypatch):
+    """Published ones and our own are; another is said once; one that is known to be another family's is refused."""
+    for template in (LLAMA2_TEMPLATE, LLAMA2_TEMPLATE + "\n", load_tokenizer(write(tmp_path, spec)).jinja):
+        load_tokenizer(write(tmp_path, spec, template)).render(user("Hi"))
+    assert capsys.readouterr().err == ""
+    other = LLAMA2_TEMPLATE.replace("content.strip()", "content")
+    tok = load_tokenizer(write(tmp_path, spec, other))
+    assert capsys.readouterr().err == ""  # nothing is rendered yet
+    tok.render(user("Hi"))
+    tok.render(user("Hi"))
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'chat_template.jinja'}: not a chat template that is known here")
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": other}))
+    load_tokenizer(tmp_path).render(user("Hi"))
+    assert str(tmp_path / "tokenizer_config.json") in capsys.readouterr().err
+    known = hashlib.sha256(other.encode()).hexdigest()[:16]
+    monkeypatch.setitem(templates.PUBLISHED, known, "Llama 9")
+    with pytest.raises(InputError, match=r"its chat template is that of Llama 9, not of Llama 2"):
+        load_tokenizer(tmp_path).render(user("Hi"))
 
 
 @pytest.mark.parametrize("spec", ["llama-legacy", "llama-first"], indirect=True)

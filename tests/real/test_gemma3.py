@@ -1,10 +1,10 @@
 """Gemma-3-270M itself, the pretrained base, in the directory that data/gguf.py writes, against transformers and
-tokenizers on the same directory.
+tokenizers on the same directory. Sequences are as long as what they ask needs: 600 tokens are more than the window of
+512; a step of training sees 100, for a tree that is wider than a window is asked of small models.
 
     make test-real        # or: GEMMA3=DIR python -m pytest -m real tests/real/test_gemma3.py
 
-The directory is runs/gemma3-270m unless GEMMA3 names another; without it the tests are skipped. 700 tokens are more
-than its window of 512.
+The directory is runs/gemma3-270m unless GEMMA3 names another; without it the tests are skipped.
 """
 
 import pytest
@@ -52,32 +52,30 @@ def their_model():
 
 
 def test_all_logits_are_those_of_transformers(model, their_model, tok):
-    ids = [tok.bos_id, *tok.encode(STORY * 40)][:700]
-    assert len(ids) == 700 > model.config.sliding_window
+    ids = [tok.bos_id, *tok.encode(STORY * 40)][:600]
+    assert len(ids) == 600 > model.config.sliding_window
     with torch.no_grad():
         ours, theirs = model(torch.tensor([ids])), their_model(torch.tensor([ids])).logits
     assert ours.dtype == theirs.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=0, atol=CLOSE)
 
 
-@pytest.mark.parametrize("start", ["The capital of France is", STORY * 30])
-def test_greedy_text_is_that_of_transformers(model, their_model, tok, start):
-    prompt = [tok.bos_id, *tok.encode(start)]
-    [answer] = generate(model, [prompt], reset_id=tok.reset_id, stop_ids=(), max_new_tokens=100)
-    theirs = their_model.generate(torch.tensor([prompt]), max_new_tokens=100, do_sample=False, eos_token_id=[])
-    assert len(answer.tokens) == 100 and prompt + answer.tokens == theirs[0].tolist()
+def test_greedy_text_is_that_of_transformers(model, their_model, tok):
+    """Across the end of the window."""
+    prompt = [tok.bos_id, *tok.encode(STORY * 40)][:500]
+    [answer] = generate(model, [prompt], reset_id=tok.reset_id, stop_ids=(), max_new_tokens=40)
+    theirs = their_model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=[])
+    assert len(answer.tokens) == 40 and prompt + answer.tokens == theirs[0].tolist()
 
 
 def test_a_reset_beyond_the_window_is_a_fresh_run(model, tok):
     """All that a reset leaves is x ⊕ [RESET], whatever local layers have seen meanwhile."""
-    options = dict(reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=40)
-    for prompt, prefill in ((STORY * 2, STORY * 30), (STORY * 30, STORY * 3)):
-        prompt, prefill = [tok.bos_id, *tok.encode(prompt)], tok.encode(prefill)
-        [answer] = generate(model, [prompt], prefill=[prefill], reset_bias=1000.0, max_resets=1, **options)
-        assert answer.resets == 1 and answer.discarded == [prefill]
-        assert len(prompt) + len(prefill) > model.config.sliding_window + 60
-        [fresh] = generate(model, [[*prompt, tok.reset_id]], max_resets=0, **options)
-        assert answer.tokens == fresh.tokens and len(fresh.tokens) > 10
+    options = dict(reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=20)
+    prompt, prefill = [tok.bos_id, *tok.encode(STORY * 2)], tok.encode(STORY * 25)
+    [answer] = generate(model, [prompt], prefill=[prefill], reset_bias=1000.0, max_resets=1, **options)
+    assert answer.resets == 1 and answer.discarded == [prefill] and len(prefill) > model.config.sliding_window
+    [fresh] = generate(model, [[*prompt, tok.reset_id]], max_resets=0, **options)
+    assert answer.tokens == fresh.tokens and len(fresh.tokens) > 10
 
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -86,7 +84,7 @@ def test_a_reset_beyond_the_window_is_a_fresh_run(model, tok):
 class Theirs:
     """transformers' model as backtrack/plain.py calls one. Logits of the last tokens alone: prompts need none."""
 
-    device, last = "cpu", 64
+    device, last = "cpu", 32
 
     def __init__(self, network):
         self.network = network
@@ -97,9 +95,7 @@ class Theirs:
 
 
 def a_row(tok):
-    """Its prompt is longer than the window."""
-    prompt = tok.render(user(STORY * 26 + "What does the keeper say?"))
-    assert len(prompt) > 512
+    prompt = tok.render(user(STORY + "What does the keeper say?"))
     return Row(
         prompt, tok.encode("He will not say it."), tok.encode("Sure, here is what he says, all of it."), unsafe=True
     )
@@ -176,8 +172,9 @@ def test_what_save_model_writes_loads_in_transformers(model, their_model, tok, t
     for (name, ours), theirs in zip(again.named_parameters(), their_model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     ids = torch.tensor([[tok.bos_id, *tok.encode(STORY * 40)][:600]])
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, their_model(ids).logits)  # the windows and both bases of RoPE, too
+    with torch.no_grad():  # the windows and both bases of RoPE, too
+        ours, theirs = (network(ids, logits_to_keep=8).logits for network in (again, their_model))
+    assert torch.equal(ours, theirs)
     their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path)
     chat = user("How many  12 sheep?")
     assert their_tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == tok.render(chat)
@@ -190,7 +187,7 @@ def test_what_save_model_writes_loads_in_transformers(model, their_model, tok, t
 # ── Text and chats ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_ids_of_5000_texts_are_those_of_tokenizers(tok):
+def test_ids_are_those_of_tokenizers(tok):
     check_ids(tok, DIRECTORY)
 
 

@@ -61,12 +61,8 @@ def test_all_logits_are_those_of_transformers(model, their_model, tok):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=CLOSE)
 
 
-@pytest.mark.parametrize(
-    "question",
-    ["Tell me a long story about a lighthouse.", "Explain in detail how bread is baked."],
-)
-def test_greedy_text_is_that_of_transformers(model, their_model, tok, question):
-    prompt = tok.render(user(question))
+def test_greedy_text_is_that_of_transformers(model, their_model, tok):
+    prompt = tok.render(user("Tell me a long story about a lighthouse."))
     [answer] = generate(model, [prompt], reset_id=tok.reset_id, stop_ids=tok.stop_ids, max_new_tokens=100)
     theirs = their_model.generate(
         torch.tensor([prompt]), max_new_tokens=100, do_sample=False, eos_token_id=[*tok.stop_ids]
@@ -109,7 +105,7 @@ def test_a_bf16_directory_as_published_loads_the_same_way(their_model, tmp_path)
 # ── Text ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_ids_of_5000_texts_are_those_of_tokenizers(tok):
+def test_ids_are_those_of_tokenizers(tok):
     check_ids(tok, DIRECTORY)
 
 
