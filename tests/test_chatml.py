@@ -158,10 +158,12 @@ def test_chats_are_the_template(directory, tmp_path, template, capsys):
 
 
 def test_without_a_template_smollm2s_system_turn_comes_first(spec, tmp_path):
+    """In what is rendered, and in the template that exports carry."""
     with_template = load_tokenizer(write(tmp_path / "with", spec))
     without = load_tokenizer(write(tmp_path / "without", spec, template=None))
+    write(tmp_path / "export", spec, template=without.jinja)
     for chat in CHATS:
-        assert without.render(chat) == with_template.render(chat)
+        assert without.render(chat) == with_template.render(chat) == theirs(tmp_path / "export", chat)
 
 
 def test_prompt_answer_and_turn_end_are_the_chat(tok):

@@ -8,10 +8,7 @@ import json
 import pytest
 import torch
 from models import LLAMA, network_of, prone_to, random_ids
-from samples import said, user
-from test_chatml import MISSING, trained
-from test_real_files import llama2_model, metas
-from test_tokenizer import GEMMA_MARKERS, GEMMA_TEXT_PIECES, chats, directories, gemma_in_transformers
+from test_tokenizer import chats, directories
 
 from backtrack.generate import generate
 from model import load_model, load_tokenizer, save_model
@@ -43,70 +40,14 @@ def saved(source, model=None):
 # ── The chat template ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_chats(directory, system):
+def test_a_template_that_writes_the_date_is_replaced_for_chats_were_trained_without(source):
+    (source / "tokenizer_config.json").write_text(json.dumps(NAMES | {"chat_template": DATED}))
+    directory = saved(source)
     tok, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
-    for chat in chats(system):
+    for chat in chats(system=True):
         for flag in (True, False):
             ids = theirs.apply_chat_template(chat, add_generation_prompt=flag, return_dict=False)
             assert ids == tok.render(chat, add_generation_prompt=flag), chat
-
-
-def test_a_llama3_base_gets_the_template_it_was_trained_with(source):
-    assert load_tokenizer(source).chat_template is None
-    check_chats(saved(source), system=True)
-
-
-@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
-def test_a_template_that_writes_the_date_is_replaced_for_chats_were_trained_without(source, file):
-    (source / "tokenizer_config.json").write_text(json.dumps(NAMES | {"chat_template": DATED}))
-    if file.endswith("jinja"):
-        (source / file).write_text(DATED)
-    check_chats(saved(source), system=True)
-
-
-def test_chatml_without_a_template_gets_smollm2s(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(json.dumps(trained(MISSING)))
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMES | names))
-    check_chats(saved(tmp_path), system=True)
-
-
-def test_the_templates_of_sentencepiece_models(directories, tmp_path):
-    """transformers' fast tokenizers read these files with a library that is not here, so they are built by hand."""
-    tok = load_tokenizer(directories / "gemma")
-    save_model(network_of(LLAMA, vocab_size=tok.vocab_size), tmp_path / "saved", tokenizer=tok)
-    ordinary = [piece for piece in GEMMA_TEXT_PIECES if piece != "▁▁"]
-    theirs = gemma_in_transformers(tmp_path / "saved" / "tokenizer.model", GEMMA_MARKERS, ordinary)
-    theirs.chat_template = (tmp_path / "saved" / "chat_template.jinja").read_text()
-    for chat in chats(system=False):
-        for flag in (True, False):
-            text = theirs.apply_chat_template(chat, add_generation_prompt=flag, tokenize=False)
-            assert theirs.encode(text, add_special_tokens=False) == tok.render(chat, add_generation_prompt=flag)
-    with pytest.raises(Exception, match="roles must go"):
-        theirs.apply_chat_template(said("Hi"), tokenize=False)
-
-
-def test_llama2s_template_writes_metas_chats(source, tmp_path):
-    import sentencepiece
-
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "tokenizer.model").write_bytes(llama2_model())
-    template = load_tokenizer(tmp_path / "two").jinja
-    theirs = transformers.AutoTokenizer.from_pretrained(source, bos_token="<s>", eos_token="</s>")
-    sp = sentencepiece.SentencePieceProcessor()
-    sp.LoadFromSerializedProto(llama2_model())
-    system = [{"role": "system", "content": "wrote it down."}]
-    for chat in (
-        user("the farmer "),
-        [*user("a"), *said(" b "), *user("c")],
-        system + user("a") + said("b") + user(""),
-    ):
-        text = theirs.apply_chat_template(chat, chat_template=template, tokenize=False)
-        ids = []
-        for part in text.split("<s>")[1:]:
-            body, end, _ = part.partition("</s>")
-            ids += [sp.bos_id(), *sp.encode(body), *([sp.eos_id()] if end else [])]
-        assert ids == metas(chat)
 
 
 # ── Where servers stop ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -171,9 +112,7 @@ def wavering(directories, tmp_path_factory):
     return saved(source, prone_to(tok.eos_id, model, times=3.0))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"max_resets": 0}, {"max_resets": 4}, {"reset_bias": 3.0, "max_resets": 2}, {"reset_bias": -50.0}]
-)
+@pytest.mark.parametrize("options", [{}, {"max_resets": 0}, {"reset_bias": 3.0, "max_resets": 2}])
 @torch.no_grad()
 def test_custom_generate_resets_as_ours_does(wavering, options):
     """A batch of padded prompts, some with a forced beginning."""
@@ -205,7 +144,7 @@ def test_custom_generate_resets_as_ours_does(wavering, options):
             assert answer[:end] == g.tokens, (p, g)
             assert out[row, width - forced - len(p) : width - forced].tolist() == p
         resets = {g.resets for g in expected}
-        assert resets == {0} if options in ({"max_resets": 0}, {"reset_bias": -50.0}) else len(resets) > 1
+        assert resets == {0} if options == {"max_resets": 0} else len(resets) > 1
 
 
 @torch.no_grad()
