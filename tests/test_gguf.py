@@ -60,37 +60,20 @@ def one(path, kind, data):
     return converter.numbers(path, tensors["w"])
 
 
-def test_numbers_by_hand(tmp_path):
-    numbers = [*range(-16, 15), 127]
-    block = struct.pack("<e32b", 0.5, *numbers) + struct.pack("<e32b", -2.0, *([-128] * 32))
-    weights = one(tmp_path / "a", Type.Q8_0, np.frombuffer(block, np.uint8).reshape(2, -1))
-    assert weights.dtype == np.float32 and weights.tolist() == [[0.5 * n for n in numbers], [256.0] * 32]
-    # Q4_1: weight i of a block is in the low half of byte i, weight 16 + i in its high half.
-    low, high = [*range(16)], [*range(15, -1, -1)]
-    block = struct.pack("<ee16B", 0.25, -1.0, *(a | b << 4 for a, b in zip(low, high, strict=True)))
-    weights = one(tmp_path / "b", Type.Q4_1, np.frombuffer(block, np.uint8).reshape(1, -1))
-    assert weights.tolist() == [[0.25 * n - 1 for n in low + high]]
+def test_numbers(tmp_path):
+    """The package gguf reads them: what comes out has its shape, and a type that it lacks is named."""
+    weights = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
+    for kind, error in (("F32", 0), ("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 0.02), ("Q4_1", 0.3), ("Q5_0", 0.2)):
+        found = one(tmp_path / kind, Type[kind], gguf.quantize(weights, Type[kind]))
+        assert found.dtype == np.float32 and np.abs(found - weights).max() <= error
     # Q4_K: eight groups of 32, here with scale 2 · 3 and minimum 0.5 · 5; two groups share 32 bytes.
     block = struct.pack("<ee", 2.0, 0.5) + bytes([3] * 4 + [5] * 4 + [3 | 5 << 4] * 4) + bytes([0xA1] * 128)
     weights = one(tmp_path / "c", Type.Q4_K, np.frombuffer(block, np.uint8).reshape(1, -1)).reshape(4, 2, 32)
     assert (weights[:, 0] == 6 * 1 - 2.5).all() and (weights[:, 1] == 6 * 10 - 2.5).all()
-    for value in (1e-5, 1e-6, 100000.0, 0.1):
-        assert converter.decimal(struct.unpack("<f", struct.pack("<f", value))[0]) == value
-
-
-def test_all_known_types(tmp_path):
-    weights = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
-    for kind, error in (("F32", 0), ("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 0.02), ("Q4_0", 0.5), ("Q4_1", 0.3)):
-        data = gguf.quantize(weights, Type[kind])
-        assert np.abs(one(tmp_path / kind, Type[kind], data) - weights).max() <= error
-    for kind in ("Q5_0", "Q5_1"):
-        assert np.abs(one(tmp_path / kind, Type[kind], gguf.quantize(weights, Type[kind])) - weights).max() < 0.2
-    for kind in ("Q4_K", "Q5_K", "Q6_K"):
-        size = gguf.GGML_QUANT_SIZES[Type[kind]][1]
-        read = one(tmp_path / kind, Type[kind], np.full((4, size), 1, np.uint8))
-        assert read.shape == (4, 256) and np.isfinite(read).all()
     with pytest.raises(InputError, match=r"tensor w has the type Q8_1.*Q4 to Q6"):
         one(tmp_path / "x", Type.Q8_1, np.zeros((1, 40), np.uint8))
+    for value in (1e-5, 1e-6, 100000.0, 0.1):
+        assert converter.decimal(struct.unpack("<f", struct.pack("<f", value))[0]) == value
 
 
 # ── Whole models ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -360,7 +343,7 @@ def test_bad_files_end_in_one_line_and_leave_nothing(llama, tmp_path, monkeypatc
     _, metadata, tensors = llama
     file, out = tmp_path / "a.gguf", tmp_path / "out"
     data = write(file, metadata, tensors).read_bytes()
-    for length in (0, 3, 20, 1000, len(data) // 2, len(data) - 40):
+    for length in (0, 20, len(data) // 2):
         file.write_bytes(data[:length])
         fails(out, file, "cut off, or not a GGUF file", of=[file])
     file.write_bytes(b"PK\x03\x04" + bytes(100))

@@ -11,6 +11,7 @@ import random
 import pytest
 import sentencepiece
 
+from model import load_tokenizer
 from model.tokenizers.llama3 import LLAMA3_SPLIT
 
 TEXT = (
@@ -51,6 +52,20 @@ def fuzz_texts(count, seed=0):
     for _ in range(count):
         chars = [chr(rng.randint(*rng.choice(ranges))) * rng.choice((1, 1, 1, 2, 3)) for _ in range(rng.randint(0, 30))]
         yield "".join(chars).replace("▁", "_")
+
+
+def check_ids(directory, texts):
+    """The ids of each text are those of tokenizers on the same file, and so is what comes back of them."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tok, spec = load_tokenizer(directory), json.loads((directory / "tokenizer.json").read_bytes())
+    # Without its special tokens, which it would find in text; those that are text stay.
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in tok.special_tokens]
+    oracle = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    texts = [*texts, *tok.special_tokens]
+    for text, encoding in zip(texts, oracle.encode_batch(texts, add_special_tokens=False), strict=True):
+        assert tok.encode(text) == encoding.ids, repr(text)
+        assert tok.decode(encoding.ids) == oracle.decode(encoding.ids), repr(text)
+        assert tok.special_ids.isdisjoint(encoding.ids)
 
 
 # ── Byte-level ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -50,21 +50,11 @@ def real_texts():
                     yield from strings(json.loads(line))
 
 
-def check_ids(tok, directory):
-    """2,000 texts, real ones of ../shared/data where that is there, give the ids of tokenizers and come back."""
-    tokenizers = pytest.importorskip("tokenizers")
-    spec = json.loads((directory / "tokenizer.json").read_bytes())
-    # Without its special tokens, which it would find in text; those that are text stay.
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in tok.special_tokens]
-    oracle = tokenizers.Tokenizer.from_str(json.dumps(spec))
+def some_texts():
+    """2,000 of them, half of them real if ../shared/data is there."""
     texts = sorted({text for text in real_texts() if len(text) > 20})
-    texts = random.Random(0).sample(texts, min(1000, len(texts))) + NASTY + list(tok.special_tokens)[:100]
-    texts += fuzz_texts(2000 - len(texts))
-    assert len(texts) == 2000
-    for text, encoding in zip(texts, oracle.encode_batch(texts, add_special_tokens=False), strict=True):
-        assert tok.encode(text) == encoding.ids, repr(text)
-        assert tok.decode(encoding.ids) == oracle.decode(encoding.ids), repr(text)
-        assert tok.special_ids.isdisjoint(encoding.ids)
+    texts = random.Random(0).sample(texts, min(1000, len(texts))) + NASTY
+    return texts + list(fuzz_texts(2000 - len(texts)))
 
 
 def conversations():

@@ -9,11 +9,12 @@ The directory is runs/gemma3-270m unless GEMMA3 names another; without it the te
 
 import pytest
 import torch
-from real import CLOSE, check_ids, conversations, model_in
+from real import CLOSE, conversations, model_in, some_texts
 from safetensors.torch import load_file
 from samples import row_of, user, write
 from test_chats import GEMMA3_TEMPLATE
 from training import trained
+from vocabularies import check_ids
 
 import train
 from backtrack import plain
@@ -132,7 +133,7 @@ def test_a_step_of_dpo_is_that_of_separate_sequences(model, their_model, tok):
     with torch.no_grad():  # else all losses are ln 2, whatever the log-probabilities
         for name, weight in reference.named_parameters():
             if name.endswith("post_feedforward_layernorm.weight"):
-                weight += 0.05
+                weight += 0.3
     tree = pair_tree(dpo_pairs(row, k, j, tok), {"discourage": 1.0, "elicit": 1.0}, max_length=1024)
     batch = make_batch([tree])
     with torch.no_grad():
@@ -140,7 +141,7 @@ def test_a_step_of_dpo_is_that_of_separate_sequences(model, their_model, tok):
     sides = pairs_of(batch.by_sequence(train.logprobs(model, batch)))
     ours = train.dpo_loss(*sides, *before, beta).sum()
     terms = plain.dpo_losses(Theirs(their_model), reference, row, k, j, tok, beta)
-    assert abs(ours.item() - 2 * 0.6931) > 0.01
+    assert max(abs(term.item() - 0.6931) for term in terms.values()) > 0.02
     check_step(model, their_model, ours, sum(terms.values()))
 
 
@@ -187,8 +188,8 @@ def test_what_save_model_writes_loads_in_transformers(model, their_model, tok, t
 # ── Text and chats ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_ids_are_those_of_tokenizers(tok):
-    check_ids(tok, DIRECTORY)
+def test_ids_are_those_of_tokenizers():
+    check_ids(DIRECTORY, some_texts())
 
 
 def test_20_chats_are_googles_template(tok):

@@ -11,8 +11,9 @@ import random
 
 import pytest
 import torch
-from real import CLOSE, check_ids, conversations, model_in
+from real import CLOSE, conversations, model_in, some_texts
 from samples import user
+from vocabularies import check_ids
 
 from backtrack.generate import generate
 from model import load_model, load_tokenizer, save_model
@@ -105,8 +106,8 @@ def test_a_bf16_directory_as_published_loads_the_same_way(their_model, tmp_path)
 # ── Text ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_ids_are_those_of_tokenizers(tok):
-    check_ids(tok, DIRECTORY)
+def test_ids_are_those_of_tokenizers():
+    check_ids(DIRECTORY, some_texts())
 
 
 def test_the_text_of_a_token_is_that_token(tok):
