@@ -211,14 +211,6 @@ def test_paths_are_compared_resolved(place, tmp_path, asked, monkeypatch):
     assert len(asked) == 6
 
 
-def test_every_out_has_answers_of_its_own(place, tmp_path, asked):
-    """Also one with a dot in its name, or none."""
-    for n, name in enumerate(("eval.v1", "eval.v2", "eval.v1.json", "other"), start=1):
-        evaluated(place, tmp_path / name, "--seed", n)
-        assert len(asked) == 6 * n
-    assert len(list(tmp_path.iterdir())) == 8
-
-
 @pytest.mark.parametrize("what", ["directory", "file in the way", "answers"])
 def test_a_bad_out_shows_before_the_work(place, tmp_path, asked, what):
     out = tmp_path / "a.json"
@@ -311,12 +303,6 @@ def test_mt_bench_keeps_the_resets(place, tmp_path, questions):
     bench(place / "one", tmp_path, "--reset-bias", 50, "--max-resets", 2)
     for line in (tmp_path / "answers/one.jsonl").read_text().splitlines():
         assert json.loads(line)["choices"][0]["resets"] == [2, 2]
-
-
-@pytest.mark.parametrize("flags", ["--on-reset truncate keep", "--temperature 1"])
-def test_mt_bench_takes_one_of_each(place, tmp_path, questions, asked, flags):
-    assert "--mt-bench" in bench(place / "one", tmp_path, *flags.split(), code=2).splitlines()[-1]
-    assert not asked and not (tmp_path / "answers").exists()
 
 
 def test_a_long_mt_bench_question_is_left_out(place, tmp_path, questions):
