@@ -184,6 +184,10 @@ def test_what_config_json_leaves_out_is_taken_as_transformers_does_and_said(tmp_
         config = ModelConfig.from_hf(fields)
         theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(fields)))
         assert config.max_position_embeddings == theirs.max_position_embeddings, config.model_type
+    gaps = ("rope_theta", "rope_local_base_freq", "sliding_window_pattern")
+    config = ModelConfig.from_hf({k: v for k, v in models.GEMMA3.items() if k not in gaps} | dict(num_hidden_layers=7))
+    assert (config.rope_theta, config.rope_local_theta) == (1e6, 1e4)
+    assert config.local_layers == (True, True, True, True, True, False, True)
     save_model(random_model(LLAMA | dict(hidden_size=18)), tmp_path)
     assert capsys.readouterr().err == ""
     edit_config(tmp_path, drop=["max_position_embeddings"])

@@ -182,6 +182,12 @@ def test_two_writers_with_one_out(world, tmp_path, unbroken):
     assert {p.name for p in tmp_path.iterdir()} == {"out", "link", "other"}
 
 
+def test_a_lock_file_that_its_holder_has_just_removed_is_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.fcntl, "flock", lambda fd, how: (tmp_path / ".lock-out").unlink())
+    with pytest.raises(InputError, match="another process has just finished"), files.locked(tmp_path / "out"):
+        pass
+
+
 def test_without_locks_nobody_is_stopped(world, tmp_path, monkeypatch, unbroken):
     def flock(fd, how):
         raise OSError(errno.ENOLCK, "No locks available")
