@@ -11,7 +11,6 @@ import random
 
 import pytest
 import torch
-from command import command
 from models import LLAMA, network_of, prone_to
 from samples import said, user
 from vocabularies import (
@@ -27,7 +26,6 @@ from vocabularies import (
     train_sentencepiece,
 )
 
-import sample
 from data.gguf_tokenizer import QWEN_SPLIT
 from model import InputError, load_tokenizer, save_model
 from model.tokenizers import templates
@@ -546,11 +544,3 @@ def test_a_reset_that_was_padding_is_not_taken_for_padding(tmp_path):
     assert torch.equal(answers, theirs.generate(ids, reset_bias=-100.0, **options))  # nothing was reset
     ended = [row.tolist().index(tok.eos_id, 5) for row in answers if tok.eos_id in row[5:]]
     assert min(ended) < answers.shape[1] - 1  # some answers have padding behind them
-
-
-def test_the_command_line_says_so_in_one_line(tmp_path):
-    spec = {"model": {"type": "WordPiece"}, "pre_tokenizer": None, "added_tokens": []}
-    save_model(network_of(LLAMA), tmp_path / "m")
-    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(spec))
-    _, said = command(sample.main, "--ckpt", tmp_path / "m", "--prompt", "Hi", code=2)
-    assert "a WordPiece tokenizer" in said and said.count("\n") == 1
