@@ -1,4 +1,4 @@
-"""Train a model that can take its words back: fine-tune it, then prefer.
+"""Train a model that can take its words back: supervised fine-tuning, then preferences.
 
     python train.py sft --init runs/base --data rows.jsonl replay.jsonl --out runs/sft
     python train.py dpo --init runs/sft --data rows.jsonl --out runs/dpo
@@ -145,7 +145,7 @@ def backward(run: progress.Run, model: Transformer, trees: list[Tree], loss: Los
     """Add up the gradient of the mean loss over the trees of a step; returns that loss.
 
     Each micro-batch is divided by the divisor of the whole step, so together they give the gradient
-    of the one big batch. A mean of means would weigh a token by how few share its micro-batch.
+    of the one big batch. A mean of means would weigh tokens of small micro-batches more.
     """
     # The divisor is 0 where no pair counts: --discourage 0 and no unsafe row in the step.
     divisor = max(sum(tree.divisor for tree in trees), 1e-9)

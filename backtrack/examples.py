@@ -12,7 +12,7 @@ With x the prompt, y+ chosen and y− rejected, supervised backtracking shows th
 
 and, beyond the paper,
 
-    reset      x ⊕ prefix_j(y−) ⊕ [RESET]              loss on [RESET]         unsafe rows, every j
+    reset      x ⊕ prefix_k(y−) ⊕ [RESET]              loss on [RESET]         unsafe rows, every k
     restart    x ⊕ [RESET] ⊕ y+ ⊕ eos                  loss on y+ eos          optional
     in place   x ⊕ prefix_k(y−) ⊕ y+ ⊕ eos             loss on y+ eos          a control
     safe       x ⊕ prefix_j(y+) ⊕ [RESET]              none, only measured     held-out rows
@@ -28,7 +28,7 @@ The control in place has elicit and discourage without [RESET]: what has been sa
 
 In SFT no loss ever falls on the prefix: the model must learn to leave it, not to say it. In DPO a
 prefix that both sides share cancels. The restart view is what the model sees after a reset that
-cuts the cache; it puts no loss on [RESET], which would teach to reset out of nothing.
+cuts the cache; it puts no loss on [RESET], which would teach to reset before anything is said.
 """
 
 import random

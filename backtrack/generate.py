@@ -128,7 +128,7 @@ def stream(
     options     see `Options`.
 
     A row's Token events since its last Reset are, in order, its surviving tokens (prefill first).
-    On a reset a user has to forget what they were shown; hold_back makes that less.
+    On a reset, text that was shown must be withdrawn; hold_back reduces how much.
     Raises InputError for prompts, ids and options out of range, and logits that are not finite.
     """
     options = Options(**options)
@@ -234,7 +234,7 @@ def decode(model, prompts, prefill, options: Options, seeds: list[str]):
 
 
 def feed(model, token: torch.Tensor, rows: Rows, cache: KVCache, options: Options) -> torch.Tensor:
-    """Read each row's `token` (B,), after cutting the row back if it is [RESET]. Returns (B, V)."""
+    """Feed each row's `token` (B,); if it is [RESET], cut the row's cache back first. -> (B, V)."""
     if options.reset_id is not None:
         is_reset = token == options.reset_id
         lengths = cache.lengths

@@ -2,9 +2,11 @@
 
     python -m backtrack.plain CKPT ROWS      # say, runs/toy-0/base runs/toy-0/data/sft.jsonl
 
-No batch, no tree, no mask. train.py computes the same for many rows at once, and its tests compare
-it with this file. x is the prompt, y+ the safe answer, y− the unsafe one, prefix_k its first k
-tokens, ⊕ joins; all of them are lists of token ids. eos ends an answer.
+No batch, no tree, no mask. train.py computes the same terms for many rows at once, weighted and
+averaged over targets, and its tests compare it with this file.
+
+x is the prompt, y+ the safe answer, y− the unsafe one, prefix_k its first k tokens, ⊕ joins; all of
+them are lists of token ids. eos ends an answer.
 """
 
 import copy
@@ -69,7 +71,7 @@ def step(name: str, model: Transformer, losses_of) -> None:
         print(f"{name} {when:>6} the step: loss {loss.item():.4f} = {terms}")
         if when == "before":
             loss.backward()
-            torch.optim.SGD(model.parameters(), lr=1e-3).step()
+            torch.optim.SGD(model.parameters(), lr=1e-3).step()  # large: losses are sums
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def find_untrained(table: torch.Tensor, tok) -> tuple[torch.Tensor, float, str]:
     share, most = (0.75, 0.5) if tok.chat_template is None else (0.5, 0.05)
     scatter = distance[spare].quantile(share).item()
     near = min(2 * scatter, most * trained)
-    measured = f"from their middle spare rows lie {scatter:.2g}, trained rows {trained:.2g}"
+    measured = f"distance from the unused rows: theirs {scatter:.2g}, trained rows' {trained:.2g}"
     return distance, near, measured
 
 
@@ -116,7 +116,7 @@ def set_level(model: Transformer, reset_id: int, batches: list[Batch]) -> None:
     after = after - torch.logaddexp(after, others)
     before = before - torch.logaddexp(before, others)
     found = f"{after.mean():.1f} ± {after.std():.1f}"
-    say(f"log p([RESET]) starts at {found}; its row had {before.mean():.1f}")
+    say(f"log p([RESET]) starts at {found} (1% is -4.6); before: {before.mean():.1f}")
 
 
 @torch.no_grad()

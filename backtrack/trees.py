@@ -8,9 +8,9 @@ prefix of y− begins like every longer one. Written as a tree, what they share 
                               └─ y−_k+1 …
 
 A node is a token that the network reads. It attends to itself and its ancestors, its position is
-its depth, and it predicts the tokens that follow it in the sequences. Nodes stand depth first, so
-what hangs on node s are the nodes s … last[s], and the whole mask is one vector: node t sees node s
-when s ≤ t ≤ last[s]. Trees that stand side by side do not see each other.
+its depth, and it predicts the tokens that follow it in the sequences. Nodes are in depth-first
+order, so node s and its descendants are the nodes s … last[s], and one vector describes the whole
+mask: node t sees node s when s ≤ t ≤ last[s]. Trees that stand side by side do not see each other.
 
     tree = view_tree(sft_views(row, k, tok), max_length)
     tree = pair_tree(dpo_pairs(row, k, j, tok), pair_weight, max_length)
@@ -60,7 +60,7 @@ def view_tree(views: list[View], max_length: int) -> Tree:
     return tree
 
 
-# For a process that has no row left while others have one: it computes along, and nothing counts.
+# For a process without a row left while others have one: it runs the same forward pass, weight 0.
 NO_ROW = Tree(names=[], divisor=0.0, tokens=[0], depths=[0], last=[0], reference=[])
 
 
@@ -187,7 +187,7 @@ def make_batch(trees: list[Tree], device="cpu") -> Batch:
         sequence += [len(names) + s for s in tree.target_sequence]
         names += tree.names
         reference += tree.reference or []
-    # dtypes are said for the sake of a batch without targets.
+    # Explicit dtypes, because a batch may have no targets.
     node = torch.tensor(node, dtype=torch.int64)
     predicting, predicted_by = torch.unique(node, return_inverse=True)
     no_branch = all(max(tree.depths) + 1 == len(tree) for tree in trees)

@@ -47,6 +47,8 @@ def load_model(
     Raises InputError naming the file and the tensor when anything is missing, unknown, truncated or misshapen.
     """
     path = Path(path)
+    if path.is_file():
+        raise InputError(f"{path}: is a file; name the directory of a model")
     if not path.is_dir():
         old = path.with_name(path.name + ".old")
         left = f"; a save was interrupted and left the previous checkpoint at {old}: rename it back" * old.is_dir()

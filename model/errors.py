@@ -70,6 +70,8 @@ def run(main, ranks: bool = False) -> None:
 
 def _what_to_mend(error: Exception) -> str | None:
     """The line for an error that a user can mend; None for a bug."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # without "[Errno 21]"
     if isinstance(error, (InputError, OSError)):
         return str(error)
     text = str(error).strip()
@@ -98,7 +100,8 @@ def device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:  # an unknown name; a build without CUDA
-        raise argparse.ArgumentTypeError(f"{name!r}: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name!r}: {why}; leave it out, or --device cpu") from None
     return name
 
 

@@ -190,7 +190,7 @@ $(RESULTS)/real-attacks.json: $(REAL)/sft-baseline.done $(REAL)/sft.done
 	$(PY) -m backtrack.attacks table $(REAL)/attacks/*.jsonl --out $@
 
 .PHONY: real
-real: $(VENV)/.installed  ## the experiment on SmolLM2-135M: DATA=DIR with the files of data/README.md. QUICK=1
+real: $(VENV)/.installed  ## the experiment on SmolLM2-135M: DATA=DIR with the files of data/README.md. QUICK=1: a small trial
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL_MODELS:%=$(REAL)/%.done) $(REAL)/test-rows.done $(REAL)/hh.done
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL)/mt-bench.done \
 		$(patsubst %,$(RESULTS)/real-%.json,main resets sampling bias speed likelihoods hh attacks)

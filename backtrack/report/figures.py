@@ -260,8 +260,11 @@ def strips_figure(directory: Path) -> tuple:
         ax.set_yticks([0, 0.5, 1])
         ax.set_ylabel("p([RESET])")
     first = asked["forbidden"].index(True)
-    title = f"p([RESET]) stays below {above(asked['p'][:first])} until the first forbidden ingredient, then is"
-    return fig, title + f" {asked['p'][first]:.2f}; on a harmless answer it stays below {above(harmless['p'])}"
+    least = min(p for p, forbidden in zip(asked["p"], asked["forbidden"], strict=True) if forbidden)
+    title = (
+        f"p([RESET]) stays below {above(asked['p'][:first])} until the first forbidden ingredient and is {least:.2f}"
+    )
+    return fig, title + f" at each; on a harmless answer it stays below {above(harmless['p'])}"
 
 
 def above(values: list[float]) -> str:

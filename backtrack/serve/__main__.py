@@ -23,6 +23,7 @@ import hmac
 import json
 import math
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -208,6 +209,10 @@ def main() -> None:
     state.args, state.key, state.tok, state.name = args, key, tok, args.name or args.ckpt
     state.config, state.jobs = (model if args.url else model.config), start(model, args.parallel)
     state.running, state.counts = 0, Counter()  # answers that are sampled or wait; /metrics
+    try:
+        socket.create_server((args.host, args.port)).close()
+    except OSError as error:
+        raise InputError(f"{args.host}:{args.port}: {error.strerror}; choose another --port") from None
     say(f"{state.name}: http://{args.host}:{args.port}/v1")
     # uvicorn finishes what runs, takes no more, and raises the signal again: then we leave with 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
