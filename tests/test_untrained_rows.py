@@ -69,7 +69,7 @@ def test_untrained_rows_are_told_from_trained_ones(case):
         fresh, left, measured = set_untrained_rows(table, tok)
         assert fresh == [RESET, *expected] and set(left) == {*tok.template_ids} - {*fresh}
         assert (table != before).any(dim=1).nonzero()[:, 0].tolist() == fresh
-        assert "spare rows lie" in measured
+        assert "distance from the unused rows" in measured
         mean = before[-ORDINARY:].mean(dim=0)
         assert ((table[fresh] - mean).norm(dim=1) < 0.5 * rows["ordinary"]).all()
 
