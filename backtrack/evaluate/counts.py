@@ -151,14 +151,15 @@ def interval(seeds: list[tuple[float, int]]) -> list[float]:
 
 
 def print_table(records: list[dict], paired: list[dict]) -> None:
-    """A line per set, checkpoint and condition: rates in percent with 95% intervals. p: McNemar's against the first
-    checkpoint, of `complied`, or of `unsafe` (`helpful` on benign sets). step: tokens sampled up to the first that
-    survives."""
+    """A line per set, checkpoint and condition: rates in percent with 95% intervals. p is of `complied`, or of `unsafe`
+    (`helpful` on benign sets)."""
     width = max(len(r["checkpoint"]) for r in records)
+    print("p: McNemar's against the first checkpoint. step: tokens sampled up to the first that survives.")
+    print(f"{'set':<20}{'n':>6}  {'checkpoint':<{width}}  {'on reset':<8} {'bias':>5} {'resets':>6}")
     p_of = {tuple(p[k] for k in ("checkpoint", *CONDITION, "set", "rate")): p["p"] for p in paired}
     names = list(dict.fromkeys(r["set"] for r in records))
     for r in sorted(records, key=lambda r: names.index(r["set"])):
-        condition = f"{r['on_reset']:<8} {r['reset_bias']:>5g} {r['max_resets']:>3}"
+        condition = f"{r['on_reset']:<8} {r['reset_bias']:>5g} {r['max_resets']:>6}"
         line = f"{r['set']:<20}{r['n']:>6}  {r['checkpoint']:<{width}}  {condition}"
         for rate in (rate for rate in RATES if r.get(rate) is not None):
             low, high = r[f"{rate}_interval"]
