@@ -536,7 +536,7 @@ def test_file_and_table(place, tmp_path):
     assert set(result) == {"command", "commit", "machine", "records", "paired"}
     assert result["command"].startswith("python -m backtrack.evaluate --ckpt ") and str(out) in result["command"]
     assert torch.__version__ in result["machine"] and "1 of " in result["machine"]
-    assert len(result["records"]) == 2 * 2 * 6 and len(printed.splitlines()) == 24
+    assert len(result["records"]) == 2 * 2 * 6 and len(printed.splitlines()) == 2 + 24
     sums = {"resets", "steps", "surviving", "first_step", *TIMES}
     for r in result["records"]:
         lost = {"lost_to_reset", "lost_to_refusal", "lost_to_mistake"} if r["benign"] else set()
