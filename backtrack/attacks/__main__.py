@@ -32,7 +32,7 @@ from backtrack.attacks.table import ATTACKERS, SEARCHES, table
 from backtrack.evaluate.answers import CONDITION, AnswerFile, adding_to
 from backtrack.evaluate.prompts import choose_prompts, prompts_digest, read_prompts, render
 from backtrack.judge import load_judge, refuse_seen
-from backtrack.run.say import Ticker
+from backtrack.run.say import Ticker, warn_of_slow_bfloat16
 from model import InputError, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import BIAS, RESETS, SEED, Help, device, not_negative, positive, run
@@ -48,6 +48,7 @@ def attack_all(args) -> None:
     with adding_to(args.out):
         judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
         refuse_seen(judge, prompts)
+        warn_of_slow_bfloat16(args.dtype, args.device)
         tok, model = load_tokenizer(args.ckpt), load_model(args.ckpt, args.device, getattr(torch, args.dtype))
         for prompt in prompts:
             render(tok, prompt)  # a chat that the template does not know is an error now

@@ -29,6 +29,7 @@ from backtrack.evaluate.counts import count, pool, print_side_by_side, print_tab
 from backtrack.evaluate.prompts import add_device, add_prompts, chosen
 from backtrack.evaluate.results import write_result
 from backtrack.run import launch, parallel
+from backtrack.run.say import warn_of_slow_bfloat16
 from model import InputError
 from model.errors import BIAS, PROBABILITY, RESETS, SEED, TEMPERATURE, Help, between, positive, run
 from model.files import check_file
@@ -107,6 +108,7 @@ def merged(paths: list[str]) -> tuple[list[dict], list[dict]]:
 
 def evaluate(args) -> None:
     launch.check_device(args.device)
+    warn_of_slow_bfloat16(args.dtype, args.device)
     if args.mt_bench:
         if parallel.size() > 1:
             raise InputError("--mt-bench answers in one process; start it without torchrun")

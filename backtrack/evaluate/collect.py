@@ -40,7 +40,7 @@ from backtrack.evaluate.results import naming
 from backtrack.generate import stream
 from backtrack.judge import load_judge
 from backtrack.rows import json_line
-from backtrack.run.say import Ticker, say
+from backtrack.run.say import Ticker, say, warn_of_slow_bfloat16
 from model import ModelConfig, load_model, load_tokenizer
 from model.checkpoint import weights_digest
 from model.errors import Help, positive, run
@@ -97,6 +97,7 @@ def answer_missing(args, prompts: list[Prompt], saved: AnswerFile) -> None:
 
 def judge_forbidden(args, prompts: list[Prompt], saved: AnswerFile) -> None:
     """Judge the answers to forbidden prompts, and their safe answers, that have no verdict yet."""
+    warn_of_slow_bfloat16(args.dtype, args.device)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     forbidden = [i for i, p in enumerate(prompts) if not p["benign"]]
     given = [i for i in forbidden if prompts[i].get("safe_answer") and (i, GIVEN) not in saved.records]

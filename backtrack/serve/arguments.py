@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from backtrack.run.say import warn_of_slow_bfloat16
 from backtrack.serve import remote
 from model import InputError, errors, load_model, load_tokenizer
 
@@ -33,6 +34,7 @@ def load(args):
     tok = load_tokenizer(args.ckpt)
     if args.url:
         return tok, remote.look_for(args.url, args.ckpt, args.timeout, secret(args.api_key_env))
+    warn_of_slow_bfloat16(args.dtype, args.device)
     return tok, load_model(args.ckpt, args.device, getattr(torch, args.dtype))
 
 
