@@ -54,7 +54,7 @@ def some_texts():
     """2,000 of them, half of them real if ../shared/data is there."""
     texts = sorted({text for text in real_texts() if len(text) > 20})
     texts = random.Random(0).sample(texts, min(1000, len(texts))) + NASTY
-    return texts + list(fuzz_texts(2000 - len(texts)))
+    return texts + list(fuzz_texts(5000 - len(texts)))
 
 
 def conversations():
