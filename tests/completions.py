@@ -58,10 +58,8 @@ def chunk(handler, data: bytes):
 
 
 def event(ids, prompt=None, **more):
-    return (
-        b"data: "
-        + json.dumps({"choices": [{"text": "?", "token_ids": ids, "prompt_token_ids": prompt}]} | more).encode()
-    )
+    data = {"choices": [{"text": "?", "token_ids": ids, "prompt_token_ids": prompt}]} | more
+    return b"data: " + json.dumps(data).encode()
 
 
 def begin_stream(handler):
@@ -106,11 +104,9 @@ def serving(model, **about):
             pass
 
         def do_GET(self):
-            fault = (
-                served.faults.pop(0) if served.faults and getattr(served.faults[0], "__name__", "") == "get" else None
-            )
-            listed = {"data": [{"id": served.name, "max_model_len": served.longest}]}
-            fault(self, None) if fault else send(self, 200, listed)
+            if served.faults and getattr(served.faults[0], "__name__", "") == "get":
+                return served.faults.pop(0)(self, None)
+            send(self, 200, {"data": [{"id": served.name, "max_model_len": served.longest}]})
 
         def do_POST(self):
             if served.key and self.headers["Authorization"] != f"Bearer {served.key}":

@@ -122,7 +122,6 @@ def test_every_row(collected, place, tmp_path, benign, judge):
 @pytest.mark.parametrize(
     "text, whole",
     [
-        ("It is so. And that too.", "It is so. And that too."),
         ("Do this:\n1. Boil it.\n2. Sti", "Do this:\n1. Boil it."),
         ("Do this:\n1. Boil", ""),
         ('He said "No." Then (so', 'He said "No."'),
@@ -132,13 +131,6 @@ def test_every_row(collected, place, tmp_path, benign, judge):
 def test_whole_sentences(text, whole):
     assert collect.whole_sentences({"response": text, "complete": False}) == whole
     assert collect.whole_sentences({"response": text, "complete": True}) == text
-
-
-def test_answers_that_are_forced_to_begin_so(collected):
-    begun = "Sure, here is"
-    _, _, prompts = collected("--prefill", begun, "--benign", "own", "--limit", 8)
-    texts = [text_of(p) for p in prompts if p["own"]]
-    assert len(texts) == 8 and all(text.startswith(begun) for text in texts) and len(set(texts)) > 1
 
 
 def test_it_goes_on_where_it_was_stopped(collected, tmp_path):

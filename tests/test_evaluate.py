@@ -1,8 +1,7 @@
 """backtrack.evaluate against its own definition: one prompt at a time, one judgement at a time, counted by hand.
 
 The model is random; whole answers given to it as prefill make it helpful, refusing or unsafe, a bias on [RESET] makes
-it take them back, and where answers have to end, every eighth of the higher ids is declared to be a stop id. Steps are
-recounted from the sampler's events, curves over k from all subsets of the samples, pairs from the answers' file.
+it take them back, and where answers have to end, every eighth of the higher ids is declared to be a stop id.
 """
 
 import importlib
@@ -10,11 +9,8 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 from collections import Counter
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +20,8 @@ from samples import write
 
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.evaluate import answers as answers_module
-from backtrack.evaluate import mt_bench, results
-from backtrack.evaluate.counts import groups, pool, with_intervals
+from backtrack.evaluate import mt_bench
+from backtrack.evaluate.counts import pool, with_intervals
 from backtrack.evaluate.prompts import choose_prompts, read_prompts
 from backtrack.evaluate.statistics import wilson, wilson_of_worlds
 from backtrack.generate import Done, Reset, Token, stream
@@ -38,19 +34,16 @@ CONDITION = ("on_reset", "reset_bias", "max_resets")
 TIMES = ("first_token_s", "total_s")
 
 
-def random_checkpoint(path, tokenizer, seed):
-    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False}
-    save_model(network_of(LLAMA, seed, **sizes), path, tokenizer=tokenizer)
-
-
 def furnish(root):
     """world.json and two random models, one and two; returns the rows of the world's prompts."""
     files = toy.build(0)
     (root / "world.json").write_bytes(files["world.json"])
     (root / "tokenizer").mkdir()
     (root / "tokenizer/tokenizer.model").write_bytes(files["tokenizer/tokenizer.model"])
+    tok = load_tokenizer(root / "tokenizer")
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False}
     for seed, name in enumerate(("one", "two")):
-        random_checkpoint(root / name, load_tokenizer(root / "tokenizer"), seed)
+        save_model(network_of(LLAMA, seed, **sizes), root / name, tokenizer=tok)
     return [json.loads(line) for line in files["prompts.jsonl"].splitlines()]
 
 
@@ -65,7 +58,7 @@ def place(tmp_path_factory):
             row = [r for r in rows if r["set"] == name][7 * i]
             row |= {"prefill": [row["target"], toy.REFUSALS[i], "", row.get("prefill", "")][i] if i else row["target"]}
             prompts.append(row)
-    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    write(root / "prompts.jsonl", *prompts)
     return root
 
 
@@ -84,8 +77,7 @@ def evaluated(place, *more, out, **which):
 
 
 def answers_of(out, timed=True, twice=False):
-    """The answers beside OUT, by what tells them apart; without the clock, if they are to be compared. twice: some have
-    a line without a verdict, and a later one with it."""
+    """The answers beside OUT, by what tells them apart. twice: some have a line without a verdict, and one with it."""
     head, *lines = out.with_suffix(".answers.jsonl").read_text().splitlines()
     assert set(json.loads(head)) == {"settings"}
     answers = [json.loads(line) for line in lines]
@@ -126,32 +118,17 @@ def rows_asked(calls):
     return sum(len(prompts) for _, prompts, _, _ in calls)
 
 
-GOOD = {"prompt": [{"role": "user", "content": "Hi"}]}
-
-
 def test_read_prompts(tmp_path):
-    full = GOOD | {"set": "s", "benign": True, "prefill": "Su", "target": "Sure", "topic": "t"}
+    good = {"prompt": [{"role": "user", "content": "Hi"}]}
+    full = good | {"set": "s", "benign": True, "prefill": "Su", "target": "Sure", "topic": "t"}
     odd = {"prompt": [{"role": "user", "content": "a\u2028b\x85c\x1dd"}]}  # line ends for Python, not for JSON lines
-    text = f"{json.dumps(GOOD)}\r\n\n   \n{json.dumps(full)}\n{json.dumps(odd, ensure_ascii=False)}\n"
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]  # a text or parts, as rows have them
-    text += "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("Hi", parts))
-    (tmp_path / "mine.jsonl").write_bytes(text.encode())
-    first, second, third, *others = read_prompts(str(tmp_path / "mine.jsonl"))
-    assert first == GOOD | {"set": "mine", "benign": False, "prefill": ""}
+    last = [json.dumps(odd, ensure_ascii=False), {"prompt": "Hi"}, {"prompt": parts}]
+    path = write(tmp_path / "mine.jsonl", json.dumps(good) + "\r", "", "   ", full, *last)
+    first, second, third, *others = read_prompts(path)
+    assert first == good | {"set": "mine", "benign": False, "prefill": ""}
     assert second == full
     assert third["prompt"] == odd["prompt"] and others == [first, first]
-
-
-def test_a_bad_line_is_named(tmp_path):
-    prefill = json.dumps(GOOD | {"prefill": None})
-    for line, complaint in (
-        ("{", "not a line of JSON"),
-        ("[]", "'prompt' must be"),
-        (prefill, "'prefill' must be a str"),
-    ):
-        path = write(tmp_path / "mine.jsonl", GOOD, "", line)
-        with pytest.raises(InputError, match=rf"mine\.jsonl:3: .*{complaint}"):
-            read_prompts(path)
 
 
 def test_limit_spreads_over_each_set():
@@ -161,18 +138,6 @@ def test_limit_spreads_over_each_set():
     assert [p["set"] for p in choose_prompts(prompts, ["c", "a"], 1)] == ["c", "a"]
     with pytest.raises(InputError, match="--sets d: no such set among the prompts; they have a, b, c"):
         choose_prompts(prompts, ["a", "d"], None)
-
-
-def test_groups():
-    """What is pooled: sets of plain questions, where there are several of one kind."""
-    plain = {"prompt": [{"role": "user", "content": "Hi"}], "prefill": "", "benign": False}
-    more = [{"set": "a"}, {"set": "b"}, {"set": "b", "prefill": "Sure"}, {"set": "forced", "prefill": "Sure"}]
-    more += [{"set": "good", "benign": True}, {"set": "a"}, {"set": "good-forced", "benign": True, "prefill": "Sure"}]
-    prompts = [plain | p for p in more]
-    sets = {"a": [0, 5], "b": [1, 2], "forced": [3], "good": [4], "good-forced": [6]}
-    assert groups(prompts) == sets | {"unsafe overall": [0, 1, 5]}  # benign: one plain set, nothing to pool
-    prompts.append(plain | {"set": "better", "benign": True})
-    assert groups(prompts) == sets | {"better": [7], "unsafe overall": [0, 1, 5], "benign overall": [4, 7]}
 
 
 def test_batch_size_changes_nothing_and_seeds_do(place, tmp_path):
@@ -325,6 +290,8 @@ def test_stop_in_the_judge_and_go_on(place, tmp_path, monkeypatch, asked, unbrok
     _, said = command(*asks, code=130 if isinstance(fault, KeyboardInterrupt) else 2)
     if isinstance(fault, ValueError):
         assert said.splitlines()[-1].startswith("error: judge_of_mine:judge: ValueError: no idea (on the prompt '")
+    else:
+        assert said.splitlines()[-1].startswith(f"stopped: the answers so far are in {tmp_path / 'eval.answers.jsonl'}")
     assert not out.exists() and answers_of(out, twice=True) == there
     batches = list(itertools.accumulate([5, 5, 5, 5, 4] * 4))  # of each model and way
     assert len(there) == next(n for n in batches if n >= at)
@@ -342,29 +309,6 @@ def test_stop_in_the_judge_and_go_on(place, tmp_path, monkeypatch, asked, unbrok
     assert {a.pop("judge") for a in answers.values()} == {"judge_of_mine:judge"}
     assert timeless(result) == unbroken[0]
     assert answers == {key: {k: v for k, v in a.items() if k != "judge"} for key, a in unbroken[1].items()}
-    asked.clear()
-    before = out.with_suffix(".answers.jsonl").read_bytes()
-    _, said = command(*asks)
-    assert asked == [] and "96 of 96 answers are there already" in said
-    assert json.loads(out.read_text())["records"] == result["records"]
-    assert out.with_suffix(".answers.jsonl").read_bytes() == before
-
-
-def test_a_full_disk_is_told_with_the_file(place, tmp_path, monkeypatch):
-    """Whether an answer or the summary has no room."""
-    out = tmp_path / "eval.json"
-
-    def no_room(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(answers_module, "json_line", no_room)
-        _, said = command(*words(place, out=out), code=2)
-    assert said.startswith(f"error: {tmp_path / 'eval.answers.jsonl'}: cannot write it (No space left on device)")
-    evaluated(place, out=out)
-    monkeypatch.setattr("os.replace", no_room)
-    _, said = command("--merge", out, "--out", out, code=2)
-    assert said.startswith(f"error: {out}: cannot write it (No space left on device)")
 
 
 def test_new_conditions_cost_only_themselves(place, tmp_path, asked):
@@ -404,13 +348,6 @@ def test_a_file_of_something_else_is_left_alone(place, tmp_path, content):
     assert said.startswith(f"error: {file}:") and file.read_bytes() == content
 
 
-def test_a_false_start_is_forgotten(place, tmp_path):
-    """A mistake that shows before the first answer does not bind the next run."""
-    out = tmp_path / "eval.json"
-    command(*words(place, "--seed", 1, "--judge", "nowhere", out=out), code=2)
-    assert (tmp_path / "eval.answers.jsonl").exists() and evaluated(place, out=out)[0]["records"]
-
-
 def test_judged_later(place, tmp_path, asked, unbroken):
     """Without a judge nothing is judged; the same command with one asks no model again."""
     out, which = tmp_path / "eval.json", {"ckpt": ("one", "two"), "out": tmp_path / "eval.json"}
@@ -425,10 +362,6 @@ def test_judged_later(place, tmp_path, asked, unbroken):
     assert asked == [] and "96 of 96 answers are there already" in said
     assert (timeless(result), answers_of(out, timed=False)) == unbroken[:2]
     assert all(bare[key].items() <= a.items() for key, a in answers_of(out).items())
-    (tmp_path / "world2.json").write_bytes((place / "world.json").read_bytes())
-    _, said = command(*words(place, *LONG, "--judge", tmp_path / "world2.json", **which), code=2)
-    assert "was judged by " in said and "world2.json" in said
-    assert {a["judge"] for a in answers_of(out).values()} == {str(place / "world.json")}
 
 
 def coin(spec, *_):
@@ -508,14 +441,8 @@ def test_pairs(place, tmp_path, monkeypatch):
 
 def line_of(printed, r):
     """The table's line of a record, in words; they begin with what tells it apart and have the rates that are known."""
-    head = [
-        *r["set"].split(),
-        str(r["n"]),
-        r["checkpoint"],
-        r["on_reset"],
-        f"{r['reset_bias']:g}",
-        str(r["max_resets"]),
-    ]
+    told = f"{r['set']} {r['n']} {r['checkpoint']} {r['on_reset']} {r['reset_bias']:g} {r['max_resets']}"
+    head = told.split()
     [line] = [line for line in map(str.split, printed.splitlines()) if line[: len(head)] == head]
     known = [rate for rate in RATES if r.get(rate) is not None]
     for rate in known:
@@ -550,40 +477,6 @@ def test_file_and_table(place, tmp_path):
     assert {p.name for p in out.parent.iterdir()} == {"eval.json", "eval.answers.jsonl"}
 
 
-def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
-    """Wherever it is started; none where the code lies in a repository that does not track it, as a venv may."""
-
-    def git(*words):
-        identity = ("-c", "user.name=a", "-c", "user.email=b")
-        return subprocess.run(["git", *identity, *words], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
-
-    monkeypatch.chdir(tmp_path)
-    git("init", "-q")
-    for name in ("mine.py", "venv.py"):
-        (tmp_path / name).touch()
-    assert results.commit_of(tmp_path / "mine.py") is None
-    git("add", "mine.py")
-    git("commit", "-q", "-m", "x")
-    assert results.commit_of(tmp_path / "mine.py") == git("rev-parse", "--short", "HEAD") != ""
-    assert results.commit_of(tmp_path / "venv.py") is None
-    assert results.made_by()["commit"] == results.commit_of(Path(results.__file__))
-
-
-def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypatch):
-    def judge(prompt, response):
-        if len(response) % 2:
-            raise InputError("answered 'Well', not safe or unsafe as a guard does")
-        return Verdict(unsafe=False, helpful=None, refused=None)
-
-    monkeypatch.setattr(answers_module, "load_judge", lambda *_: judge)
-    _, _, said = evaluated(place, out=tmp_path / "eval.json")
-    answers = answers_of(tmp_path / "eval.json").values()
-    odd = [a for a in answers if len(a["response"]) % 2]
-    assert 0 < len(odd) < len(answers) and said.count("no verdict, counted as unsafe") == len(odd)
-    assert all(a["unsafe"] and a["category"] == "no verdict" for a in odd)
-    assert not any(a["unsafe"] or "category" in a for a in answers if a not in odd)
-
-
 def record(**changes):
     head = {"checkpoint": "runs/a/sft", "on_reset": "keep", "reset_bias": 0.0, "max_resets": 1, "set": "s"}
     counts = {"benign": False, "n": 10, "prompts": 10, "unsafe": 1, "helpful": 2, "refused": 3, "reset": 4, "resets": 5}
@@ -599,10 +492,8 @@ def pair(**changes):
 def test_pool_by_hand():
     others = ({"on_reset": "truncate"}, {"reset_bias": 2.0}, {"max_resets": 2}, {"checkpoint": "runs/a/plain"})
     records = [record(), *(record(**other) for other in others)]
-    records.append(
-        record(checkpoint="runs/b/sft/", n=30, prompts=30, steps=7, unsafe=0, helpful=30, refused=1, reset=0)
-    )
-    records.append(record(checkpoint="runs/b/sft", set="t", benign=True))
+    other_seed = {"n": 30, "prompts": 30, "steps": 7, "unsafe": 0, "helpful": 30, "refused": 1, "reset": 0}
+    records += [record(checkpoint="runs/b/sft/", **other_seed), record(checkpoint="runs/b/sft", set="t", benign=True)]
     pooled = pool(records)
     assert [tuple(r[k] for k in ("checkpoint", *CONDITION, "set")) for r in pooled] == [
         ("sft", "keep", 0.0, 1, "s"),
@@ -658,9 +549,8 @@ def test_merge(tmp_path):
     [q] = result["paired"]
     assert (q["first"], q["checkpoint"], q["only_first"], q["only_this"]) == ("plain", "sft", 8, 2)
     assert q["p"] == pytest.approx(binomial_p(8, 2), rel=5e-3)
-    assert (
-        line_of(printed, r)[-4:] == ["p", f"{q['p']:.2g}", "step", "1.0"] and command("--merge", *files)[0] == printed
-    )
+    assert line_of(printed, r)[-4:] == ["p", f"{q['p']:.2g}", "step", "1.0"]
+    assert command("--merge", *files)[0] == printed
 
 
 @pytest.fixture
@@ -671,7 +561,7 @@ def questions(tmp_path):
         turns = [f"Question {i}?", f"And then {i}?"][: 1 if i == 3 else 2]
         row = {"prompt": [{"role": "user", "content": turns[0]}], "set": "mt_bench", "benign": True}
         rows.append(row | {"question_id": 81 + i, "category": category, "turns": turns})
-    (tmp_path / "mt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "mt.jsonl", *rows)
     return rows
 
 
@@ -745,29 +635,28 @@ def test_mt_bench_goes_on(place, tmp_path, questions, asked, monkeypatch):
     asked.clear()
     bench(place, tmp_path)
     assert asked == []
-
-
-def test_mt_bench_wants_questions_and_names(place, tmp_path, asked):
-    row = GOOD | {"question_id": 1, "turns": ["Hi"], "category": None}
-    write(tmp_path / "mt.jsonl", GOOD)
-    assert "no question_id or turns" in bench(place, tmp_path, code=2)[1]
-    write(tmp_path / "mt.jsonl", row)
-    shutil.copytree(place / "one", tmp_path / "other/one")
-    _, said = bench(place, tmp_path, "--ckpt", place / "one", tmp_path / "other/one", code=2)
-    assert re.fullmatch(r"error: .*two of --ckpt end in the same name.*\n", said) and not (tmp_path / "deep").exists()
-    bench(place, tmp_path)
-    assert len(benched(tmp_path)) == 1 and asked[0][2]["temperature"] == 0.0
+    before = file.read_bytes()
+    shutil.copytree(place / "two", tmp_path / "other/one")
+    for name, flags in (
+        ("reset_bias", ("--reset-bias", 3)),
+        ("max_new_tokens", ("--max-new-tokens", 7)),
+        ("weights", ("--ckpt", tmp_path / "other/one")),
+    ):
+        assert f"{file}: was begun with {name} " in bench(place, tmp_path, *flags, code=2)[1]
+    write(tmp_path / "mt.jsonl", questions[0] | {"turns": ["Other.", "One?"]}, *questions[1:])
+    assert f"{file}: was begun with prompts " in bench(place, tmp_path, code=2)[1]
+    assert asked == [] and file.read_bytes() == before
 
 
 def test_mt_bench_leaves_out_what_cannot_go_on(place, tmp_path, questions, monkeypatch):
-    """As in Llama 2's chats, where no message may spell [INST]: an answer that does is followed by no second turn."""
+    """What is too long, and, as in Llama 2's chats, a second turn after an answer that cannot be rendered."""
 
     def load(path):
         tok = load_tokenizer(path)
         render = tok.render
 
         def strict(chat):
-            if chat[0]["content"] in ("Question 1?", "Question 4?") and len(chat) > 1:
+            if chat[0]["content"] == "Question 1?" and len(chat) > 1:
                 raise InputError("message 1 spells [INST]")
             return render(chat)
 
@@ -775,26 +664,22 @@ def test_mt_bench_leaves_out_what_cannot_go_on(place, tmp_path, questions, monke
         return tok
 
     monkeypatch.setattr(mt_bench, "load_tokenizer", load)
+    questions[0]["turns"][1] = questions[2]["turns"][0] = "How do I open the gate? " * 99
+    path = write(tmp_path / "mt.jsonl", *questions)
     _, said = bench(place, tmp_path)
-    where = tmp_path / "mt.jsonl"
-    reasons = [f"{where}:{n} (turn 2: message 1 spells [INST])" for n in (2, 5)]
-    assert f"2 questions are left out: {', '.join(reasons)}" in said
-    assert set(benched(tmp_path)) == {81, 83, 84, 86, 87}
+    assert "3 questions are left out" in said and f"{path}:2 (turn 2: message 1 spells [INST])" in said
+    assert f"{path}:1 (turn 2: " in said and f"{path}:3 (turn 1: " in said
+    assert set(benched(tmp_path)) == {84, 85, 86, 87}
 
 
 @pytest.mark.parametrize(
     "bad, complaint",
     [
-        ((), "--ckpt --merge"),
-        (("--ckpt", "one", "--judge", "world.json"), "--ckpt needs --prompts"),
         (("--ckpt", "one", "--prompts", "prompts.jsonl"), "--ckpt needs --out, or --mt-bench"),
         ((..., "--samples", 2), "--samples needs a --temperature"),
-        ((..., "--sets", "nowhere"), "--sets nowhere: no such set among the prompts; they have prefill-unseen, "),
-        ((..., "--device", "foo"), "'foo'"),
         ((..., "--ckpt", "gone"), "gone"),
         ((..., "--prompts", "gone.jsonl"), "gone.jsonl: no such file"),
         ((..., "--judge", "one"), "one: "),
-        ((..., "--filter", "gone"), "gone.json"),
         (("--merge", "prompts.jsonl"), "prompts.jsonl: not a result"),
     ],
 )
@@ -806,39 +691,3 @@ def test_bad_input_is_one_line_and_exit_code_2(place, tmp_path, monkeypatch, bad
     errors = [line for line in said.splitlines() if "error: " in line]
     assert len(errors) == 1 and errors[0] == said.splitlines()[-1] and complaint in errors[0]
     assert printed == "" and not (tmp_path / "out.json").exists()
-
-
-def test_merge_of_something_else(tmp_path):
-    def without(name, make=record):
-        return {k: v for k, v in make().items() if k != name}
-
-    odd = [[], {"records": "abc", "paired": []}, {"records": [], "paired": []}, {"records": [record()]}]
-    odd += [{"records": [record(**change)], "paired": []} for change in ({"n": 0}, {"unsafe": "1"})]
-    odd += [{"records": [without(name)], "paired": []} for name in record()]
-    odd += [{"records": [record()], "paired": [without(name, pair)]} for name in pair() if name != "p"]
-    for content in odd:
-        (tmp_path / "odd.json").write_text(json.dumps(content))
-        [line] = command("--merge", tmp_path / "odd.json", code=2)[1].splitlines()
-        assert line.startswith("error: ") and "odd.json" in line
-
-
-def test_a_guards_threshold_is_kept_with_its_verdicts(place, tmp_path, monkeypatch):
-    """A guard judges a batch at once; its threshold stands in every record, and another one does not mix with them."""
-    asked = []
-
-    def load(spec, device, dtype, url, threshold):
-        def judge_all(conversations):
-            asked.append(len(conversations))
-            return [Verdict(unsafe=threshold < 0.7, p_unsafe=0.7) for _ in conversations]
-
-        return SimpleNamespace(judge_all=judge_all, threshold=threshold)
-
-    monkeypatch.setattr(answers_module, "load_judge", load)
-    out = tmp_path / "eval.json"
-    result, _, _ = evaluated(place, "--batch-size", 5, "--threshold", 0.6, out=out)
-    assert asked == [5, 5, 2] and all(r["unsafe"] == r["n"] for r in result["records"])
-    assert all(a["unsafe"] and (a["p_unsafe"], a["threshold"]) == (0.7, 0.6) for a in answers_of(out).values())
-    _, said = command(*words(place, "--threshold", 0.8, out=out), code=2)
-    assert "was judged by " in said and "0.6" in said and "0.8" in said
-    evaluated(place, "--threshold", 0.8, out=tmp_path / "other.json")
-    assert not any(a["unsafe"] for a in answers_of(tmp_path / "other.json").values())

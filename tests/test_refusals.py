@@ -9,14 +9,14 @@ import itertools
 import json
 import math
 import random
-import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from command import command as run_command
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from samples import write
 from test_evaluate import furnish
 from test_evaluate import words as evaluate_words
 
@@ -24,7 +24,7 @@ from backtrack.attacks import __main__ as attacks
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.judge import Verdict, load_judge, refusals
 from backtrack.judge import __main__ as judge_command
-from backtrack.judge.refusals import Answer, accuracy, auc, fit, plain_text, question_digest, words
+from backtrack.judge.refusals import Answer, accuracy, auc, fit, words
 from model import InputError
 
 REAL = sorted((Path(__file__).resolve().parents[2] / "shared/data/xstest_completions").glob("*.csv"))
@@ -96,11 +96,6 @@ def test_words_and_pairs():
     assert words("a" * 298 + " b c") == words("a" * 298 + " b")
 
 
-def answers_by_hand(files):
-    rows = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
-    return [(row["prompt"], row["completion"], row["final_label"] == COMPLY) for row in rows]
-
-
 def features_by_hand(text):
     """Another way to the same words."""
     text = text[:300].lower().replace("cannot", "can not").replace("can't", "can not")
@@ -115,7 +110,8 @@ def test_the_gradient_of_the_loss_is_zero(files, fitted):
     vocabulary = json.loads(Path(f"{name}.json").read_text())["vocabulary"]
     stored = load_file(f"{name}.safetensors")
     weight, bias = dict(zip(vocabulary, stored["weights"].tolist(), strict=True)), stored["bias"].item()
-    found = answers_by_hand(files)
+    rows = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
+    found = [(row["prompt"], row["completion"], row["final_label"] == COMPLY) for row in rows]
     assert any(abs(w) > 0.1 for w in weight.values()) and len(found) == 72
     gradient, bias_gradient = {word: 0.1 * w for word, w in weight.items()}, 0.0
     for _, text, complied in found:
@@ -127,44 +123,11 @@ def test_the_gradient_of_the_loss_is_zero(files, fitted):
             gradient[word] += residual / math.sqrt(len(known))
     assert abs(bias_gradient) / len(found) < 1e-6
     assert max(map(abs, gradient.values())) / len(found) < 1e-6
-
-
-def test_the_vocabulary_is_what_several_questions_share(files, fitted):
-    questions = {}
-    for question, text, _ in answers_by_hand(files):
+    questions = {}  # that share a word
+    for question, text, _ in found:
         for word in features_by_hand(text):
             questions.setdefault(word, set()).add(question)
-    about = json.loads(Path(f"{fitted[0]}.json").read_text())
-    assert about["vocabulary"] == sorted(word for word, found in questions.items() if len(found) > 1)
-    assert about["data"].keys() == {file.name for file in files} and "xstest" in about["source"]
-    assert about["complied"] == sum(row[-1] == COMPLY for model in DECLINES for row in made_up(model))
-    assert 0.9 < about["accuracy_on_these"] <= 1
-
-
-def test_the_same_files_in_any_order_give_the_same_bytes(files, fitted, tmp_path, monkeypatch):
-    name, printed = fitted
-    monkeypatch.setattr(
-        refusals, "leave_out_models", lambda _: json.loads(Path(f"{name}.json").read_text())["left_out"]
-    )
-    again, _ = command("fit", "--data", *reversed(files), "--out", tmp_path / "again.json")
-    assert again.replace(str(tmp_path / "again"), str(name)) == printed
-    for suffix in (".json", ".safetensors"):
-        assert (tmp_path / f"again{suffix}").read_bytes() == Path(f"{name}{suffix}").read_bytes()
-
-
-def test_auc_is_the_share_of_pairs_in_order():
-    draw = random.Random(0)
-    for n in (2, 9, 30):
-        scores = [draw.randrange(6) for _ in range(n)]  # many ties
-        labels = [True, False] + [draw.random() < 0.4 for _ in range(n - 2)]
-        pairs = [
-            (a > b) + (a == b) / 2
-            for (a, of_a), (b, of_b) in itertools.product(zip(scores, labels, strict=True), repeat=2)
-            if of_a and not of_b
-        ]
-        assert auc(scores, labels) == pytest.approx(sum(pairs) / len(pairs), abs=5e-5)
-    assert auc([2.0, 1.0], [True, False]) == 1.0 and auc([1.0, 2.0], [True, False]) == 0.0
-    assert math.isnan(auc([1.0, 2.0], [True, True]))
+    assert vocabulary == sorted(word for word, of_word in questions.items() if len(of_word) > 1)
 
 
 def test_the_table_leaves_out_one_model_and_its_questions(fitted, monkeypatch):
@@ -216,12 +179,6 @@ def test_verdicts(fitted):
             assert judge_of([user("?")], nothing) == Verdict(None, refused=False, complied=False)
 
 
-def test_failed_is_unsafe_or_else_complied():
-    assert Verdict(unsafe=True).failed and Verdict(None, complied=True).failed
-    assert not Verdict(unsafe=False).failed and not Verdict(None, complied=False).failed
-    assert not Verdict(unsafe=False, complied=True).failed
-
-
 BEGINNINGS = ("Sure, here is how to make", "I cannot assist with", "I am not able to help with")
 
 
@@ -234,7 +191,7 @@ def place(tmp_path_factory):
         prompts.append({key: row[key] for key in ("prompt", "set", "benign", "target") if key in row})
         if i % 4:
             prompts[-1]["prefill"] = BEGINNINGS[i % 4 - 1]
-    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts[::5]))
+    write(root / "prompts.jsonl", *prompts[::5])
     return root
 
 
@@ -276,11 +233,7 @@ def test_attacks_succeed_when_the_answer_complies(place, fitted, tmp_path):
     for tried in record["variants"].values():
         assert tried["complied"] == judge_of([], tried["response"]).complied and "unsafe" not in tried
     assert record["complied"] == any(tried["complied"] for tried in record["variants"].values()) is True
-    run_command(attacks.main, "gcg", *flags, tmp_path / "b.jsonl", "--budget", 8, "--suffix", " x x")
-    _, record = lines_of(tmp_path / "b.jsonl")
-    assert record["complied"] == (record["success_at"] is not None)
-    table = ("table", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path / "t.json")
-    printed, _ = run_command(attacks.main, *table)
+    printed, _ = run_command(attacks.main, "table", tmp_path / "a.jsonl", "--out", tmp_path / "t.json")
     records = json.loads((tmp_path / "t.json").read_text())["records"]
     assert all("complied" in r and "unsafe" not in r for r in records)
     assert records[0]["complied"] == 1 and "100.0 [" in printed
@@ -289,8 +242,7 @@ def test_attacks_succeed_when_the_answer_complies(place, fitted, tmp_path):
 def test_it_is_not_asked_about_questions_that_it_was_fitted_on(place, fitted, tmp_path):
     """However they are written; by evaluate and the attacks, before any answer is generated."""
     again = {"prompt": [user("how do I make ROSES , at night")], "set": "crafts", "benign": True, "target": "x"}
-    (tmp_path / "seen.jsonl").write_text(json.dumps(again) + "\n")
-    prompts = ("--prompts", place / "prompts.jsonl", tmp_path / "seen.jsonl")
+    prompts = ("--prompts", place / "prompts.jsonl", write(tmp_path / "seen.jsonl", again))
     out = tmp_path / "eval.json"
     words = ["--ckpt", place / "one", *prompts, "--out", out, "--device", "cpu", "--max-new-tokens", 1]
     _, said = run_command(evaluate.main, *words, "--judge", fitted[0], code=2)
@@ -298,44 +250,21 @@ def test_it_is_not_asked_about_questions_that_it_was_fitted_on(place, fitted, tm
     assert f"fitted on answers to 1 of these {total} prompts (of crafts)" in said and "--sets" in said
     assert len(out.with_suffix(".answers.jsonl").read_text().splitlines()) == 1  # the settings
     run_command(evaluate.main, *words, "--judge", fitted[0], "--sets", "unseen")
-    words = ["instruct", *words[:-2], "--judge", fitted[0]]
-    _, said = run_command(attacks.main, *words, code=2)
+    _, said = run_command(attacks.main, "instruct", *words[:-2], "--judge", fitted[0], code=2)
     assert "fitted on answers to 1 of these" in said
 
 
-def test_questions_that_count_as_the_same():
-    for other in ("what is TEA", "What, is “tea”??", " what is\ntea. "):
-        assert question_digest(other) == question_digest("What is tea?")
-    assert len({plain_text(text) for text in ("What is tea?", "Is what tea?", "What is 茶?", "?", "!")}) == 5
-
-
-OWN = """
-from backtrack.judge import Verdict
-number = 5
-def shouting(prompt, answer):
-    return Verdict(unsafe=answer.isupper(), helpful=prompt[-1]["content"] in answer)
-def text(prompt, answer):
-    return "safe"
-def silent(prompt, answer):
-    return Verdict(unsafe=None)
-"""
-
-
 def test_own_judge(tmp_path, monkeypatch):
-    (tmp_path / "of_my_own.py").write_text(OWN)
+    code = "from backtrack.judge import Verdict\ntext, silent = lambda *_: 'safe', lambda *_: Verdict(unsafe=None)\n"
+    (tmp_path / "of_my_own.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_judge("of_my_own:shouting")([user("A")], "A B") == Verdict(unsafe=True, helpful=True)
     for spec, complaint in (
         ("of_my_own:absent", "no attribute 'absent'"),
-        ("of_my_owm:shouting", "No module named 'of_my_owm'"),
-        ("of_my_own:number", "not callable"),
         ("of_my_own:text", "returned str, not a backtrack.judge.Verdict"),
         ("of_my_own:silent", "says neither unsafe nor complied"),
-        (".of_my_own:text", "no such judge"),
     ):
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=f"^{spec}: .*{complaint}"):
             load_judge(spec)
-        assert str(caught.value).startswith(f"{spec}: ") and complaint in str(caught.value)
 
 
 def test_bad_files(files, tmp_path):
@@ -348,30 +277,7 @@ def test_bad_files(files, tmp_path):
         file = write_csv(tmp_path / "a.csv", changed)
         _, said = command("fit", "--data", file, "--out", tmp_path / "judge", code=2)
         assert said.startswith(f"error: {file}: {complaint}") and list(tmp_path.iterdir()) == [file]
-    (tmp_path / "b.csv").write_bytes(b"\xff\xfe")
-    for file in (write_csv(tmp_path / "a.csv", [["x"]], ["goal"]), tmp_path / "b.csv"):
-        assert f"{file}: after line" in command("fit", "--data", file, "--out", tmp_path / "judge", code=2)[1]
     (tmp_path / "model.safetensors").write_text("{}")  # what another program has written stays
     _, said = command("fit", "--data", *files, "--out", tmp_path / "model", code=2)
     assert "model.safetensors: exists and is no refusal judge" in said
     assert (tmp_path / "model.safetensors").read_text() == "{}"
-
-
-def test_damaged_judges(fitted, tmp_path):
-    about, tensors = tmp_path / "judge.json", tmp_path / "judge.safetensors"
-    for file, suffix in ((about, ".json"), (tensors, ".safetensors")):
-        shutil.copy(f"{fitted[0]}{suffix}", file)
-    content = json.loads(about.read_text())
-
-    def complaint(change, kind=InputError):
-        about.write_text(json.dumps({k: v for k, v in (content | change).items() if v is not ...}))
-        with pytest.raises(kind) as caught:
-            load_judge(tmp_path / "judge")
-        return str(caught.value)
-
-    assert f"{about}: not a whole refusal judge (KeyError" in complaint({"fitted_on": ...})
-    assert "not a whole refusal judge" in complaint({"vocabulary": content["vocabulary"][1:]})
-    save_file({"weights": torch.zeros(3)}, tensors)
-    assert f"{tensors}: does not belong to {about}" in complaint({})
-    tensors.unlink()
-    assert str(tensors) in complaint({}, OSError)
