@@ -9,8 +9,10 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from samples import write
 
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.evaluate import answers as answers_module
-from backtrack.evaluate import mt_bench
+from backtrack.evaluate import mt_bench, results
 from backtrack.evaluate.counts import pool, with_intervals
 from backtrack.evaluate.prompts import choose_prompts, read_prompts
 from backtrack.evaluate.statistics import wilson, wilson_of_worlds
@@ -691,3 +693,39 @@ def test_bad_input_is_one_line_and_exit_code_2(place, tmp_path, monkeypatch, bad
     errors = [line for line in said.splitlines() if "error: " in line]
     assert len(errors) == 1 and errors[0] == said.splitlines()[-1] and complaint in errors[0]
     assert printed == "" and not (tmp_path / "out.json").exists()
+
+
+def test_a_full_disk_is_told_with_the_file(place, tmp_path, monkeypatch):
+    """Whether an answer or the summary has no room."""
+    out = tmp_path / "eval.json"
+
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers_module, "json_line", no_room)
+        _, said = command(*words(place, out=out), code=2)
+    assert said.startswith(f"error: {tmp_path / 'eval.answers.jsonl'}: cannot write it (No space left on device)")
+    evaluated(place, out=out)
+    monkeypatch.setattr("os.replace", no_room)
+    _, said = command("--merge", out, "--out", out, code=2)
+    assert said.startswith(f"error: {out}: cannot write it (No space left on device)")
+
+
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    """Wherever it is started; none where the code lies in a repository that does not track it, as a venv may."""
+
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=b")
+        return subprocess.run(["git", *identity, *words], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q")
+    for name in ("mine.py", "venv.py"):
+        (tmp_path / name).touch()
+    assert results.commit_of(tmp_path / "mine.py") is None
+    git("add", "mine.py")
+    git("commit", "-q", "-m", "x")
+    assert results.commit_of(tmp_path / "mine.py") == git("rev-parse", "--short", "HEAD") != ""
+    assert results.commit_of(tmp_path / "venv.py") is None
+    assert results.made_by()["commit"] == results.commit_of(Path(results.__file__))
