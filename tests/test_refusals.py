@@ -215,7 +215,7 @@ def test_evaluate_says_complied(place, fitted, tmp_path):
         assert r["unsafe"] is r["helpful"] is None and len(r["complied_interval"]) == 2
         assert [r["n"], r["complied"], r["refused"]] == counts[r["checkpoint"], r["set"]]
     assert {p["rate"] for p in result["paired"]} == {"complied"}
-    head = printed.splitlines()[0]
+    head = printed.splitlines()[2]  # below the names of the columns
     assert "  complied " in head and "  refused " in head and "unsafe " not in head and "helpful" not in head
     run_command(evaluate.main, "--merge", out, out, "--out", tmp_path / "both.json")
     both = json.loads((tmp_path / "both.json").read_text())["records"]
