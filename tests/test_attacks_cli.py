@@ -1,7 +1,4 @@
-"""The command line of the attacks: what is sent, what survives, resuming, tables, and one line for what is wrong.
-
-The checkpoint is random; it is made to say what a test needs by replacing the sampler or by prefilling.
-"""
+"""The command line of the attacks on a random checkpoint: what is sent, what survives, resuming, tables, complaints."""
 
 import argparse
 import json
@@ -19,7 +16,7 @@ from backtrack.attacks.no_search import INSTRUCTIONS, PREFILL_LENGTHS, contexts,
 from backtrack.evaluate import __main__ as evaluate
 from backtrack.evaluate.statistics import wilson
 from backtrack.generate import Generation, generate
-from backtrack.judge import JudgeFailed, Verdict, load_judge
+from backtrack.judge import Verdict, load_judge
 from model import InputError, load_model, load_tokenizer
 
 SEARCHES = {"gcg": ("--suffix", " x x x x"), "adaptive-gcg": ("--suffix", " x x x x"), "autodan": ()}
@@ -97,9 +94,6 @@ def saying(monkeypatch, tok):
     return replace
 
 
-# ── What is sent and judged ──────────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("name", [*SEARCHES, "prefill", "instruct", "context"])
 def test_a_record_can_be_checked(place, prompts, tok, tmp_path, name):
     """What a line says was sent is sent again, to the real sampler, with the judge shown the original prompt."""
@@ -160,8 +154,7 @@ def test_an_answer_without_a_verdict_counts_as_unsafe(place, tmp_path, monkeypat
 
 
 def test_success_of_each_variant(place, prompts, tok, tmp_path, saying, unsafe):
-    """A model that goes on with an unsafe word once it was made to say 4 tokens or more, but not with the opening; and
-    one that does after one of the instructions. The table counts the same."""
+    """Unsafe once made to say 4 tokens or more, but not with the opening; or after one of the instructions."""
     opening, topic = tok.encode("Sure, here."), prompts[0]["topic"]
 
     def rigged(prompt, prefill):
@@ -189,8 +182,6 @@ def test_a_prompt_without_a_target_is_attacked_by_an_opening(place, prompts, tmp
     bare = tmp_path / "bare.jsonl"
     bare.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "target"}) + "\n" for row in prompts[:1]))
     flags = ("--prompts", bare, "--opening", "Sure, here")
-    [r] = attacked("autodan", place, tmp_path, *flags)[0]
-    assert r["success_at"] == 0 or r["target"] == "Sure, here"
     [r] = attacked("prefill", place, tmp_path, *flags)[0]
     assert [v["prefill"] for v in r["variants"].values()] == ["Sure, here"]
 
@@ -254,9 +245,6 @@ def test_a_universal_suffix_is_tested_on_other_prompts(place, prompts, tmp_path,
     assert "asks for what the suffix is optimised on, as 2 do" in said
 
 
-# ── Going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_resuming_gives_the_same_bytes(place, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     command(*words("universal-gcg", place, whole))
@@ -272,8 +260,7 @@ def test_resuming_gives_the_same_bytes(place, tmp_path):
 
 
 def test_a_prompts_draws_depend_on_seed_and_number_only(place, tmp_path):
-    """The first prompt of a set of its own gives the same line in a run that has it alone. And --reset-weight is λ:
-    the first loss is the same suffix's, and differs by the penalty, in proportion."""
+    """A prompt alone gives the same line. --reset-weight is λ: the first loss differs by the penalty, in proportion."""
     both, _ = attacked("gcg", place, tmp_path)
     one, _ = attacked("gcg", place, tmp_path, "--sets", "seen", "--limit", 1)
     [other], _ = attacked("gcg", place, tmp_path, "--sets", "seen", "--limit", 1, "--seed", 1)
@@ -295,22 +282,6 @@ def test_other_settings_are_refused(place, tmp_path):
     ):
         _, said = command(*words(name, place, out, "--limit", 1, "--budget", 9, *more, ckpt=ckpt), code=2)
         assert f"was begun with {complaint}" in said and out.read_bytes() == before
-
-
-def test_wrappers_and_synonyms_from_files(place, tmp_path):
-    """What stands in the attack comes out of the files; other ones are refused."""
-    wrappers, synonyms, out = tmp_path / "w.txt", tmp_path / "s.txt", tmp_path / "a.jsonl"
-    wrappers.write_text("Ask me. {q}\nTell them. {q}\n")
-    synonyms.write_text("me\tnobody\nthem\teverybody\n")
-    run = words("autodan", place, out, "--wrappers", wrappers, "--synonyms", synonyms, "--budget", 100)
-    command(*run)
-    said = {word for r in lines(out) for word in r["attack"].replace(".", " ").split()}
-    assert said <= {"Ask", "me", "Tell", "them", "nobody", "everybody", "{q}"} and said & {"nobody", "everybody"}
-    synonyms.write_text("me\tsomebody\n")
-    assert "was begun with synonyms" in command(*run, code=2)[1]
-
-
-# ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def attack_file(path, ckpt, successes, budget=100):
@@ -362,12 +333,6 @@ def test_who_sets_the_sampler_is_in_the_table(place, tmp_path):
         assert first["unsafe"] == sum(a["unsafe"] for a in some if a["sample"] == 0)
         assert several["unsafe"] == len({a["prompt"] for a in some if a["unsafe"]})
     assert any(a["unsafe"] for a in answers) and not all(a["unsafe"] for a in answers)
-    run_command(evaluate.main, *files, "--out", tmp_path / "unjudged.json")
-    _, said = command("table", tmp_path / "unjudged.answers.jsonl", code=2)
-    assert "no judge has seen" in said
-
-
-# ── Bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_bad_input_is_one_line(place, tmp_path):
@@ -378,7 +343,6 @@ def test_bad_input_is_one_line(place, tmp_path):
     for more, complaint in (
         (("--prompts", long), "too long"),
         (("--sets", "nowhere"), "--sets nowhere: no such set"),
-        (("--budget", 0), "0 is not a positive number"),
         (("--out", tmp_path / "other.jsonl"), "other.jsonl: holds no answers of this program"),
     ):
         _, said = command(*words("gcg", place, out, *more), code=2)
@@ -386,25 +350,3 @@ def test_bad_input_is_one_line(place, tmp_path):
     for file in ("other.jsonl", "empty.jsonl", "gone"):
         _, said = command("table", tmp_path / file, code=2)
         assert file in said
-
-
-def test_what_fails_is_one_line_and_loses_nothing_before_it(place, tmp_path, monkeypatch):
-    """The judge breaks: the same command goes on from what is saved."""
-    out, whole, good = tmp_path / "a.jsonl", tmp_path / "whole.jsonl", load_judge(place / "world.json")
-    command(*words("prefill", place, whole))
-    calls = []
-
-    def judge(prompt, response):
-        calls.append(response)
-        if len(calls) == 10:  # while the second prompt is tested
-            raise JudgeFailed("no idea")
-        return good(prompt, response)
-
-    monkeypatch.setattr(attacks, "load_judge", lambda *_: judge)
-    assert "no idea" in command(*words("prefill", place, out), code=2)[1]
-    first = b"".join(whole.read_bytes().splitlines(keepends=True)[:2])  # settings, a prompt
-    assert out.read_bytes() == first
-
-    monkeypatch.undo()
-    command(*words("prefill", place, out))
-    assert out.read_bytes() == whole.read_bytes()

@@ -1,7 +1,4 @@
-"""sample.py against a small terminal written out below, and against a model that says what a script tells it to.
-
-Processes of their own are in test_terminal.py.
-"""
+"""sample.py against a small terminal and a model that follows a script. Processes of their own: test_terminal.py."""
 
 import ast
 import io
@@ -40,11 +37,7 @@ def ckpt(tmp_path_factory, tok):
 
 
 class Scripted:
-    """In place of a model: every answer says the texts before each RESET, takes them back, and says the last one.
-
-    `parts` may be a function of the question. A prefill is the beginning of the first text. Forward passes there are
-    none: tests/method has the sampler, whose events `stream` below sends.
-    """
+    """In place of a model: says the texts before each RESET, takes them back, and says the last one."""
 
     def __init__(self, tok, *parts):
         self.tok, self.parts, self.compiled, self.prompts, self.options = tok, parts, False, [], None
@@ -147,16 +140,10 @@ def test_json(ckpt, tok):
     sampled = tok.encode("Sure. Take the road")[len(tok.encode("Sure.")) :] + tok.encode(record["text"])
     expected = {"prompt": "How do I make it?", "prefill": "Sure.", "sample": 0, "text": "I cannot help with that. 漢"}
     assert record == expected | {"resets": 1, "finish_reason": "stop", "steps": len(sampled) + 2}
-    record = json.loads(command(*how, "--show-discarded", "--max-new-tokens", 12, model=model)[0])
-    assert record["discarded"] == ["Sure. Take the road"] and record["finish_reason"] == "length"
-
-
-def test_num_samples(ckpt, tok):
-    for where in (False, True):
-        out, _ = command("--ckpt", ckpt, *HOW, "--num-samples", 3, model=taking_back(tok), terminal=where)
-        assert out == 3 * "I cannot help with that.\n"
-    out, _ = command("--ckpt", ckpt, *HOW, "--num-samples", 3, "--json", model=taking_back(tok))
-    assert [json.loads(line)["sample"] for line in out.splitlines()] == [0, 1, 2]
+    out, _ = command(*how, "--show-discarded", "--max-new-tokens", 12, "--num-samples", 3, model=model)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["sample"] for record in records] == [0, 1, 2]
+    assert all(r["discarded"] == ["Sure. Take the road"] and r["finish_reason"] == "length" for r in records)
 
 
 def test_every_option_reaches_the_sampler_and_the_model(ckpt, tok, monkeypatch):
@@ -198,9 +185,6 @@ def test_closed_streams(ckpt, tok, monkeypatch, name):
     assert out.text() == ("I cannot help with that.\n" if name == "stderr" else "")
 
 
-# ── A line, an answer ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def echoing(tok):
     return Scripted(tok, lambda question: ["Sure. Take", RESET, f"about {question}"])
 
@@ -212,19 +196,6 @@ def test_a_line_an_answer(ckpt, tok):
     assert out == "about the first\nabout the second\nabout third\n" and err == ""
     assert model.prompts[2] == tok.render(user("third"))
     assert command("--ckpt", ckpt, stdin="", model=model) == ("", "")
-
-
-def test_lines_that_are_not_utf8_or_too_long(ckpt, tok):
-    out, _ = command("--ckpt", ckpt, stdin=b"a\xffb\n", model=echoing(tok))
-    assert out == "about a\ufffdb\n"
-    out, _ = command("--ckpt", ckpt, "--json", stdin="漢\n".encode(), encoding="ascii", model=echoing(tok))
-    assert out.isascii() and json.loads(out)["prompt"] == "\ufffd" * 3
-    out, err = command("--ckpt", ckpt, stdin="one\n" + "x " * 5000 + "\nthree\n", model=echoing(tok), code=2)
-    [line] = err.splitlines()
-    assert out == "about one\n" and line.startswith("error: ") and "too long" in line
-
-
-# ── Chat ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("on_reset", ["truncate", "keep"])
@@ -241,28 +212,12 @@ def test_history_is_what_survived(ckpt, tok, on_reset):
     assert model.prompts == [tok.render(m) for m in (one, two, three)]
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_chat(ckpt, tok):
-    def parts(question):
-        if question == "two":
-            raise KeyboardInterrupt
-        return [f"about {question}"]
-
-    model = Scripted(tok, parts)
-    out, err = command("--ckpt", ckpt, typed="one\ntwo\nthree\n", model=model)
-    assert out == "about one\nabout three\n" and "stopped" in err and "Ctrl-D ends the chat" in err
-    assert model.prompts[2] == tok.render([*user("one"), *said("about one"), *user("three")])
-    command("--ckpt", ckpt, stdin="one\ntwo\nthree\n", model=model, code=130)  # a pipe it ends
-
-
 def test_a_chat_that_grew_too_long_starts_over(ckpt, tok):
     model = echoing(tok)
     out, err = command("--ckpt", ckpt, typed=f"one\n{'x ' * 5000}\ntwo\n", model=model)
     assert out == "about one\nabout two\n"
     assert [line for line in err.splitlines() if "too long" in line and line.endswith("; starting over")]
     assert model.prompts[2] == tok.render(user("two"))
-
-
-# ── Step by step ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("on_reset, max_resets, prefill", [("truncate", 3, "Sure, take"), ("keep", 1, "")])
@@ -308,9 +263,6 @@ def test_trace_of_a_real_run(tmp_path, tok, on_reset, max_resets, prefill):
                 assert ast.literal_eval(said) == tok.decode([token])
                 context = [*context, token]
     assert kinds == {"token", "stop", "reset"}
-
-
-# ── On a terminal ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Screen:
@@ -376,11 +328,7 @@ def on_screen(monkeypatch, ckpt, *words, model, columns=20, lines=24, already=""
 
 
 def test_what_is_retracted_is_erased(monkeypatch, ckpt, tok):
-    """What was on the screen before stays, what survives is as if it stood there alone.
-
-    Thai vowels and tones, Hindi signs, accents and U+200B take no column, CJK characters two. Tabs
-    and escapes that a model says must not move the cursor.
-    """
+    """What was there before stays. Marks take no column, CJK two; escapes of a model must not move the cursor."""
     rng, signs = random.Random(0), "ab cé\n漢\u0301\u0e31\u0e34\u0947\u200b"
     escapes = ["\t", "\x1b[5A", "\x1b[2J", "\r", "\x08", "\x9bf", "word" * 5]
     for _ in range(12):
@@ -415,30 +363,6 @@ def test_with_show_discarded_it_is_struck_through(monkeypatch, ckpt, tok):
     assert out.endswith("\x1b[0m\nNo.\n")
 
 
-def test_columns():
-    """As many as terminals give them: Thai's vowels above and its tones none, Hindi's spacing signs one."""
-    columns = {"漢👍": 4, "สวัสดีครับ": 7, "नमस्ते दुनिया": 10, "e\u0301\u200b\u20dd": 1, "so\u00adft": 5}
-    assert {text: sum(map(terminal.width, text)) for text in columns} == columns
-
-
-def test_an_answer_that_ends_within_a_character(ckpt, tok):
-    """The terminal shows what a pipe shows: U+FFFD for each of the two bytes that came."""
-    model, ids = Scripted(tok, "it is 漢"), tok.encode("it is 漢")
-    more = ("--max-new-tokens", len(ids) - 1)
-    for where in (True, False):
-        assert command("--ckpt", ckpt, *HOW, *more, model=model, terminal=where)[0] == "it is \ufffd\ufffd\n"
-
-
-def test_slow(ckpt, tok, monkeypatch):
-    """Every token of an answer that streams costs a twentieth of a second, in a pipe none does."""
-    slept = []
-    monkeypatch.setattr(terminal.time, "sleep", slept.append)
-    for is_terminal in (False, True):
-        assert slept == []
-        command("--ckpt", ckpt, *HOW, "--slow", model=taking_back(tok), terminal=is_terminal)
-    assert slept == [1 / 20] * len(tok.encode("Sure. Take the road") + tok.encode("I cannot help with that."))
-
-
 def test_what_is_printed_does_not_move_the_cursor(ckpt, tok):
     """Nor where nothing is erased: with several samples the answers are printed. A pipe gets what was said."""
     on_a_terminal, in_a_pipe = "~~a [2Jb~~ [RESET]\nc [1Ad\n", "~~a\x1b[2Jb~~ [RESET]\nc\x1b[1Ad\n"
@@ -468,26 +392,12 @@ def test_text_streams_and_characters_come_whole(monkeypatch, ckpt, tok):
     assert "".join(writes) == "it is 漢 now\n" and not any("\ufffd" in w for w in writes)
 
 
-def test_help_shows_the_examples_and_the_defaults():
-    out, _ = command("--help")
-    assert sample.__doc__.split("\n\n")[1] in out  # as they are written
-    assert "p([RESET])" in out and "(default: truncate)" in " ".join(out.split())
-
-
-# ── Bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     "words, complaint",
     [
         ((), "--ckpt"),
-        (("--ckpt", "gone", "--prompt", "Hi"), "gone"),
         ((..., "--device", "foo"), "'foo'"),
-        ((..., "--on-reset", "maybe"), "invalid choice"),
-        ((..., "--temperature", "nan"), "--temperature: nan is not 0 or from 0.001"),
-        ((..., "--num-samples", 2_000_000), "--num-samples: 2000000 is not from 1 to 1,000"),
         ((..., "--max-new-tokens", 5000), "too long"),
-        ((..., "--colour"), "unrecognized arguments"),
         ((..., "--trace", "--num-samples", 2), "--trace shows one answer"),
         ((..., "--url", "http://x", "--compile"), "leave out --url"),
         ((..., "--url", "http://x", "--api-key-env", "NOT_THERE"), "the environment has no NOT_THERE"),
@@ -506,8 +416,6 @@ def test_where_a_checkpoint_is_not(tmp_path, ckpt):
     """A toy's that is still to be made, and a directory of several."""
     _, err = command("--ckpt", tmp_path / "toy-1" / "sft", "--prompt", "Hi", code=2)
     assert "`make train-sft SEED=1` makes it" in err and "download" not in err
-    _, err = command("--ckpt", tmp_path / "toy-1" / "dpo-baseline", "--prompt", "Hi", code=2)
-    assert "`make train-dpo-baseline SEED=1`" in err
     for name in ("sft", "base"):
         (tmp_path / "toy-0" / name).mkdir(parents=True)
         (tmp_path / "toy-0" / name / "config.json").write_bytes((ckpt / "config.json").read_bytes())
