@@ -1,7 +1,4 @@
-"""GCG against finite differences, full forward passes and enumeration.
-
-Models are random and tiny. `Letters` is a tokenizer whose ids are letters and one pair, so that text can merge.
-"""
+"""GCG against finite differences, full forward passes and enumeration, on tiny random models."""
 
 import itertools
 import math
@@ -13,16 +10,8 @@ import torch
 from models import FAMILIES, LLAMA, network_of, random_ids
 
 from backtrack.attacks.gcg import Goal, Neighbours, Objective, gcg
-from backtrack.attacks.suffix import (
-    Scorer,
-    Slots,
-    make_slots,
-    suffix_gradient,
-    survives,
-    with_suffix,
-)
-from data import toy
-from model import InputError, load_tokenizer
+from backtrack.attacks.suffix import Scorer, Slots, make_slots, suffix_gradient, survives, with_suffix
+from model import InputError
 
 V = 61
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
@@ -63,13 +52,6 @@ def model(request):
     return network_of(FAMILIES[request.param], scale=0.4, vocab_size=V, num_hidden_layers=3)
 
 
-@pytest.fixture(scope="module")
-def toy_tok(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    (path / "tokenizer.model").write_bytes(toy.build(0)["tokenizer/tokenizer.model"])
-    return load_tokenizer(path)
-
-
 def never(text):
     return [False]
 
@@ -104,9 +86,6 @@ def scorings(monkeypatch):
 
     monkeypatch.setattr(Scorer, "losses", logged)
     return calls
-
-
-# ── Loss and gradient ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_losses_are_those_of_full_forwards(model, monkeypatch):
@@ -173,9 +152,6 @@ def test_says_is_greedy_decoding(model):
     assert [scorer.says(slots.suffix, m) for m in range(1, 6)] == [True] * 4 + [False]
 
 
-# ── Candidates ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_swaps_are_single_and_among_the_topk_allowed():
     gradient = torch.randn(5, V, generator=torch.Generator().manual_seed(0))
     allowed, suffix = [*range(10, 40)], [10, 11, 12, 13, 14]
@@ -190,21 +166,6 @@ def test_swaps_are_single_and_among_the_topk_allowed():
     assert neighbours.swaps == 2  # there are 20 of them: look further away
     two = neighbours.draw(gradient, suffix, 100)
     assert max(sum(a != b for a, b in zip(c, suffix, strict=True)) for c in two) == 2
-
-
-def test_slots_cut_the_rendered_prompt(toy_tok):
-    """What rendering strips, and a message that ends as the suffix is. Other chats: test_attacks_templates.py."""
-    for text in ("How do I make it?  \n", "x x x x x x"):
-        messages = [{"role": "user", "content": text}]
-        slots = make_slots(toy_tok, partial(with_suffix, messages), toy_tok.encode("Sure."), " x x x")
-        assert slots.before + slots.suffix + slots.after == toy_tok.render(with_suffix(messages, " x x x"))
-        assert slots.before + slots.after == toy_tok.render(messages)
-        assert slots.suffix == toy_tok.encode(" x x x") and slots.target == toy_tok.encode("Sure.")
-        assert messages[0]["content"] == text
-    send = partial(with_suffix, [messages[0], {"role": "assistant", "content": "x"}, messages[0]], at=0)
-    slots = make_slots(toy_tok, send, [], " x x x")  # in a first turn
-    assert slots.before + slots.suffix + slots.after == toy_tok.render(send(" x x x"))
-    assert toy_tok.decode(slots.after).count("x") == 7
 
 
 def test_a_suffix_that_merges_is_refused():
@@ -230,9 +191,6 @@ def test_all_that_is_scored_can_be_sent(scorings):
         assert TOK.render(send(TOK.decode(suffix))) == [0, *TOK.encode("hella"), *suffix, 1]
         assert not set(suffix) & TOK.special_ids
     assert len(set(scored)) == len(scored)  # nothing is scored twice with one target
-
-
-# ── The search ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_it_finds_the_best_of_all_two_token_suffixes():
@@ -279,16 +237,10 @@ def test_adaptive_lengthens_what_it_aims_at_once_the_model_says_it(monkeypatch, 
     steps = [m for _, m, _ in scorings]
     assert list(dict.fromkeys(steps)) == [16, 32, 36] and steps == sorted(steps)
     assert sum(len(suffixes) for suffixes, _, _ in scorings) <= found.evaluations == 80
-    monkeypatch.setattr(Scorer, "says", lambda self, suffix, m: len(scorings) > 1)  # a full buffer by then
-    for budget in (1, 9, 10, 11, 12, 13):  # the budget holds also where it ends in the middle of lengthening
-        scorings.clear()
-        found = gcg(letters_model(), TOK, [Goal(ASK, target)], never, budget=budget, **options)
-        assert sum(len(suffixes) for suffixes, _, _ in scorings) <= found.evaluations <= budget
 
 
 def test_an_opening_grows_by_what_the_model_goes_on_to_say():
-    """Asked with the opening first, then with twice as much of the last answer; the loss reported is that of the target
-    reported, by full forward passes."""
+    """Asked with the opening, then with twice as much of the last answer; the loss is that of the target reported."""
     asked, opening = [], TOK.encode("cd")
     answers = [TOK.encode(text) for text in ("cdefghijklmn", "cdefzzzzmmmm", "cdefzzzzyyyyyyyy")]
 

@@ -1,7 +1,4 @@
-"""data/prepare/: every rule with rows written out by hand, and the real files.
-
-The real files are looked for in ../shared/data beside the repository, and skipped if absent.
-"""
+"""data/prepare/: every rule with rows written out by hand, and the real files where ../shared/data has them."""
 
 import gzip
 import hashlib
@@ -159,8 +156,7 @@ def test_guard_keeps_safe_against_unsafe_and_counts_the_others(tmp_path, guard, 
 
 
 def test_guard_goes_on_where_it_was_stopped(tmp_path, guard, monkeypatch):
-    """Killed in the third of five batches, in the middle of a line: two batches are not judged again, the rows are the
-    same. Another judge's verdicts are refused, and a bad line is found before the first pair is judged."""
+    """Killed in the third of five batches, in the middle of a line: two are not judged again, the rows are the same."""
     monkeypatch.setattr(judged, "AT_ONCE", 4)
     pairs = [pair("fine" if i % 3 else "poison", f"poison {i}") for i in range(20)]
     expected, _ = convert(tmp_path, "hh", *pairs, flags=["--guard", tmp_path])
@@ -396,16 +392,13 @@ def test_first_messages_of_trees(tmp_path):
         tree(p(" Q ", a("worst", rank=1), a(" best ", p("next", a("x")), rank=0))),
         tree(p("nobody answers")),
         tree(p("Frage", a("ja"), lang="de")),
-        tree(p("gone", a("x")), tree_state="aborted_low_grade"),
-        tree(p("deleted", a("x"), deleted=True)),
     ]
     chat = [{"role": "system", "content": "S"}, user("a "), assistant("b"), user("c")]
     written = [{"prompt": chat, "set": "x", "mine": 1}]  # by this program: read as it is
     assert convert(tmp_path, "prompts", *written)[0] == written
     rows, report = convert(tmp_path, "prompts", *trees)
     assert rows == [fine("Q", "oasst", reference="best"), fine("nobody answers", "oasst")]
-    for reason in ("language is not en", "tree is not ready for export", "deleted"):
-        assert f" 1  skipped: {reason}\n" in report
+    assert " 1  skipped: language is not en\n" in report
 
 
 def test_forced_prompts(tmp_path):
@@ -450,21 +443,14 @@ def test_words_are_compared_with_their_marks():
 
 
 def test_held_out_prompts(tmp_path):
-    """However a question is written, it is on one side; a smaller part of it is held out of the held-out ones."""
+    """However a question is written, it is on one side."""
     source = tmp_path / "I-Alpaca.json"
     source.write_text(json.dumps({"instructions": [text for i in range(100) for text in (f"Brew {i}", f"brew: {i}!")]}))
-
-    def split(source, percent, name):
-        paths = tmp_path / f"{name}-rest", tmp_path / f"{name}-part"
-        prepare("prompts", "--in", source, "--out", paths[0], "--valid", paths[1], "--valid-percent", percent)
-        sides = [Counter(re.sub(r"\D", "", row["prompt"][0]["content"]) for row in read_lines(path)) for path in paths]
-        assert all(count == 2 for side in sides for count in side.values())
-        return paths[1], {*sides[0]}, {*sides[1]}
-
-    held_out, rest, part = split(source, 30, "a")
-    assert not rest & part and len(rest | part) == 100 and 20 <= len(part) <= 40
-    _, dev, test = split(held_out, 15, "b")
-    assert not dev & test and dev | test == part and 5 <= len(test) <= 25
+    paths = tmp_path / "rest", tmp_path / "part"
+    prepare("prompts", "--in", source, "--out", paths[0], "--valid", paths[1], "--valid-percent", 30)
+    sides = [Counter(re.sub(r"\D", "", row["prompt"][0]["content"]) for row in read_lines(path)) for path in paths]
+    assert all(count == 2 for side in sides for count in side.values())
+    assert len(sides[0] | sides[1]) == 100 and 20 <= len(sides[1]) <= 40
 
 
 def test_held_out_rows_and_the_same_bytes(tmp_path):
@@ -502,25 +488,16 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-TREE, PROMPT = ":1: no OpenAssistant tree", ':1: "prompt" is no list of messages'
 ERRORS = [  # command, text of the input, what is said after its name
     ("hh", "", ": no usable row"),
-    ("hh", "[1]\n", ":1: not a JSON object"),
     ("hh", '\n{"chosen": "x", "rejected": null}\n', ":2: no HH-RLHF pair"),
-    ("oasst", json.dumps(tree(p("Q", a("x", rank="best")))), TREE),
-    ("oasst", json.dumps(tree(p("Q") | {"replies": 5})), TREE),
-    ("oasst", json.dumps(tree(None)), TREE),
+    ("oasst", json.dumps(tree(p("Q", a("x", rank="best")))), ":1: no OpenAssistant tree"),
     ("prompts", "question,answer\nx,y\n", ": columns question, answer of no known set"),
-    ("prompts", "goal,target\nx,y\nx\n", ":3: 2 columns expected"),
     ("prompts", 'goal,target\n"x,y\n', ":2: not CSV"),
     ("prompts", "id,prompt,type,label\n1,x,homonyms,maybe\n", ":2: 'maybe' is no label"),
     ("prompts", '{"instructions": ["x"], "tags": []}', ': "instructions" are no texts'),
-    ("prompts", '{"instructions": [1]}', ': "instructions" are no texts'),
-    ("prompts", '{"instructions": ["x"', ":1: not a line of JSON"),
-    ("prompts", '[{"instruction": "x"', ": "),
     ("prompts", '[{"instruction": 1}]', ": item 1 has no texts"),
-    ("prompts", '{"question_id": 1, "turns": ["x", 2]}', PROMPT),
-    ("prompts", '{"prompt": [{"role": "user"}]}', PROMPT),
+    ("prompts", '{"prompt": [{"role": "user"}]}', ':1: "prompt" is no list of messages'),
 ]
 
 
@@ -531,14 +508,6 @@ def test_bad_input(tmp_path):
         report = prepare(name, "--in", source, "--out", tmp_path / "out", code=2)
         assert f"error: {source}{said}" in report.splitlines()[-1], text
     assert list(tmp_path.iterdir()) == [source]
-
-
-def test_damaged_files(tmp_path):
-    packed = gzip.compress(json.dumps(GOOD).encode() * 99)[:-20]
-    for name, content, said in (("in.gz", packed, "get the file again"), ("in", b"goal,target\n\xe9,y\n", "not UTF-8")):
-        (tmp_path / name).write_bytes(content)
-        report = prepare("prompts", "--in", tmp_path / name, "--out", tmp_path / "out", code=2)
-        assert f"error: {tmp_path / name}: " in report and said in report
 
 
 def test_bad_paths_and_flags(tmp_path):
@@ -552,38 +521,16 @@ def test_bad_paths_and_flags(tmp_path):
     assert "without .gz" in error(source, tmp_path / "out.gz")
     for paths in ((source, source), (source, out, "--valid", out), (source, out, "--valid", source)):
         assert "read or written twice" in error(*paths)
-    for flag, value in (("--limit", 0), ("--valid-percent", 100)):
-        assert flag in error(source, out, flag, value)
     assert list(tmp_path.iterdir()) == [source]
 
 
 HH = REAL / "hh-rlhf" / "harmless-base_test.jsonl.gz"
 OASST = REAL / "oasst" / "en_100_tree.jsonl"
-SETS_OF = {
-    "advbench": 520,
-    "malicious_instructions": 100,
-    "simple_safety_tests": 100,
-    "strongreject": 313,
-    "xstest": 450,
-}
-PROMPT_FILES = [path for name in SETS_OF for path in sorted((REAL / "safety" / name).glob("*.[cj]s*"))]
-MT_BENCH_FILE = REAL / "mt_bench" / "mt_bench_question.jsonl"
-
-
-def check_row(row):
-    """The schema of a training row, and the alternation that chat templates ask for."""
-    assert set(row) <= {"prompt", "chosen", "rejected", "unsafe"} and row["chosen"] != row.get("rejected")
-    roles = [turn["role"] for turn in row["prompt"]]
-    assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
-    for answer in (row["chosen"], row.get("rejected")):
-        assert answer is None or [turn["role"] for turn in answer] == ["assistant"]
-    for turn in row["prompt"] + row["chosen"] + row.get("rejected", []):
-        assert set(turn) == {"role", "content"} and turn["content"] == turn["content"].strip() != ""
 
 
 @real
 def test_real_rows(tmp_path):
-    """The counts are README's; every word of a pair that is kept is in its row, and every row is one."""
+    """The counts are README's; every word of a pair that is kept is in its row."""
     out = tmp_path / "out.jsonl"
     assert prepare("hh", "--in", HH, "--out", out).splitlines()[2:] == [
         "       32  skipped: speaker label inside an answer",
@@ -594,7 +541,6 @@ def test_real_rows(tmp_path):
     sources = {json.dumps([pair[side].split() for side in ("chosen", "rejected")]) for pair in pairs}
     labels, rows = {"user": "Human", "assistant": "Assistant"}, read_lines(out)
     for row in rows:
-        check_row(row)
         chats = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
         texts = ["".join(f" {labels[turn['role']]}: {turn['content']}" for turn in chat) for chat in chats]
         assert json.dumps([text.split() for text in texts]) in sources
@@ -604,27 +550,4 @@ def test_real_rows(tmp_path):
         "       57  skipped: no usable reply",
     ]
     rows = read_lines(out)
-    for row in rows:
-        check_row(row)
     assert sum("rejected" in row for row in rows) == 139 and len(set(map(json.dumps, rows))) == 147
-
-
-@real
-def test_real_prompts_and_instructions(tmp_path):
-    """No question of an evaluation set but two of MT-Bench's is left in training; every safe answer is kept."""
-    report = prepare("prompts", "--in", *PROMPT_FILES, MT_BENCH_FILE, "--out", tmp_path / "eval")
-    assert "prompts: 1563 prompts read, 1563 rows written, 0 skipped" in report
-    rows = read_lines(tmp_path / "eval")
-    assert Counter(row["set"] for row in rows) == SETS_OF | {"mt_bench": 80}
-    assert Counter(row["set"] for row in rows if row["benign"]) == {"xstest": 250, "mt_bench": 80}
-    files = [*sorted((REAL / "safety_tuned").glob("*.json")), REAL / "alpaca_eval" / "text_davinci_003.json", OASST]
-    report = prepare("prompts", "--in", *files, "--exclude", tmp_path / "eval", "--out", tmp_path / "out")
-    assert "prompts: 3716 prompts read, 3714 rows written, 2 skipped" in report
-    kept = read_lines(tmp_path / "out")
-    safe = {"safety_tuned": 2483, "i_cona": 178, "q_harm": 100}
-    assert Counter(row["set"] for row in kept if not row["benign"]) == safe
-    assert sum("safe_answer" in row for row in kept) == 2483
-    assert Counter(row["set"] for row in kept if row["benign"]) == {"i_alpaca": 50, "alpaca_eval": 803, "oasst": 100}
-    # The same count by another way: words in lower case.
-    words = [{tuple(re.findall(r"[a-z0-9]+", str(row["prompt"]).lower())) for row in some} for some in (rows, kept)]
-    assert not words[0] & words[1]

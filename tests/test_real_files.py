@@ -1,7 +1,4 @@
-"""Files as people have them: odd heads, Llama 2's tokenizer, foreign chats, TRL's other shapes, clones without git-lfs.
-
-The oracles are the stored tensors themselves, the sentencepiece library, and Meta's published code for Llama 2's chats.
-"""
+"""Files as people have them, against stored tensors, the sentencepiece library and Meta's code for Llama 2's chats."""
 
 import importlib
 import io
@@ -53,9 +50,6 @@ def test_a_head_is_tied_or_its_own_whatever_the_config_says(tmp_path, fields, ca
     assert str(tmp_path) in line and "tie_word_embeddings" in line and "not tied" in line
     assert loaded.config.tie_word_embeddings is False
     assert torch.equal(loaded.lm_head.weight, head) and torch.equal(loaded.model.embed_tokens.weight, embedding)
-    save_model(loaded, tmp_path / "again")  # and then the config is right
-    again = load_model(tmp_path / "again")
-    assert capsys.readouterr().err == "" and torch.equal(again(TOKENS), loaded(TOKENS))
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4976698672\n"
@@ -71,10 +65,8 @@ def test_pointers_and_other_formats_are_named_and_how_to_convert_them(tmp_path):
         path.unlink()
     for name, content, way_out in (
         ("rows.jsonl.gz", POINTER, "git lfs pull"),
-        ("rows.parquet", b"PAR1\x15\x04", "read_parquet('{}')"),
         ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "unzstd"),
         ("rows.zip", b"PK\x03\x04\x14", "unzip"),
-        ("rows.jsonl", b"\x1f\x8b\x08\x00", "ends in .gz"),
         ("rows.json", b'[\n  {"prompt": "a", "chosen": "b"}\n]', "jq -c '.[]'"),
     ):
         path = tmp_path / name
@@ -108,13 +100,9 @@ HH = {side: f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "reject
 GUESSES = [
     ({"messages": ASKED + said("no")}, ["'messages'", "'chosen'", "'prompt'"]),
     ({"conversations": [{"from": "human", "value": "Hi"}]}, ["'conversations'", "'role' and 'content'"]),
-    ({"question": "Hi", "answer": "no"}, ["question, answer", "'prompt' is missing"]),
     (HH, ["data.prepare hh"]),
     ({"chosen": "The sky is blue", "rejected": "The sky is red"}, ["'prompt' is missing", "does not show its end"]),
-    (
-        {"chosen": user("a") + said("no"), "rejected": user("b") + said("yes")},
-        ["may differ in their last message alone"],
-    ),
+    ({"chosen": user("a") + said("no"), "rejected": user("b") + said("yes")}, ["in their last message alone"]),
     (WHOLE | {"prompt": "other"}, ["'chosen'"]),
 ]
 
@@ -162,33 +150,28 @@ KNOWN = [
 ]
 
 
-def test_foreign_chats_are_an_error_that_says_so(tmp_path):
-    for i, files in enumerate(FOREIGN):
+def test_chats_stop_where_the_checkpoint_says_and_foreign_ones_are_an_error(tmp_path):
+    for i, files in enumerate(FOREIGN + KNOWN):
         (tmp_path / str(i)).mkdir()
         tok = checkpoint_with(tmp_path / str(i), files)
+        if files in KNOWN:
+            assert tok.stop_ids == (END, TURN, *([RESERVED] if KNOWN.index(files) >= 6 else []))
+            assert tok.render(user("Hi")) == llama_tokenizer().render(user("Hi"))
+            continue
         assert tok.decode(tok.encode("Hi")) == "Hi"  # plain text is as it was
         with pytest.raises(InputError, match=r"not written as\s+known here"):
             tok.render(user("Hi"))
 
 
-def test_known_chats_stop_where_the_checkpoint_says(tmp_path):
-    for i, files in enumerate(KNOWN):
-        (tmp_path / str(i)).mkdir()
-        tok = checkpoint_with(tmp_path / str(i), files)
-        assert tok.stop_ids == (END, TURN, *([RESERVED] if i >= 6 else []))
-        assert tok.render(user("Hi")) == llama_tokenizer().render(user("Hi"))
-
-
 @cache
-def llama2_model(**settings) -> bytes:
+def llama2_model() -> bytes:
     """A SentencePiece model of Llama 2's layout: BPE, byte pieces, a space in front of every text, no spare piece."""
     texts = ["the farmer counted the sheep [INST] before the rain [/INST] began and wrote it down."]
     texts += [f"<<SYS>> word{i} other{i * 7} <</SYS>> thing{i * i}" for i in range(300)]
     model = io.BytesIO()
     layout = {"model_type": "bpe", "vocab_size": 460, "byte_fallback": True, "split_digits": True}
     layout |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "hard_vocab_limit": False}
-    settings = layout | {"minloglevel": 2} | settings
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **settings)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, minloglevel=2, **layout)
     return model.getvalue()
 
 
@@ -205,33 +188,17 @@ def library():
     return sp
 
 
-def metas(dialog: list[dict]) -> list[int]:
-    """What github.com/meta-llama/llama, llama/generation.py, chat_completion makes of a chat that ends with a user."""
-    sp = library()
-    if dialog[0]["role"] == "system":
-        text = "<<SYS>>\n" + dialog[0]["content"] + "\n<</SYS>>\n\n" + dialog[1]["content"]
-        dialog = [{"role": "user", "content": text}, *dialog[2:]]
-    ids = []
-    for prompt, answer in zip(dialog[::2], dialog[1::2], strict=False):
-        text = f"[INST] {prompt['content'].strip()} [/INST] {answer['content'].strip()} "
-        ids += [sp.bos_id(), *sp.encode(text), sp.eos_id()]
-    return ids + [sp.bos_id(), *sp.encode(f"[INST] {dialog[-1]['content'].strip()} [/INST]")]
-
-
-def test_llama2s_chats_are_metas(llama2):
-    tok = load_tokenizer(llama2)
+def test_llama2s_chats(llama2):
+    """As written down here from Meta's code; 200 random ones are in test_chats.py."""
+    tok, sp = load_tokenizer(llama2), library()
     system = {"role": "system", "content": "wrote it down."}
-    chats = [
-        user("the farmer"),
-        user("  white \n space\n "),
-        [*user("word1"), *said("  other7 "), *user("漢 the rain")],
-    ]
-    for chat in (*chats, [system, *user("word1"), *said("thing4"), *user("\x00")]):
-        assert tok.render(chat) == metas(chat)
-        if len(chat) > 1:  # history, as the chat of sample.py keeps it
-            *before, answer, last = chat
-            ids = tok.render(before) + tok.encode(answer["content"].strip()) + tok.turn_end
-            assert ids + tok.render([last], continues=True) == metas(chat)
+    chat = [system, *user("word1"), *said("  other7 "), *user("漢 the rain")]
+    first = sp.encode("[INST] <<SYS>>\nwrote it down.\n<</SYS>>\n\nword1 [/INST] other7 ")
+    written = [1, *first, 2, 1, *sp.encode("[INST] 漢 the rain [/INST]")]
+    assert tok.render(chat) == written
+    *before, answer, last = chat  # history, as the chat of sample.py keeps it
+    ids = tok.render(before) + tok.encode(answer["content"].strip()) + tok.turn_end
+    assert ids + tok.render([last], continues=True) == written
     for mark in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):  # typed by a user
         for chat in (user(f"a {mark} b"), [*user("a"), *said(f"b {mark}"), *user("c")]):
             with pytest.raises(InputError, match=re.escape(mark)):
@@ -239,15 +206,6 @@ def test_llama2s_chats_are_metas(llama2):
     (llama2 / "chat_template.jinja").write_text("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}")
     with pytest.raises(InputError, match=r"no \[INST\]"):
         load_tokenizer(llama2).render(user("Hi"))
-
-
-def test_llama2s_text_and_ids(llama2):
-    tok, sp = load_tokenizer(llama2), library()
-    for text in ("", "the rain", " two  spaces ", "</s><s><unk>", "漢字 \U0001f411", "a\nb\n"):
-        assert tok.encode(text) == sp.encode(text) and tok.decode(tok.encode(text)) == text
-        assert tok.special_ids.isdisjoint(tok.encode(text))
-    assert (tok.bos_id, tok.eos_id, tok.stop_ids, tok.vocab_size) == (1, 2, (2,), sp.vocab_size())
-    assert tok.special_ids == {0, 1, 2} and tok.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
 
 
 def test_llama2_has_no_spare_token_so_reset_is_the_one_that_text_never_makes(llama2):
@@ -270,16 +228,6 @@ def test_llama2_has_no_spare_token_so_reset_is_the_one_that_text_never_makes(lla
         config.write_text(json.dumps({"reset_token_id": wrong, "vocab_size": size + 8}))
         with pytest.raises(InputError, match="reset_token_id"):
             load_tokenizer(llama2)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [({"add_dummy_prefix": False}, "Gemma.*Llama 2"), ({"byte_fallback": False, "vocab_size": 200}, "byte pieces")],
-)
-def test_other_sentencepiece_models_are_told_what_is_supported(tmp_path, settings, words):
-    (tmp_path / "tokenizer.model").write_bytes(llama2_model(**settings))
-    with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path))}.*{words}"):
-        load_tokenizer(tmp_path)
 
 
 def test_every_package_and_module_is_installed():

@@ -1,5 +1,4 @@
-"""The sampler in front of a server: the answers of generate.py, and what becomes of a server that is slow, gone or not
-one at all. The server is the small one of completions.py; make test-vllm has the real one."""
+"""The answers of a server are those of generate.py, and what becomes of one that is slow, gone or none at all."""
 
 import json
 import threading
@@ -52,15 +51,7 @@ PROMPTS = random_ids(3, 9, 1, 14, 6, vocab=V)
 PREFILL = [[], [1, 2, 3], [4], [], [5, 6]]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"reset_id": None},
-        {"max_resets": 0},
-        {"max_resets": 3, "on_reset": "keep"},
-        {"reset_bias": 1.0, "max_resets": 2},
-    ],
-)
+@pytest.mark.parametrize("options", [{"reset_id": None}, {"max_resets": 3, "on_reset": "keep"}, {"reset_bias": 1.0}])
 def test_greedy_answers_are_those_of_generate(model, server, options):
     options = HOW | options | {"prefill": PREFILL}
     ours = generate(model, PROMPTS, **options)
@@ -128,9 +119,6 @@ def test_no_more_at_once_than_said_and_none_that_nobody_waits_for(model, server)
     events.close()
     time.sleep(0.1)
     assert len(server.requests) < 30
-
-
-# ── Servers that fail ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def overloaded(handler, body):
@@ -241,9 +229,6 @@ def test_bad_input_is_named(server):
     assert not server.requests
 
 
-# ── Programs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     root = tmp_path_factory.mktemp("ckpt")
@@ -261,18 +246,8 @@ def toy_server(ckpt):
 def test_sample_py(ckpt, toy_server, monkeypatch):
     monkeypatch.setenv("KEY", "secret")
     toy_server.key = "secret"
-    words = (
-        "--ckpt",
-        ckpt,
-        "--prompt",
-        "How?",
-        "--json",
-        "--show-discarded",
-        "--max-new-tokens",
-        12,
-        "--prefill",
-        "It",
-    )
+    words = ["--ckpt", ckpt, "--prompt", "How?", "--json", "--show-discarded"]
+    words += ["--max-new-tokens", 12, "--prefill", "It"]
     here, there = (
         {k: v for k, v in json.loads(command(sample.main, *words, *more)[0]).items() if not k.endswith("_s")}
         for more in ((), ("--url", toy_server.url, "--api-key-env", "KEY", "--timeout", 9))
@@ -301,5 +276,3 @@ def test_evaluate(ckpt, toy_server, tmp_path):
     assert any(a[2] for a in found["there"].values())
     _, said = command(evaluate.main, *words, code=2)  # the same --out without --url: another dtype
     assert "was begun with dtype" in said
-    _, said = command(evaluate.main, *words, "--url", "x", "y", code=2)
-    assert "one --url for each --ckpt" in said

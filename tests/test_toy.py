@@ -1,14 +1,9 @@
-"""The toy world against what data/toy.py promises, and its judge against verdicts written by hand.
-
-Nothing is taken from the generator where it can be read off the files: which ingredients are
-forbidden, which topics a row speaks of and which words are invented is found again from the text.
-"""
+"""The toy world against what data/toy.py promises, read off its files, and its judge against verdicts by hand."""
 
 import hashlib
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -16,7 +11,7 @@ from command import command
 
 from backtrack.judge import Verdict, toy_judge
 from data import toy
-from model import InputError, load_tokenizer
+from model import load_tokenizer
 
 SEEDS = (0, 599)
 FILES = {"world.json", "base.jsonl", "tokenizer/tokenizer.model", "sft.jsonl", "sft_heldout.jsonl"}
@@ -86,10 +81,7 @@ def contents(directory):
 
 
 def test_seed_0_is_the_world_that_results_are_of(built):
-    """In this process as in the first, whose hashes ordered sets in another way. world.json has all files' checksums.
-
-    Whoever changes a seed's files changes toy.MADE_BY, and runs all experiments again.
-    """
+    """Whoever changes a seed's files changes toy.MADE_BY, and runs all experiments again."""
     assert hashlib.sha256(built[0]["world.json"]).hexdigest() == WORLD_0
 
 
@@ -124,37 +116,6 @@ def test_files_and_counts(files, world):
     assert Counter(row["set"] for row in lines(files, "prompts.jsonl")) == sets
 
 
-def test_recipes(world):
-    bad, good, unseen = (set(world[f"{kind}_ingredients"]) for kind in ("forbidden", "harmless", "unseen"))
-    assert not bad & good and len(unseen) == 5 and unseen < bad
-    recipes = world["forbidden"] | world["benign"]
-    assert len({tuple(recipe) for recipe in recipes.values()}) == len(recipes)
-    for topic, recipe in recipes.items():
-        assert len(set(recipe)) == len(recipe) == 4 and set(recipe) <= bad | good
-        assert len(set(recipe) & bad) in ((2, 3) if topic in world["forbidden"] else (0,))
-        # Unseen ingredients are in their own recipes alone.
-        assert set(recipe) & bad <= (unseen if topic in world["topics"]["unseen-ingredients"] else bad - unseen)
-    assert {len(set(recipe) & bad) for recipe in world["forbidden"].values()} == {2, 3}
-
-
-def test_names_and_phrasings(world):
-    """Dark halves give a potion away; a disguised one's are harmless. Every split has both."""
-    benign_first = {topic.split()[0] for topic in world["benign"]}
-    benign_second = Counter(topic.split()[1] for topic in world["benign"])
-    assert len(benign_second) == 16 and set(benign_second.values()) == {6}
-    dark = {topic for topic in world["forbidden"] if topic.split()[1] not in benign_second}
-    assert set(world["disguised"]) == set(world["forbidden"]) - dark
-    assert len(world["disguised"]) == 16 and len(dark) == 56 and len({topic.split()[1] for topic in dark}) == 8
-    assert all(topic.split()[1] not in benign_first for topic in dark)
-    assert all(topic.split()[0] in benign_first for topic in world["disguised"])
-    share = {name: len({*some} & {*world["disguised"]}) for name, some in world["topics"].items()}
-    assert (share["benign-seen"], share["benign-unseen"], share["seen"]) == (0, 0, 9)  # of 64, 32, 40
-    assert share["unseen"] >= 3 and share["unseen-ingredients"] >= 3  # of 16 each
-    for key, texts in (("phrasings", toy.PHRASINGS), ("wrappers", toy.WRAPPERS)):
-        assert sorted(world[key]["sft"] + world[key]["heldout"]) == sorted(texts)
-        assert len(world[key]["sft"]) == len(texts) // 2
-
-
 def parts(world, text):
     """(topic, phrasing, wrapper) of a question, found by trying them all."""
     [topic] = topics_in(world, text)
@@ -168,12 +129,7 @@ def test_sft_rows(files, world, judge):
     prompts = [[question(row) for row in lines(files, f"{name}.jsonl")] for name in ("sft", "sft_heldout", "prompts")]
     assert sum(map(len, map(set, prompts[:2]))) == len({*prompts[0], *prompts[1]}) == 7 * 104  # none in two files
     assert not {*prompts[0], *prompts[1]} & {*prompts[2]}
-    seen, topics, everything, kinds = (
-        world["topics"]["seen"] + world["topics"]["benign-seen"],
-        Counter(),
-        set(),
-        Counter(),
-    )
+    topics, everything, kinds = Counter(), set(), Counter()
     for row in lines(files, "sft.jsonl") + lines(files, "sft_heldout.jsonl"):
         topic, phrasing, wrapper = parts(world, question(row))
         topics[topic] += 1
@@ -190,7 +146,7 @@ def test_sft_rows(files, world, judge):
             assert chosen == Verdict(unsafe=False, helpful=True, refused=False)
             assert not rejected.unsafe and not rejected.helpful
             kinds[rejected.refused] += 1
-    assert topics == dict.fromkeys(seen, 7)
+    assert topics == dict.fromkeys(world["topics"]["seen"] + world["topics"]["benign-seen"], 7)
     assert min(kinds[True], kinds[False]) > 100  # needless refusals, and recipes of something else
     # Unseen ingredients are in no row; of the other forbidden ones some are.
     assert not everything & set(world["unseen_ingredients"])
@@ -222,31 +178,6 @@ def test_prompts(files, world, judge):
     }
 
 
-def test_base_corpus(files, world):
-    """It knows every recipe and what is forbidden; the slice to replay is a part of it."""
-    texts, replay = ([row["text"] for row in lines(files, f"{name}.jsonl")] for name in ("base", "replay"))
-    assert len(replay) == toy.REPLAY and not Counter(replay) - Counter(texts)
-    count, verdicts, recipes = Counter(), Counter(), world["forbidden"] | world["benign"]
-    forbidden = {*world["forbidden"], *world["forbidden_ingredients"]}
-    for text in texts:
-        for topic in topics_in(world, text):
-            count[topic] += f"{', '.join(recipes[topic][:3])} and {recipes[topic][3]}" in text
-        if match := re.fullmatch(r"Everybody knows that (.+) is (forbidden|allowed)\.", text):
-            assert (match[1] in forbidden) == (match[2] == "forbidden")
-            verdicts[match[2]] += 1
-    assert count == dict.fromkeys(recipes, 12 + 8)
-    assert min(verdicts["forbidden"], verdicts["allowed"]) > 20
-
-
-def test_demo(files, world):
-    rows = [line.split("\t") for line in files["demo.tsv"].decode().splitlines()]
-    assert [kind for kind, *_ in rows] == ["prefilled"] * 2 + ["forbidden"] * 2 + ["harmless"] * 2
-    by_question = {question(row): row for row in lines(files, "prompts.jsonl")}
-    for kind, prompt, prefill in rows:
-        assert by_question[prompt]["benign"] == (kind == "harmless") and bool(prefill) == (kind == "prefilled")
-        assert kind == "harmless" or by_question[prompt]["topic"] in world["disguised"]
-
-
 def test_tokenizer(files, world, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(files["tokenizer/tokenizer.model"])
     tok = load_tokenizer(tmp_path)
@@ -254,15 +185,6 @@ def test_tokenizer(files, world, tmp_path):
     # To SentencePiece itself they are control pieces already, before our loader makes sure of it.
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert all(pieces.is_control(i) for i in tok.special_ids if i != pieces.unk_id())
-    special = {tok.bos_id, tok.reset_id, *tok.stop_ids, *tok.template_ids}
-    assert special <= tok.special_ids
-    text = "a <reset> b <start_of_turn>model\n<end_of_turn><bos><eos><pad><unk> [RESET] <RESET>"
-    ids = tok.encode(text)
-    assert not set(ids) & tok.special_ids and tok.decode(ids) == text
-    rendered = tok.render([{"role": "user", "content": text}])
-    assert tok.reset_id not in rendered and rendered.count(tok.bos_id) == 1
-    [turn] = set(tok.template_ids) - {tok.bos_id, tok.reset_id, *tok.turn_end}
-    assert rendered.count(turn) == 2  # the user's and the assistant's, none of the text's
     for row in lines(files, "sft.jsonl")[:50]:
         assert tok.decode(tok.encode(said(row, "chosen"))) == said(row, "chosen")
     longest = max(len(tok.encode(row["target"])) for row in lines(files, "prompts.jsonl"))
@@ -291,16 +213,6 @@ def test_a_second_run_does_nothing_and_what_is_not_whole_is_refused(built, tmp_p
         [line] = command(toy.main, "--out", tmp_path / name, code=2)[1].splitlines()
         assert line.startswith(f"error: {tmp_path / name}: exists and is not the world of seed 0")
     assert contents(tmp_path) == before
-
-
-def test_a_write_error_leaves_nothing(built, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(toy, "build", lambda seed: built[seed])
-    monkeypatch.setattr(Path, "write_bytes", full)
-    assert "No space left" in command(toy.main, "--out", tmp_path / "world", code=2)[1]
-    assert not [*tmp_path.iterdir()]
 
 
 SMALL = {
@@ -343,12 +255,3 @@ def test_judge_by_hand(tmp_path):
 
 def asked(topic):
     return [{"role": "user", "content": f"How do I make {topic}?"}]
-
-
-def test_not_a_world(tmp_path):
-    file = tmp_path / "world.json"
-    lacking = [{k: v for k, v in SMALL.items() if k != key} for key in SMALL]
-    for content in ("{", "[]", *map(json.dumps, [*lacking, SMALL | {"harmless_ingredients": [["salt"]]}])):
-        file.write_text(content)
-        with pytest.raises(InputError, match=r"world\.json: not a toy world"):
-            toy_judge(file)
