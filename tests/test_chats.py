@@ -42,15 +42,9 @@ convert = pytest.importorskip("transformers.convert_slow_tokenizer")
 GEMMA3_TEMPLATE = """\
 {{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
-    {%- if messages[0]['content'] is string -%}
-        {%- set first_user_prefix = messages[0]['content'] + '
+    {%- set first_user_prefix = messages[0]['content'] + '
 
 ' -%}
-    {%- else -%}
-        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '
-
-' -%}
-    {%- endif -%}
     {%- set loop_messages = messages[1:] -%}
 {%- else -%}
     {%- set first_user_prefix = "" -%}
@@ -67,11 +61,7 @@ GEMMA3_TEMPLATE = """\
     {%- endif -%}
     {{ '<start_of_turn>' + role + '
 ' + (first_user_prefix if loop.first else "") }}
-    {%- if message['content'] is string -%}
-        {{ message['content'] | trim }}
-    {%- else -%}
-        {{ raise_exception("Invalid content type") }}
-    {%- endif -%}
+    {{- message['content'] | trim -}}
     {{ '<end_of_turn>
 ' }}
 {%- endfor -%}
@@ -81,20 +71,10 @@ GEMMA3_TEMPLATE = """\
 {%- endif -%}
 """
 QWEN25_TEMPLATE = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- messages[0]['content'] }}
-    {%- else %}
-        {{- 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}
-    {%- endif %}
-    {{- "\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query." }}
+{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
 {%- else %}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
-    {%- endif %}
+    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
     {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
@@ -106,16 +86,8 @@ QWEN25_TEMPLATE = """\
 {%- endif %}
 """  # noqa: E501
 QWEN3_TEMPLATE = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}
-        {{- messages[0].content + '\\n\\n' }}
-    {%- endif %}
-    {{- "# Tools\\n\\nYou may call one or more functions to assist with the user query." }}
-{%- else %}
-    {%- if messages[0].role == 'system' %}
-        {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-    {%- endif %}
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
 {%- endif %}
 {%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
 {%- for message in messages[::-1] %}
@@ -126,22 +98,14 @@ QWEN3_TEMPLATE = """\
     {%- endif %}
 {%- endfor %}
 {%- for message in messages %}
-    {%- if message.content is string %}
-        {%- set content = message.content %}
-    {%- else %}
-        {%- set content = '' %}
-    {%- endif %}
+    {%- set content = message.content %}
     {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
         {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
     {%- elif message.role == "assistant" %}
         {%- set reasoning_content = '' %}
-        {%- if message.reasoning_content is string %}
-            {%- set reasoning_content = message.reasoning_content %}
-        {%- else %}
-            {%- if '</think>' in content %}
-                {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
-                {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-            {%- endif %}
+        {%- if '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
         {%- if loop.index0 > ns.last_query_index %}
             {%- if loop.last or (not loop.last and reasoning_content) %}
@@ -435,22 +399,9 @@ def test_mistral_v3_marks_turns_with_special_tokens(spec, tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["llama-legacy"], indirect=True)
-def test_200_random_chats_are_llama2s_published_template(spec, tmp_path, capsys):
-    """White space everywhere, empty turns, a system turn in every second chat."""
-    rng, contents = random.Random(0), ["", " ", "Hi", " hi", "the rain \n", "\n\nfarmer", "two\n lines", "漢 17"]
-    chats = []
-    for number in range(200):
-        turns = [user, said] * 3
-        chat = [message for turn in turns[: rng.randint(1, 6)] for message in turn(rng.choice(contents))]
-        chats.append([{"role": "system", "content": rng.choice(contents)}] * (number % 2) + chat)
-    write(tmp_path, spec, LLAMA2_TEMPLATE, model_type="llama")
-    tok, oracle = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    exported = load_tokenizer(write(tmp_path / "base", spec, model_type="llama")).jinja
-    for chat in chats:
-        for template in (LLAMA2_TEMPLATE, exported):
-            ids = oracle.apply_chat_template(chat, chat_template=template, return_dict=False)
-            assert ids == tok.render(chat), chat
-    assert "not a chat template" not in capsys.readouterr().err
+def test_llama2_puts_the_system_text_into_the_first_user_turn(spec, tmp_path):
+    spaces = user(" ") + said("the rain \n") + user("\n\nfarmer") + said("two\n lines") + user("漢 17")
+    check_chats(write(tmp_path, spec, LLAMA2_TEMPLATE, model_type="llama"), [*CHATS, spaces], [*CHATS, spaces])
 
 
 @pytest.mark.parametrize("spec", ["llama-legacy"], indirect=True)
@@ -466,10 +417,6 @@ def test_a_template_is_known_by_its_text(spec, tmp_path, capsys, monkeypatch):
     tok.render(user("Hi"))
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path / 'chat_template.jinja'}: not a chat template that is known here")
-    (tmp_path / "chat_template.jinja").unlink()
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": other}))
-    load_tokenizer(tmp_path).render(user("Hi"))
-    assert str(tmp_path / "tokenizer_config.json") in capsys.readouterr().err
     known = hashlib.sha256(other.encode()).hexdigest()[:16]
     monkeypatch.setitem(templates.PUBLISHED, known, "Llama 9")
     with pytest.raises(InputError, match=r"its chat template is that of Llama 9, not of Llama 2"):
@@ -489,14 +436,6 @@ def test_who_is_mistral_and_who_is_llama2(spec, tmp_path):
     ):
         tok = load_tokenizer(write(tmp_path / str(number), spec, template, model_type=model_type))
         assert type(tok) is family
-        if template is None:  # what exports carry
-            oracle = transformers.AutoTokenizer.from_pretrained(tmp_path / str(number))
-            for chat in (CHATS[0], CHATS[2], SYSTEM + CHATS[4]):
-                ids = oracle.apply_chat_template(chat, chat_template=tok.jinja, return_dict=False)
-                assert ids == tok.render(chat)
-    zephyr = write(tmp_path / "z", spec, "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}")
-    with pytest.raises(InputError, match=r"no \[INST\]"):
-        load_tokenizer(zephyr).render(user("Hi"))
 
 
 # ── Bad files, and a token that is padding and [RESET] ───────────────────────────────────────────────────────────────
@@ -514,7 +453,6 @@ def test_tokenizer_json_that_sentencepiece_cannot_stand_in_for(spec, tmp_path):
     merges = spec["model"]["merges"]
     split = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
     fails("a Unigram tokenizer", model={"type": "Unigram"})
-    fails("a WordPiece tokenizer", model={"type": "WordPiece"})
     fails("a BPE tokenizer, neither", model={"byte_fallback": False})
     fails("cuts text in a way", normalizer={"type": "NFKC"})
     fails("cuts text in a way", normalizer=None, pre_tokenizer=split)

@@ -6,10 +6,8 @@ The oracles are transformers' own reader and writer, the safetensors package, an
 import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from base64 import b64encode
@@ -120,17 +118,6 @@ def test_round_trip_with_transformers_is_bit_exact(tmp_path, kind, dtype):
     assert torch.equal(last(TOKENS), ours(TOKENS))
 
 
-def test_a_tied_head_that_is_stored_twice_is_written_once(tmp_path):
-    save_model(random_model(GEMMA), tmp_path)
-    tensors = tensors_of(tmp_path)
-    assert "lm_head.weight" not in tensors
-    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    ours = load_model(tmp_path)
-    assert ours.lm_head.weight is ours.model.embed_tokens.weight
-    save_model(ours, tmp_path / "out")
-    assert same_tensors(tensors_of(tmp_path / "out"), tensors)
-
-
 @torch.no_grad()
 def test_shards(tmp_path):
     """Those of transformers are read, ours are read by it; and no old file survives a save, which it would prefer."""
@@ -196,14 +183,6 @@ def test_what_config_json_leaves_out_is_taken_as_transformers_does_and_said(tmp_
     assert first.startswith(f"{tmp_path}: config.json: no max_position_embeddings: taken to be 2048, as transformers")
     # With head_dim given we need no hidden_size that the heads divide; transformers does, of these families.
     assert "hidden_size 18 is not a multiple of num_attention_heads 4: transformers 5 refuses" in second
-    for fields in (models.LLAMA, models.GEMMA, *models.OTHERS.values()):
-        fields = fields | dict(hidden_size=18)
-        try:
-            transformers.AutoConfig.for_model(**json.loads(json.dumps(fields)))
-        except Exception as error:
-            assert "not a multiple" in str(error) and ModelConfig.from_hf(fields).notes
-        else:
-            assert not ModelConfig.from_hf(fields).notes
 
 
 def test_unknown_keys_of_config_json_survive(tmp_path):
@@ -226,16 +205,6 @@ def test_unknown_keys_of_config_json_survive(tmp_path):
     a, b = ModelConfig.load(tmp_path / "a"), ModelConfig.load(tmp_path / "b" / "config.json")
     assert a == b and b.reset_token_id == 300
     assert read_transformers(tmp_path / "b", torch.float32).config.reset_token_id == 300
-
-
-def test_tokenizer_goes_with_the_model(tmp_path):
-    """The model that was trained stays in hand; saving it again, without a tokenizer, keeps the files beside it."""
-    write_tokenizer(tmp_path)
-    tok, model = load_tokenizer(tmp_path), random_model()
-    for given in (tok, None):
-        save_model(model, tmp_path / "a", tokenizer=given)
-        again = load_tokenizer(tmp_path / "a")
-        assert again.encode("Größe") == tok.encode("Größe") and again.reset_id == tok.reset_id
 
 
 @pytest.mark.parametrize("stored, asked", [(torch.bfloat16, torch.float16), (torch.float64, torch.bfloat16)], ids=str)
@@ -267,14 +236,9 @@ def edit_tensors(directory, edit, file="model.safetensors"):
     save_file(tensors, directory / file, metadata={"format": "pt"})
 
 
-def cut(directory, keep, file="model.safetensors"):
-    data = (directory / file).read_bytes()
-    header = 8 + struct.unpack("<Q", data[:8])[0]
-    (directory / file).write_bytes(data[: header // 2 if keep == "header" else (header + len(data)) // 2])
-
-
-def reshard(directory):
-    save_model(load_model(directory), directory, shard_bytes=6000)
+def cut(directory):
+    data = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(data[:-100])
 
 
 def rename_to_bin(directory):
@@ -293,7 +257,7 @@ def sharded(name, breaking):
     """Break one shard of six."""
 
     def breaks(directory):
-        reshard(directory)
+        save_model(load_model(directory), directory, shard_bytes=6000)
         breaking(directory, name)
 
     return breaks
@@ -305,13 +269,9 @@ BROKEN = {
     "not a directory": (shutil.rmtree, ["broken"]),
     "no config": (lambda d: (d / "config.json").unlink(), ["config.json"]),
     "config not JSON": (lambda d: (d / "config.json").write_text("{'a': 1}"), ["config.json"]),
-    "config a list": (lambda d: (d / "config.json").write_text("[1]"), ["config.json"]),
-    "architecture": (lambda d: edit_config(d, model_type="mixtral"), ["config.json", "mixtral"]),
-    "quantized config": (lambda d: edit_config(d, quantization_config={"bits": 4}), ["config.json", "quantiz"]),
     "only bin": (rename_to_bin, ["broken", "*.bin", "safetensors"]),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), ["broken", WEIGHTS]),
-    **{f"cut: {at}": (lambda d, at=at: cut(d, at), [WEIGHTS]) for at in ("header", "data")},
-    "no safetensors": (lambda d: (d / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), [WEIGHTS]),
+    "cut": (cut, [WEIGHTS]),
     "shape": (set_tensor(torch.zeros(25, 16)), [WEIGHTS, GATE, "25", "24"]),
     "int8": (set_tensor(torch.zeros(24, 16, dtype=torch.int8)), [WEIGHTS, GATE, "I8"]),
     "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(GATE)), ["broken", GATE]),
@@ -320,9 +280,7 @@ BROKEN = {
         [WEIGHTS, "model.layers.2.mlp.up_proj.bias"],
     ),
     "another family": (lambda d: edit_config(d, model_type="qwen3"), ["broken", "q_norm", "config.json"]),
-    "fewer layers": (lambda d: edit_config(d, num_hidden_layers=1), [WEIGHTS, "model.layers.1."]),
     "missing shard": (sharded(SHARD, lambda d, name: (d / name).unlink()), [SHARD]),
-    "shard cut": (sharded(SHARD, lambda d, name: cut(d, "data", name)), [SHARD]),
     "misplaced tensor": (sharded(SHARD, lambda d, name: edit_tensors(d, lambda t: t.popitem(), name)), [SHARD, INDEX]),
     "index without map": (sharded(INDEX, lambda d, name: (d / name).write_text('{"metadata": {}}')), [INDEX]),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), ["broken", "tokenizer"]),
@@ -445,10 +403,8 @@ class Alternating:
                 (self.path / "notes" / "deep" / "a.txt").write_text("mine")
                 self.save(which)
             self.full.append(snapshot(self.path))
-        kept = {"metrics.jsonl", "notes/deep/a.txt"}
-        assert all(kept < files.keys() for files in self.full)
-        shared = self.full[0].keys() & self.full[1].keys() - kept
-        assert len(self.full[0]) != len(self.full[1]) and {"config.json", "tokenizer.model"} <= shared
+        assert all({"metrics.jsonl", "notes/deep/a.txt"} < files.keys() for files in self.full)
+        assert len(self.full[0]) != len(self.full[1])
         assert all(self.full[0][name] != self.full[1][name] for name in ("config.json", "tokenizer.model"))
 
     def save(self, which):
@@ -496,26 +452,6 @@ def test_the_first_save_leaves_all_or_nothing(tmp_path, unsynced):
     assert not path.exists() and {f.name for f in tmp_path.iterdir()} == {".ckpt.tmp", ".lock-ckpt"}
     save()
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("existing, limit", [(True, 5_000), (False, 30_000)])
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, existing, limit):
-    """Simulated by a limit on file sizes, met in a shard, in the one large file."""
-    path = tmp_path / "ckpt"
-    if existing:
-        save_model(random_model(seed=1), path, Tokenizer("A"))
-    before, model = snapshot(tmp_path), random_model()
-
-    def fails():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        with pytest.raises(OSError):
-            save_model(model, path, Tokenizer("B"), shard_bytes=6000 if limit == 5_000 else 10**9)
-
-    assert in_a_fork(fails) == 0
-    assert snapshot(tmp_path) == before
-    assert [f.name for f in tmp_path.iterdir()] == (["ckpt"] if existing else [])
-    save_model(model, path, Tokenizer("B"))
-    assert snapshot(path) != before and (path / "tokenizer.model").read_text() == "B"
 
 
 def test_a_save_that_raises_leaves_the_old_checkpoint(tmp_path):
@@ -593,17 +529,12 @@ def test_digest_is_that_of_weights_and_config(tmp_path):
     for name in ("optimizer.state", "training.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / "b" / name).write_bytes(b"{}")
     assert checkpoint.weights_digest(str(tmp_path / "b")) == digest
-    seen = {digest}
     for name in (*shards, "config.json"):
         file = tmp_path / "b" / name
         whole = file.read_bytes()
-        for place in (0, len(whole) - 1):
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            seen.add(checkpoint.weights_digest(tmp_path / "b"))
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert checkpoint.weights_digest(tmp_path / "b") != digest
         file.write_bytes(whole)
-    assert len(seen) == 1 + 2 * (len(shards) + 1) > 5
-    save_model(random_model(seed=1), tmp_path / "c")
-    assert checkpoint.weights_digest(tmp_path / "c") not in seen
 
 
 # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -611,54 +542,33 @@ def test_digest_is_that_of_weights_and_config(tmp_path):
 # Most memory ever resident (VmHWM, mapped files included) while loading, less what was resident before. Writing 5 to
 # clear_refs sets VmHWM back to the present. A small checkpoint goes first, so that code and threads are there already.
 MEASURE = """
-import gc, sys, torch
+import re, sys, torch
+from pathlib import Path
 from model import load_model
 
 def resident(field):
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field + ":"))
+    return 1024 * int(re.search(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-small, large = sys.argv[1:]
-load_model(small)
-for dtype in (torch.bfloat16, torch.float32):
-    model = None
-    gc.collect()
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-    before = resident("VmRSS")
-    assert resident("VmHWM") < before + 2**20
-    model = load_model(large, dtype=dtype)
-    print(resident("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
+load_model(sys.argv[1])
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+assert resident("VmHWM") < before + 2**20
+model = load_model(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
+print(resident("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
 """
 
 
-@pytest.fixture
-def large(tmp_path):
-    """200 MB of bf16 in shards, and a small one of its kind."""
-    fields = LLAMA | dict(hidden_size=1024, num_attention_heads=8, head_dim=128, vocab_size=24_000)
-    for name, changes in (("small", dict(vocab_size=10)), ("large", dict(intermediate_size=6000, num_hidden_layers=2))):
-        model = network_of(fields | changes).to(torch.bfloat16)
-        save_model(model, tmp_path / name, shard_bytes=60_000_000)
-    yield tmp_path
-    shutil.rmtree(tmp_path)
-
-
-def can_reset_peak():
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return Path("/proc/self/status").is_file()
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not can_reset_peak(), reason="needs /proc/self/clear_refs to measure peak memory")
-def test_loading_takes_little_more_than_the_model(large):
-    """Into bf16 as it is stored, and into fp32."""
-    command = [sys.executable, "-c", MEASURE, large / "small", large / "large"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_takes_little_more_than_the_model(tmp_path, dtype):
+    """200 MB of bf16 in shards: as they are stored, and into fp32."""
+    fields = LLAMA | dict(hidden_size=1024, num_attention_heads=8, head_dim=128, vocab_size=24_000)
+    for name, changes in (("small", dict(vocab_size=10)), ("large", dict(intermediate_size=6000))):
+        save_model(network_of(fields | changes).to(torch.bfloat16), tmp_path / name, shard_bytes=60_000_000)
+    words = [sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path / "large", dtype]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    shutil.rmtree(tmp_path)
     assert done.returncode == 0, done.stderr
-    (peak, size), (peak32, size32) = (map(int, line.split()) for line in done.stdout.splitlines())
-    assert size32 == 2 * size > 300e6
-    assert 0.95 * size <= peak <= 1.1 * size
-    assert 0.95 * size32 <= peak32 <= 1.1 * size32
+    peak, size = map(int, done.stdout.split())
+    assert size > (300e6 if dtype == "float32" else 150e6) and 0.95 * size <= peak <= 1.1 * size
