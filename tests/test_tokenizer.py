@@ -189,17 +189,6 @@ SENTENCEPIECE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "special", "ordinary"), SENTENCEPIECE)
-def test_gemma_gives_the_ids_of_transformers(directories, name, special, ordinary):
-    oracle = gemma_in_transformers(directories / name / "tokenizer.model", special, ordinary)
-    tok = load_tokenizer(directories / name)
-    rng = random.Random(1)
-    words = [*TEXT.split(" "), *special, *ordinary, " ", "\t", "é", "🐑", "<unu", "sed0>", "<start", "_of_turn>", "7"]
-    texts = ["".join(rng.choice(words) for _ in range(rng.randint(1, 12))) for _ in range(300)]
-    for text in (t for t in texts if "  " not in t):  # runs of spaces: BPE and the longest user-defined piece differ
-        assert tok.encode(text) == oracle.encode(text, add_special_tokens=False, split_special_tokens=True), text
-
-
 # ── Chats ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LLAMA3_TEMPLATE = (

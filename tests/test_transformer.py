@@ -6,6 +6,7 @@ more, where agreement means CLOSE. The cache has more tests in method/test_cache
 """
 
 import dataclasses
+import functools
 import json
 import random
 
@@ -71,15 +72,13 @@ ONE_EACH = ["llama-3.1", "mistral", "qwen2-window", "qwen3", "gemma2", "gemma3",
 LENGTH = 90  # beyond the windows of 11 and Llama 3.1's original context of 32
 
 
-def transformers_model(directory, fields, spread=0.3, seed=0):
+def transformers_model(directory, fields):
     """A random model of transformers, saved to `directory`."""
     transformers = pytest.importorskip("transformers")
-    fields = json.loads(json.dumps(fields))
-    config = transformers.AutoConfig.for_model(**fields)
+    config = transformers.AutoConfig.for_model(**json.loads(json.dumps(fields)))
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    if (fields.get("final_logit_softcapping") or 0) >= 30:
-        spread = 0.9  # so that even Gemma's published caps are exceeded
-    generator = torch.Generator().manual_seed(seed)
+    spread = 0.9 if fields.get("final_logit_softcapping") == 30.0 else 0.3  # so as to exceed even the published caps
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if p.dim() == 2:
@@ -111,14 +110,11 @@ def distance(a, b):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Name -> (directory, transformers' model, ours), each made once."""
-    made = {}
 
+    @functools.cache
     def get(name):
-        if name not in made:
-            directory = tmp_path_factory.mktemp(name)
-            theirs = transformers_model(directory, CASES[name])
-            made[name] = directory, theirs, load_model(directory)
-        return made[name]
+        directory = tmp_path_factory.mktemp(name)
+        return directory, transformers_model(directory, CASES[name]), load_model(directory)
 
     return get
 
