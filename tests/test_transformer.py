@@ -6,6 +6,7 @@ more, where agreement means CLOSE. The cache has more tests in method/test_cache
 """
 
 import dataclasses
+import functools
 import json
 import random
 
@@ -16,14 +17,12 @@ import torch.nn.functional as F
 from models import network_of, randomize
 
 import model.transformer as transformer_module
-from backtrack.generate import generate
 from model import InputError, KVCache, ModelConfig, Transformer, load_model, save_model
 from model.linear import Linear
 from model.transformer import RMSNorm, attend
 
 CLOSE = 1e-4
 DIFFERENT = 0.05
-SEED = 0  # under which greedy decoding meets no near tie
 V = 67
 
 SIZES = dict(
@@ -54,7 +53,6 @@ CASES = {
     "llama": LLAMA,
     "llama-tied": LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=3),
     "llama-3.1": LLAMA | dict(rope_parameters=stretched(8.0)),
-    "llama-linear": LLAMA | dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=500.0)),
     "mistral": LLAMA | dict(model_type="mistral", sliding_window=11),
     "mistral-global": LLAMA | dict(model_type="mistral", sliding_window=None, tie_word_embeddings=True),
     "qwen2": LLAMA | SMALL_HEADS | dict(model_type="qwen2"),
@@ -74,15 +72,13 @@ ONE_EACH = ["llama-3.1", "mistral", "qwen2-window", "qwen3", "gemma2", "gemma3",
 LENGTH = 90  # beyond the windows of 11 and Llama 3.1's original context of 32
 
 
-def transformers_model(directory, fields, spread=0.3, seed=SEED):
+def transformers_model(directory, fields):
     """A random model of transformers, saved to `directory`."""
     transformers = pytest.importorskip("transformers")
-    fields = json.loads(json.dumps(fields))
-    config = transformers.AutoConfig.for_model(**fields)
+    config = transformers.AutoConfig.for_model(**json.loads(json.dumps(fields)))
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    if (fields.get("final_logit_softcapping") or 0) >= 30:
-        spread = 0.9  # so that even Gemma's published caps are exceeded
-    generator = torch.Generator().manual_seed(seed)
+    spread = 0.9 if fields.get("final_logit_softcapping") == 30.0 else 0.3  # so as to exceed even the published caps
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if p.dim() == 2:
@@ -114,14 +110,11 @@ def distance(a, b):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Name -> (directory, transformers' model, ours), each made once."""
-    made = {}
 
+    @functools.cache
     def get(name):
-        if name not in made:
-            directory = tmp_path_factory.mktemp(name)
-            theirs = transformers_model(directory, CASES[name])
-            made[name] = directory, theirs, load_model(directory)
-        return made[name]
+        directory = tmp_path_factory.mktemp(name)
+        return directory, transformers_model(directory, CASES[name]), load_model(directory)
 
     return get
 
@@ -145,20 +138,14 @@ def test_logits_equal_those_of_transformers(checkpoints, name):
 
 OFF = [
     ("llama", dict(rope_theta=10000.0)),
-    ("llama", dict(query_pre_attn_scalar=8.0)),  # 48 / 6: what head_dim is not
     ("llama", dict(hidden_act="gelu_pytorch_tanh")),
     ("llama-3.1", dict(rope_scaling=None)),
-    ("llama-linear", dict(rope_scaling=None)),
     ("mistral", dict(sliding_window=12)),
-    ("mistral", dict(local_layers=(True, True, False))),
     ("qwen2", dict(qkv_bias=False)),
-    ("qwen2-window", dict(sliding_window=10)),
     ("qwen2-window", dict(local_layers=(True, True, True))),
     ("qwen3", dict(qk_norm=False)),
     ("gemma3", dict(qk_norm=False)),
     ("gemma3", dict(rope_local_theta=None)),
-    ("gemma3", dict(rope_theta=100.0)),
-    ("gemma3", dict(sliding_window=12)),
     ("gemma3", dict(local_layers=(True,) * 7)),
     ("gemma3-untied", dict(rope_scaling=None)),
     ("gemma2", dict(attn_logit_softcapping=None)),
@@ -167,7 +154,6 @@ OFF = [
     ("gemma2-caps", dict(final_logit_softcapping=None)),
     ("gemma2", dict(sliding_window=12)),
     ("gemma2", dict(local_layers=(False, True, False, True))),
-    ("gemma2-layers", dict(local_layers=(True, False, True, False))),
     ("gemma2", dict(query_pre_attn_scalar=None)),
     ("gemma2", dict(norm_plus_one=False)),
     ("gemma2", dict(scale_embeddings=False)),
@@ -186,7 +172,7 @@ def test_every_setting_bites(checkpoints, name):
         assert distance(variant(ours, **changes)(tokens), logits) > DIFFERENT, changes
 
 
-@pytest.mark.parametrize("name", [*ONE_EACH, "llama-linear", "mistral-global", "gemma2-layers"])
+@pytest.mark.parametrize("name", [*ONE_EACH, "mistral-global", "gemma2-layers"])
 @torch.no_grad()
 def test_both_dialects_of_config_json(checkpoints, tmp_path, name):
     """transformers 5 writes `rope_parameters` and `layer_types`; we write the older words besides, as published files
@@ -273,29 +259,6 @@ def test_gradients_equal_those_of_transformers(checkpoints, name):
         assert distance(grads[1][parameter], expected) < 1e-3 * expected.abs().max(), parameter
 
 
-# ── Greedy generations, against transformers ─────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("name", ["llama-3.1", "qwen2", "gemma3-untied"])
-@torch.no_grad()
-def test_greedy_generations_equal_those_of_transformers(checkpoints, name):
-    """64 tokens each, from 7 and from 45: across Gemma's window, and across Llama 3.1's original context."""
-    transformers = pytest.importorskip("transformers")
-    _, theirs, ours = checkpoints(name)
-    prompts = [random_tokens(n, seed=n).tolist() for n in (7, 45)]
-    options = transformers.GenerationConfig(max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
-    done = generate(ours, prompts, reset_id=None, stop_ids=(), max_new_tokens=64)
-    for prompt, g in zip(prompts, done, strict=True):
-        ids = torch.tensor([prompt])
-        theirs.generation_config.eos_token_id = None
-        text = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)
-        expected = text[0, len(prompt) :].tolist()
-        assert len(expected) == 64 and len(set(expected)) > 8  # an answer, not one word for ever
-        best = theirs(text[:, :-1]).logits[0, len(prompt) - 1 :].topk(2).values
-        assert (best[:, 0] - best[:, 1]).min() > 2 * CLOSE  # no near tie that rounding may decide
-        assert g.tokens == expected
-
-
 # ── Where tokens stand, whom they see, whose logits are wanted ────────────────────────────────────────────────────────
 
 
@@ -320,23 +283,6 @@ def test_reading_on_and_taking_back_equal_a_fresh_run(model):
 
 def causal(B, T):
     return torch.ones(B, T, T, dtype=torch.bool).tril()
-
-
-@torch.no_grad()
-def test_a_chain_is_a_tree(model):
-    """Said explicitly, the positions and the causal mask are what is meant without them."""
-    tokens = random_tokens(2, LENGTH)
-    plain, positions = model(tokens), torch.arange(LENGTH).repeat(2, 1)
-    assert distance(model(tokens, positions=positions), plain) < CLOSE
-    assert distance(model(tokens, visible=causal(2, LENGTH)), plain) < CLOSE
-    assert distance(model(tokens, positions=positions, visible=causal(2, LENGTH)), plain) < CLOSE
-    # RoPE and the window see differences of positions only, and of those both see something.
-    assert distance(model(tokens, positions=positions + 17), plain) < CLOSE
-    assert distance(model(tokens, positions=positions * 2), plain) > DIFFERENT
-    blind = causal(2, LENGTH)
-    blind[:, LENGTH // 2, LENGTH // 2 - 3] = False  # one token does not see another
-    changed = (model(tokens, visible=blind) - plain).abs().amax(dim=(0, 2))
-    assert changed[: LENGTH // 2].max() < CLOSE and changed[LENGTH // 2] > 10 * CLOSE
 
 
 def random_tree(nodes, rng):
@@ -372,25 +318,13 @@ def test_a_node_says_what_its_branch_says_by_itself(model, seed=0):
     assert len(lengths) < 70  # there were branches
 
 
-@torch.no_grad()
-def test_at_is_indexing_the_logits(model):
-    tokens = random_tokens(3, 20, seed=2)
-    full = model(tokens).flatten(0, 1)
-    for at in ([59, 0, 7, 7, 20], [], [33]):
-        at = torch.tensor(at, dtype=torch.int64)
-        logits = model(tokens, at=at)
-        assert logits.shape == (len(at), V) and logits.dtype == torch.float32
-        assert torch.allclose(logits, full[at], atol=1e-5)
-    positions = torch.arange(20).repeat(3, 1)
-    logits = model(tokens, positions=positions, visible=causal(3, 20), at=torch.tensor([41]))
-    assert distance(logits, full[[41]]) < CLOSE
-
-
-def test_gradients_of_some_logits_are_those_of_all(model):
-    tokens, at = random_tokens(2, 12, seed=3), torch.tensor([3, 11, 20])
-    found = []
+def test_some_logits_and_their_gradients_are_those_of_all(model):
+    tokens = random_tokens(2, 12, seed=3)
+    assert model(tokens, at=torch.tensor([], dtype=torch.int64)).shape == (0, V)
+    at, found = torch.tensor([20, 3, 11, 11]), []
     for logits in (model(tokens, at=at), model(tokens).flatten(0, 1)[at]):
-        found.append(torch.autograd.grad(logits.square().sum(), list(model.parameters())))
+        assert logits.shape == (4, V) and logits.dtype == torch.float32
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
     for a, b in zip(*found, strict=True):
         assert distance(a, b) <= 1e-4 * b.abs().max()
 
@@ -414,7 +348,7 @@ def test_plain_causal_attention_builds_no_mask(monkeypatch):
 @pytest.mark.parametrize("has_mask", [True, False])
 def test_attention_in_bfloat16_is_about_as_exact_as_the_fused_kernel(has_mask, T=50, scale=0.4):
     """On a CPU attention in bf16 builds its scores: its errors against fp32 are at most twice the fused kernel's."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(0)
     shapes = (3, 6, T, 8), (3, 2, T, 8), (3, 2, T, 8)
     q, k, v = (torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes)
     visible = causal(3, T)
@@ -434,48 +368,13 @@ def test_attention_in_bfloat16_is_about_as_exact_as_the_fused_kernel(has_mask, T
         assert 0 < (a - c).norm() < 2 * (b - c).norm() and not torch.equal(a, b)
 
 
-# ── Full size, on the meta device ────────────────────────────────────────────────────────────────────────────────────
-
-# config.json of published models, in little, and how many parameters they have.
-SHAPES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
-SHAPES += ["num_attention_heads", "num_key_value_heads"]
-FULL_SIZE = {
-    "smollm2": ([49152, 576, 1536, 30, 9, 3], dict(tie_word_embeddings=True), 134_515_008),  # SmolLM2-135M
-    "llama": ([128256, 4096, 14336, 32, 32, 8], dict(head_dim=128), 8_030_261_248),  # Llama-3-8B
-    "mistral": ([32000, 4096, 14336, 32, 32, 8], dict(head_dim=128), 7_241_732_096),  # Mistral-7B-v0.1
-    "qwen2": ([151936, 896, 4864, 24, 14, 2], dict(tie_word_embeddings=True), 494_032_768),  # Qwen2.5-0.5B
-    "qwen3": ([151936, 1024, 3072, 28, 16, 8], dict(head_dim=128, tie_word_embeddings=True), 596_049_920),  # 0.6B
-    "gemma2": ([256000, 2304, 9216, 26, 8, 4], dict(head_dim=256, sliding_window=4096), 2_614_341_888),  # 2B
-    "gemma3_text": ([262144, 640, 2048, 18, 4, 1], dict(head_dim=256, sliding_window=512), 268_098_176),  # 270M
-}
-
-
-@pytest.mark.parametrize("family", FULL_SIZE)
-def test_full_size_parameters_are_those_of_transformers(family):
-    transformers = pytest.importorskip("transformers")
-    shapes, more, count = FULL_SIZE[family]
-    fields = dict(zip(SHAPES, shapes, strict=True)) | more
-    family = {"smollm2": "llama"}.get(family, family)
-    fields |= dict(model_type=family, max_position_embeddings=8192, rms_norm_eps=1e-6, query_pre_attn_scalar=256)
-    with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields))
-        ours = Transformer(ModelConfig.from_hf(fields))
-    found = [{n: tuple(p.shape) for n, p in model.named_parameters()} for model in (theirs, ours)]
-    assert found[0] == found[1] and sum(p.numel() for p in ours.parameters()) == count
-    assert all(p.is_meta for p in ours.parameters())
-    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == ("lm_head.weight" not in found[0])
-
-
 # ── Parts, in closed form ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_rms_norm():
     x = torch.tensor([[3.0, 4.0], [300.0, 400.0]], dtype=torch.bfloat16)
-    norm = RMSNorm(2, eps=0.0, plus_one=False)
-    norm.weight.data = torch.tensor([2.0, -1.0])
     root = 12.5**0.5
-    assert torch.allclose(norm(x.float()), torch.tensor([6.0 / root, -4.0 / root]))
-    # bf16: Llama rounds x̂ and then multiplies, Gemma multiplies by 1 + w and then rounds.
+    # Llama rounds x̂ and then multiplies, Gemma multiplies by 1 + w and then rounds.
     w = torch.tensor([0.3, 0.7], dtype=torch.bfloat16)
     exact = torch.tensor([3.0 / root, 4.0 / root])
     for plus_one, expected in ((False, exact.bfloat16() * w), (True, (exact * (1 + w.float())).bfloat16())):
@@ -509,10 +408,8 @@ def test_linear_in_blocks(monkeypatch, n_in, n_out, blocks, bias):
 
 
 def test_fresh_weights_are_repeatable_and_small():
-    for fields in models.OTHERS.values():  # gains of 1, however they are stored, and no biases
-        for name, p in Transformer(ModelConfig.from_hf(fields)).named_parameters():
-            gain = 0.0 if "bias" in name or fields is models.GEMMA3 else 1.0
-            assert p.dim() == 2 or (p == gain).all(), name
+    for name, p in Transformer(ModelConfig.from_hf(models.QWEN2)).named_parameters():  # gains of 1 and no biases
+        assert p.dim() == 2 or (p == ("bias" not in name)).all(), name
     config = ModelConfig.from_hf(LLAMA | dict(vocab_size=300, hidden_size=96))
     a, b = Transformer(config), Transformer(config)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
@@ -526,44 +423,33 @@ def test_fresh_weights_are_repeatable_and_small():
 
 # ── Configurations that are refused ──────────────────────────────────────────────────────────────────────────────────
 
-INF = float("inf")
-
 
 def scaled(**changes):
     return dict(rope_parameters=stretched(8.0) | changes)
 
 
 REFUSED = [
-    *((LLAMA, dict(model_type=other), other) for other in ("mixtral", "qwen3_moe")),
-    (LLAMA, dict(model_type=None), "model_type"),
+    (LLAMA, dict(model_type="mixtral"), "mixtral"),
     (LLAMA, dict(attention_bias=True), "attention_bias"),
     (LLAMA, dict(hidden_act="gelu"), "hidden_act"),
     (LLAMA, dict(quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
     (LLAMA, dict(num_key_value_heads=4), "num_key_value_heads"),
-    (LLAMA, dict(head_dim=15), "head_dim"),
-    (LLAMA, dict(hidden_size=50, head_dim=None), "head_dim"),
-    (LLAMA, dict(vocab_size=None), "vocab_size"),
-    (LLAMA, dict(vocab_size=INF), "vocab_size"),
-    (LLAMA, dict(hidden_size=48.5), "hidden_size"),
+    (LLAMA, dict(vocab_size=float("inf")), "vocab_size"),
     (LLAMA, dict(tie_word_embeddings="false"), "tie_word_embeddings"),
     (LLAMA, dict(reset_token_id=V), "reset_token_id"),
     (LLAMA, dict(rope_parameters=None, rope_theta=-1.0), "rope_theta"),
     (LLAMA, dict(rope_parameters=None, rope_scaling="llama3"), "rope_scaling"),
     (LLAMA, dict(rope_parameters=None, rope_scaling={"type": "linear"}), "factor"),
     (LLAMA, dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rope_parameters"),
-    *((LLAMA, scaled(rope_type=kind), kind) for kind in ("yarn",)),
+    (LLAMA, scaled(rope_type="yarn"), "yarn"),
     *((LLAMA, scaled(**{name: None}), name) for name in stretched(8.0) if name not in ("rope_type", "rope_theta")),
     (LLAMA, scaled(high_freq_factor=1.0), "high_freq_factor"),
     (CASES["mistral"], dict(layer_types=["full_attention"] * 3), "layer_types"),
     (CASES["qwen2"], dict(layer_types=["sliding_attention"] * 3), "sliding_window"),
-    (CASES["qwen3"], dict(head_dim=None), "head_dim"),
     (CASES["qwen2-window"], dict(max_window_layers="28"), "max_window_layers"),
     (GEMMA, dict(hidden_activation="gelu"), "hidden_activation"),
     (GEMMA, dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
     (GEMMA, dict(query_pre_attn_scalar=None), "query_pre_attn_scalar"),
-    (GEMMA, dict(head_dim=None), "head_dim"),
-    (GEMMA, dict(layer_types=["chunked_attention"] * 4), "layer_types"),
-    (GEMMA, dict(layer_types=[["full_attention"]] * 4), "layer_types"),
     (GEMMA3, dict(rope_parameters={"rope_theta": 1e6}), "rope_parameters"),
     (GEMMA3, dict(sliding_window_pattern=-6), "sliding_window_pattern"),
 ]
