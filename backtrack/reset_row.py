@@ -27,10 +27,9 @@ from backtrack.run.say import say
 from backtrack.trees import Batch
 from model import Transformer
 from model.slices import as_a_whole
-from model.transformer import softcap
+from model.transformer import LOGITS, softcap
 
 START = 0.01  # p([RESET]) before the first step
-LOGITS = 2**28  # that many are in memory at once, 1 GiB
 RIDGE = 0.01  # of the mean square of a hidden state's coordinate
 
 

@@ -33,6 +33,8 @@ from model.config import ModelConfig
 from model.linear import Linear
 from model.slices import own_rows
 
+LOGITS = 2**28  # so many are in memory at once, 1 GiB, where callers cut their `at` into parts
+
 
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
@@ -62,7 +64,7 @@ class Transformer(nn.Module):
         at         (N,) int64, indices into the flattened B·T: logits are (N, V), of these alone.
                    With a vocabulary of 128,000 they take more memory than all the rest.
         read       what to return instead of logits, a function of the hidden states (…, D). It may
-                   call `logits`: a model in slices (backtrack/run/parallel.py) is whole only in here.
+                   call `logits`: a model in slices (model/slices.py) is whole only in here.
         """
         hidden = self.model(tokens, cache, positions, visible)  # (B, T, D)
         if at is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = 2**28  # that many are in memory at once, 1 GiB
+from model.transformer import LOGITS
 
 
 def in_chunks(
