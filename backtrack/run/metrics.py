@@ -6,6 +6,7 @@ they mean is in data/README.md.
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,20 +71,33 @@ def write(out: str, record: dict) -> None:
 
 def rewind(out: str, step: int) -> None:
     """Drop what a killed run logged after its last save."""
-    if rank() > 0:
-        return
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with open(Path(out) / "metrics.jsonl", "ab+") as f:
-        f.seek(0)
+    if rank() == 0:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        file = Path(out) / "metrics.jsonl"
+        file.touch()
+        keep_head(file, lambda number, record: record["step"] <= step)  # steps only grow
+
+
+def keep_head(file: Path, is_kept: Callable[[int, dict], bool]) -> list[dict]:
+    """The records of a file of JSON lines down to the first that is not kept, where it is cut off.
+
+    is_kept gets a line's number, from 0, and its record. A half line, as a kill leaves it, is not
+    kept, nor are zeros, as a power cut leaves them.
+    """
+    found: list[dict] = []
+    with open(file, "rb+") as f:
         kept = 0
-        for line in f:
+        for number, line in enumerate(f):
             try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break  # steps only grow, so what is kept is the head
-            except (ValueError, KeyError, TypeError):  # zeros, as a power cut leaves them
+                record = json.loads(line)
+                if not line.endswith(b"\n") or not is_kept(number, record):
+                    break
+            except (ValueError, KeyError, TypeError):
                 break
+            found.append(record)
             kept += len(line)
         f.truncate(kept)
+    return found
 
 
 # ── Sums ──────────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from backtrack.run import parallel
+from backtrack.run.metrics import keep_head
 from backtrack.run.progress import Run, digest
 from backtrack.run.say import say
 from backtrack.trees import Tree, make_batch
@@ -91,23 +92,13 @@ def kept_in(run: Run) -> Path:
 
 
 def recover(file: Path) -> list[list[float]]:
-    """The lists that are there. A half line, as a kill leaves it, and all behind it is dropped."""
-    found: list[list[float]] = []
+    """The lists that are there, in the order of steps; what a kill left behind them is dropped."""
     if not file.is_file():
-        return found
-    with open(file, "rb+") as f:
-        kept = 0
-        for line in f:
-            try:
-                record = json.loads(line)
-                if not line.endswith(b"\n") or record["step"] != len(found):
-                    break
-                found.append(record["values"])
-            except (ValueError, KeyError, TypeError):
-                break
-            kept += len(line)
-        f.truncate(kept)
-    return found
+        return []
+    records = keep_head(
+        file, lambda number, record: "values" in record and record["step"] == number
+    )
+    return [record["values"] for record in records]
 
 
 def append(file: Path, record: dict) -> None:
