@@ -1,6 +1,7 @@
-"""Logits a chunk at a time: with a vocabulary of 128,000 they take more memory than all the rest.
+"""Log-probs of targets where logits are too many: with a vocabulary of 262,144 they take more memory and time than
+all the rest.
 
-The plain form is `read(hidden, predicted_by, target)`; this gives the same values.
+The plain form is `logits.log_softmax(-1)[predicted_by, target]`; both functions here give its values.
 """
 
 from collections.abc import Callable
@@ -29,3 +30,34 @@ def in_chunks(
         again = {"use_reentrant": False, "preserve_rng_state": False}
         values = values.index_add(0, here, checkpoint(read, *some, **again))
     return values
+
+
+class BF16Logprobs(torch.autograd.Function):
+    """logits.float().log_softmax(-1)[predicted_by, target], (N,) fp32, without a copy of the logits in fp32.
+
+    logits (M, V) in bf16. All sums are fp32, over a few rows at a time, which stay in the processor's cache. The
+    gradient is written over the logits, so nobody else may need them.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, predicted_by: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        totals = torch.cat([rows.float().logsumexp(dim=-1) for rows in logits.split(few_rows(logits))])  # (M,)
+        ctx.save_for_backward(logits, totals, predicted_by, target)
+        return logits[predicted_by, target].float() - totals[predicted_by]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        logits, totals, predicted_by, target = ctx.saved_tensors
+        size, of_row = few_rows(logits), torch.zeros_like(totals).index_add_(0, predicted_by, grad)
+        for first in range(0, len(logits), size):
+            rows = slice(first, first + size)
+            # d log p(t) / d logits = onehot(t) - softmax(logits)
+            found = (logits[rows].float() - totals[rows, None]).exp_().mul_(-of_row[rows, None])
+            here = (predicted_by // size == first // size).nonzero()[:, 0]
+            found.index_put_((predicted_by[here] - first, target[here]), grad[here], accumulate=True)
+            logits[rows] = found
+        return logits, None, None
+
+
+def few_rows(logits: torch.Tensor) -> int:
+    return max(1, 2**22 // logits.size(-1))
