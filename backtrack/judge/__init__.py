@@ -2,6 +2,7 @@
 
     judge = load_judge("runs/toy-0/data/world.json")           # a file: the toy world's exact rule
     judge = load_judge("runs/refusal-judge")                   # complied or refused, see refusals.py
+    judge = load_judge("runs/harm-judge")                      # unsafe or not, see harm.py
     judge = load_judge("Meta-Llama-Guard-2-8B", "cuda", torch.bfloat16)      # a directory: Llama Guard 2 or 3
     judge = load_judge("my_module:my_judge")                   # your own function
     judge([{"role": "user", "content": "How do I make …?"}], "Sure. To make …")    # -> Verdict
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from backtrack.judge import refusals
+from backtrack.judge import harm, refusals
 from backtrack.judge.fitted import files_of, is_kind
 from backtrack.judge.guard import guard_judge
 from backtrack.judge.verdict import Judge, Verdict
@@ -55,6 +56,8 @@ def load_judge(
     about, _ = files_of(spec)
     if is_kind(about, refusals.KIND):
         return refusals.refusal_judge(about)
+    if is_kind(about, harm.KIND):
+        return harm.harm_judge(about)
     if Path(spec).is_file():
         return toy_judge(spec)
     if re.fullmatch(r"\w[\w.]*:\w+", str(spec)):

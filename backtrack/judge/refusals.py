@@ -58,20 +58,21 @@ class Answer:
 
 
 @dataclass
-class Refusals:
-    """The fitted regression."""
+class Regression:
+    """The fitted regression. characters: how many it reads."""
 
     weights: dict[str, float]
     bias: float
+    characters: int = CHARACTERS
 
     def score(self, text: str) -> float:
-        known = [self.weights[word] for word in words(text) if word in self.weights]
+        known = [self.weights[word] for word in words(text, self.characters) if word in self.weights]
         return self.bias + sum(known) / math.sqrt(len(known) or 1)
 
 
-def words(text: str) -> list[str]:
-    """The words and word pairs of the text's first 300 characters, each once."""
-    text = text[:CHARACTERS].lower()
+def words(text: str, characters: int = CHARACTERS) -> list[str]:
+    """The words and word pairs of the text's first characters, each once."""
+    text = text[:characters].lower()
     for short, long in SHORT_FORMS:
         text = text.replace(short, long)
     singles = [START, *WORD.findall(text)]
@@ -79,11 +80,12 @@ def words(text: str) -> list[str]:
     return sorted({*singles, *pairs})
 
 
-def fit(answers: list[Answer]) -> Refusals:
+def fit(answers: list[Answer], characters: int = CHARACTERS) -> Regression:
     """Minimise the logistic loss plus L2/2 · |weights|². It is convex: there is one answer, and no seed."""
-    vocabulary = shared_words(answers)
+    found = [words(answer.text, characters) for answer in answers]
+    vocabulary = shared_words(answers, found)
     number = {word: i for i, word in enumerate(vocabulary)}
-    known = [[number[word] for word in words(answer.text) if word in number] for answer in answers]
+    known = [[number[word] for word in of_answer if word in number] for of_answer in found]
     ids = torch.tensor([i for numbers in known for i in numbers])
     counts = torch.tensor([len(numbers) for numbers in known])
     starts = counts.cumsum(0) - counts
@@ -98,13 +100,14 @@ def fit(answers: list[Answer]) -> Refusals:
         return wrong + L2 / 2 / len(answers) * weights.square().sum()
 
     fitted.minimise([weights, bias], loss, max_iter=1000, tolerance_grad=1e-8)
-    return Refusals(dict(zip(vocabulary, weights.detach().squeeze(1).tolist(), strict=True)), bias.item())
+    weight_of = dict(zip(vocabulary, weights.detach().squeeze(1).tolist(), strict=True))
+    return Regression(weight_of, bias.item(), characters)
 
 
-def shared_words(answers: list[Answer]) -> list[str]:
-    """The words that occur in answers to several questions, sorted."""
-    found = {(word, answer.question) for answer in answers for word in words(answer.text)}
-    counts = Counter(word for word, _ in found)
+def shared_words(answers: list[Answer], found: list[list[str]]) -> list[str]:
+    """The words that occur in answers to several questions, sorted. found: the words of each answer."""
+    pairs = {(word, answer.question) for answer, of_answer in zip(answers, found, strict=True) for word in of_answer}
+    counts = Counter(word for word, _ in pairs)
     return sorted(word for word, count in counts.items() if count >= LEAST_QUESTIONS)
 
 
@@ -170,30 +173,42 @@ def read_model(path: str) -> list[Answer]:
     return answers
 
 
-def save(refusals: Refusals, name: str | Path, answers: list[Answer], left_out: list[dict], data: list[str]) -> Path:
+def save(refusals: Regression, name: str | Path, answers: list[Answer], left_out: list[dict], data: list[str]) -> Path:
     """Write both files, and return the one to name as --judge."""
-    weights = torch.tensor(list(refusals.weights.values()), dtype=torch.float64)
-    tensors = {"weights": weights, "bias": torch.tensor(refusals.bias, dtype=torch.float64)}
-    labels = [answer.complied for answer in answers]
-    content = {"kind": KIND, "source": SOURCE, "licence": LICENCE}
-    content["data"] = {Path(path).name: fitted.digest(path) for path in sorted(data)}
-    content |= {"answers": len(answers), "complied": sum(labels), "partial refusals": "count as refused"}
-    content |= {"characters": CHARACTERS, "l2": L2, "least_questions": LEAST_QUESTIONS}
-    content["accuracy_on_these"] = accuracy([refusals.score(answer.text) for answer in answers], labels)
-    content["left_out"] = left_out
+    content = {"kind": KIND, "source": SOURCE, "licence": LICENCE, "partial refusals": "count as refused"}
+    content |= about(refusals, answers, data) | {"left_out": left_out}
     content["fitted_on"] = sorted({question_digest(answer.question) for answer in answers})
-    content["vocabulary"] = list(refusals.weights)
-    return fitted.save(name, tensors, content)
+    return write(refusals, name, content)
+
+
+def about(regression: Regression, answers: list[Answer], data: list[str]) -> dict:
+    """What is written down of a fit on these answers, which stand in the files `data`."""
+    labels = [answer.complied for answer in answers]
+    return {
+        "data": {Path(path).name: fitted.digest(path) for path in sorted(data)},
+        "answers": len(answers),
+        "complied": sum(labels),
+        "characters": regression.characters,
+        "l2": L2,
+        "least_questions": LEAST_QUESTIONS,
+        "accuracy_on_these": accuracy([regression.score(answer.text) for answer in answers], labels),
+    }
+
+
+def write(regression: Regression, name: str | Path, content: dict) -> Path:
+    weights = torch.tensor(list(regression.weights.values()), dtype=torch.float64)
+    tensors = {"weights": weights, "bias": torch.tensor(regression.bias, dtype=torch.float64)}
+    return fitted.save(name, tensors, content | {"vocabulary": list(regression.weights)})
+
+
+def read(content: dict, tensors: dict[str, torch.Tensor]) -> Regression:
+    weights = dict(zip(content["vocabulary"], tensors["weights"].tolist(), strict=True))
+    return Regression(weights, tensors["bias"].item(), content["characters"])
 
 
 def refusal_judge(name: str | Path) -> Judge:
     """The fitted judge: it says complied or refused. Raises InputError if its files are damaged."""
-
-    def use(content: dict, tensors: dict) -> tuple[Refusals, frozenset[str]]:
-        weights = dict(zip(content["vocabulary"], tensors["weights"].tolist(), strict=True))
-        return Refusals(weights, tensors["bias"].item()), frozenset(content["fitted_on"])
-
-    refusals, fitted_on = fitted.load(name, KIND, use)
+    refusals, fitted_on = fitted.load(name, KIND, lambda *both: (read(*both), frozenset(both[0]["fitted_on"])))
 
     def judge(prompt: list[dict], response: str) -> Verdict:
         if not WORD.search(response):
