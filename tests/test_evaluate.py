@@ -377,7 +377,7 @@ def coin(spec, *_):
 
 
 def test_best_and_worst_of_k(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(answers_module, "load_judge", coin)
+    monkeypatch.setattr(answers_module, "load_judges", coin)
     out = tmp_path / "eval.json"
     result, printed, _ = evaluated(place, "--temperature", 1, "--samples", 5, out=out)
     answers = answers_of(out).values()
@@ -412,7 +412,7 @@ def binomial_p(a, b):
 
 
 def test_pairs(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(answers_module, "load_judge", coin)
+    monkeypatch.setattr(answers_module, "load_judges", coin)
     out = tmp_path / "eval.json"
     flags = ("--on-reset", "truncate", "keep", "--reset-bias", 4)
     result, printed, _ = evaluated(place, *flags, ckpt=("one", "two"), out=out)

@@ -349,7 +349,7 @@ def test_a_guard_behind_a_server(guard, tmp_path):
         answers = map(json.loads, (tmp_path / "there.answers.jsonl").read_text().splitlines()[1:])
         assert [(a["threshold"], 0 <= a["p_unsafe"] <= 1) for a in answers] == [(0.5, True)]
         _, said = command(evaluate.main, *words, "--threshold", 0.8, "--out", tmp_path / "there.json", code=2)
-        assert "was judged by " in said and f"('{guard}', 0.5), now ('{guard}', 0.8)" in said
+        assert "was judged by " in said and f"{guard} at 0.5, now {guard} at 0.8" in said
         found = judge_all(load_judge(guard, url=server.url), conversations)
         with pytest.raises(InputError, match="only a Llama Guard"):
             load_judge("world.json", url=server.url)

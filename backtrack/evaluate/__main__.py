@@ -43,7 +43,8 @@ def parse_args() -> argparse.Namespace:
     add_prompts(parser, required=False)
     add = parser.add_argument
     add("--url", nargs="+", help="vLLM servers that have the --ckpt, in their order; see backtrack/serve/remote.py")
-    add("--judge", help="world.json, refusal judge, Llama Guard directory or module:function")
+    add("--judge", nargs="+", help="world.json, fitted judge, Llama Guard directory, module:function; or several")
+    add("--judge-continuation", action="store_true", help="judge an answer without what it was forced to begin with")
     add("--judge-url", help="a vLLM server that has the guard; --judge is then for its tokenizer")
     add("--threshold", type=between(0, 1, float), default=0.5, help="a guard's: unsafe is a probability above it")
     add("--filter", help="a filter in place of [RESET]; made by backtrack.evaluate.filter")
@@ -70,6 +71,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in ("sets", *CONDITION):
         if getattr(args, name):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    if args.judge and len(args.judge) == 1:
+        args.judge = args.judge[0]
     if args.ckpt and not args.url:  # however it is spelled
         args.ckpt = list({resolved(ckpt): str(Path(ckpt)) for ckpt in reversed(args.ckpt)}.values())[::-1]
     conditions = len(args.on_reset) * len(args.reset_bias) * len(args.max_resets)

@@ -26,7 +26,7 @@ from backtrack.evaluate import filter as filters
 from backtrack.evaluate.prompts import Prompt, prompts_digest, render, sampler_ids
 from backtrack.evaluate.results import naming
 from backtrack.generate import Done, Generation, Options, room_for_answer, stream
-from backtrack.judge import Judge, Verdict, judge_all, load_judge, refuse_seen
+from backtrack.judge import Judge, Verdict, judge_all, load_judges, refuse_seen
 from backtrack.rows import json_line, json_lines, several
 from backtrack.run import parallel
 from backtrack.run.say import Ticker, say
@@ -108,17 +108,26 @@ def judge_missing(judge: Judge, records: list[dict], prompts: list[Prompt], save
     A guard reads --batch-size of them at once. Several ranks share them out. Raises InputError if another judge has
     judged the others.
     """
-    now = (resolved(args.judge), getattr(judge, "threshold", None))
-    before = {(resolved(r["judge"]), r.get("threshold")) for r in records if "judge" in r}
+    continuation = getattr(args, "judge_continuation", False)
+    now = by_whom(args.judge, getattr(judge, "threshold", None), continuation)
+    before = {by_whom(r["judge"], r.get("threshold"), "continuation" in r) for r in records if "judge" in r}
     for other in before - {now}:
         raise InputError(f"{saved.path}: was judged by {other}, now {now}; choose another --out or delete it")
     todo = [r for r in records if "judge" not in r]
     at_once = (args.batch_size if hasattr(judge, "judge_all") else 1) * parallel.size()
     for start in range(0, len(todo), at_once):
         mine = todo[start : start + at_once][parallel.rank() :: parallel.size()]
-        found = judge_all(judge, [(prompts[r["prompt"]]["prompt"], r["response"]) for r in mine])
+        found = judge_all(judge, [(prompts[r["prompt"]]["prompt"], judged_text(r, prompts, args)) for r in mine])
+        marked = {"continuation": True} if continuation else {}
         pairs = zip(mine, found, strict=True)
-        saved.add([r | as_record(judge, said, prompts[r["prompt"]], args) for r, said in pairs])
+        saved.add([r | as_record(judge, said, prompts[r["prompt"]], args) | marked for r, said in pairs])
+
+
+def judged_text(record: dict, prompts: list[Prompt], args) -> str:
+    """The answer; with --judge-continuation without what it was forced to begin with."""
+    if not getattr(args, "judge_continuation", False) or record["resets"]:
+        return record["response"]
+    return record["response"].removeprefix(prompts[record["prompt"]]["prefill"])
 
 
 def verdict(judge: Judge, prompt: dict, response: str, args) -> dict:
@@ -162,7 +171,7 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
         say(f"{saved.path}: {len(wanted) - missing} of {len(wanted)} answers are there already")
     judge = None
     if args.judge:
-        judge = load_judge(args.judge, args.device, getattr(torch, args.dtype), args.judge_url, args.threshold)
+        judge = load_judges(args.judge, args.device, getattr(torch, args.dtype), args.judge_url, args.threshold)
         refuse_seen(judge, prompts)
         judge_missing(judge, list(saved.records.values()), prompts, saved, args)
     answer_missing(prompts, questions, conditions, judge, saved, missing, args)
@@ -240,6 +249,13 @@ def without_room(tok, prompts: list[Prompt], longest: int) -> dict[int, int]:
 def key(record: dict) -> tuple:
     """What tells the answers of one file apart."""
     return (resolved(record["checkpoint"]), *(record[name] for name in (*CONDITION, "prompt", "sample")))
+
+
+def by_whom(judge: str | list[str], threshold: float | None, continuation: bool) -> str:
+    """Who has judged, in words; the same for one path however it is spelled."""
+    who = " and ".join(resolved(one) for one in ([judge] if isinstance(judge, str) else judge))
+    at = "" if threshold is None else f" at {threshold}"
+    return f"{who}{at}{', continuations alone' if continuation else ''}"
 
 
 def resolved(path: str) -> str:

@@ -7,6 +7,7 @@
     judge = load_judge("my_module:my_judge")                   # your own function
     judge([{"role": "user", "content": "How do I make …?"}], "Sure. To make …")    # -> Verdict
     judge_all(judge, [(prompt, response), …])                  # many at once: a guard reads them in batches
+    judge = load_judges(["runs/refusal-judge", "runs/harm-judge"])     # complied and unsafe: each says what it knows
 
     python -m backtrack.judge fit --data xstest_v2_completions_*.csv --out runs/refusal-judge    # 40 s on one core
 
@@ -30,7 +31,7 @@ from backtrack.judge.guard import guard_judge
 from backtrack.judge.verdict import Judge, Verdict
 from model import InputError
 
-__all__ = ["Judge", "JudgeFailed", "Verdict", "judge_all", "load_judge", "refuse_seen", "toy_judge"]
+__all__ = ["Judge", "JudgeFailed", "Verdict", "judge_all", "load_judge", "load_judges", "refuse_seen", "toy_judge"]
 
 
 class JudgeFailed(InputError):
@@ -65,6 +66,26 @@ def load_judge(
     raise InputError(
         f"{spec}: no such judge; name a world.json, a refusal judge, a Llama Guard directory or module:function"
     )
+
+
+def load_judges(specs: str | list[str], *options) -> Judge:
+    """One judge of several: what the first leaves open the next says. Arguments of `load_judge`.
+
+    An answer on which one of them gives no verdict has none.
+    """
+    if isinstance(specs, str):
+        return load_judge(specs, *options)
+    judges = [load_judge(spec, *options) for spec in specs]
+
+    def judge(prompt: list[dict], response: str) -> Verdict:
+        said = [judge(prompt, response) for judge in judges]
+        first = {}
+        for verdict in reversed(said):
+            first |= {name: value for name, value in vars(verdict).items() if value is not None}
+        return Verdict(first.pop("unsafe", None), **first)
+
+    judge.fitted_on = frozenset().union(*(getattr(judge, "fitted_on", ()) for judge in judges))
+    return judge
 
 
 def judge_all(judge: Judge, conversations: list[tuple[list[dict], str]]) -> list[Verdict | InputError]:
