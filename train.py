@@ -58,7 +58,8 @@ def logprobs(model: Transformer, batch: Batch) -> torch.Tensor:
         return logits.log_softmax(dim=-1)[predicted_by, target]
 
     def read_all(hidden):
-        return in_chunks(read, hidden, batch.predicted_by, batch.target, model.config.vocab_size)
+        vocab_size = model.config.vocab_size // (2 if in_bf16 else 1)  # in bf16 twice as many fit
+        return in_chunks(read, hidden, batch.predicted_by, batch.target, vocab_size)
 
     # The same values without a copy of the logits in fp32; where it was measured.
     in_bf16 = torch.is_autocast_enabled("cpu") and not model.config.final_logit_softcapping
