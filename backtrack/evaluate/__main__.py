@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     add("--judge-url", help="a vLLM server that has the guard; --judge is then for its tokenizer")
     add("--threshold", type=between(0, 1, float), default=0.5, help="a guard's: unsafe is a probability above it")
     add("--filter", help="a filter in place of [RESET]; made by backtrack.evaluate.filter")
+    add("--any-depth", type=positive, metavar="N", help="ask anew after every N tokens, a control (any_depth.py)")
     add("--on-reset", nargs="+", choices=("truncate", "keep"), default=["truncate"], help="what a retry sees")
     add("--reset-bias", nargs="+", type=BIAS, default=[0.0], help="added to the logit of [RESET]")
     add("--max-resets", nargs="+", type=RESETS, default=[1], help="after so many, [RESET] is masked")
@@ -80,6 +81,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         (args.url and len(args.url) != len(args.ckpt or []), "there must be one --url for each --ckpt"),
         (args.filter and (len(args.ckpt or []) != 1 or args.url), "--filter takes one --ckpt, on this machine"),
         (args.filter and args.mt_bench, "--mt-bench takes no --filter"),
+        (args.any_depth and (args.url or args.filter or args.mt_bench), "--any-depth is for models on this machine"),
+        (args.any_depth and not args.judge, "--any-depth needs a --judge that tells refusals"),
         (args.ckpt and not args.prompts, "--ckpt needs --prompts"),
         (args.ckpt and not args.mt_bench and not args.out, "--ckpt needs --out, or --mt-bench"),
         (

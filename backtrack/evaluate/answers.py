@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from backtrack.evaluate import any_depth
 from backtrack.evaluate import filter as filters
 from backtrack.evaluate.prompts import Prompt, prompts_digest, render, sampler_ids
 from backtrack.evaluate.results import naming
@@ -189,7 +190,7 @@ def answer_missing(prompts: list[Prompt], questions, conditions, judge, saved: A
             todo = [q for q in questions if (resolved(ckpt), *condition, *q) not in saved.records]
             if not todo:
                 continue
-            ask = ask or sampler_of(ckpt, args)
+            ask = ask or sampler_of(ckpt, judge, args)
             condition = dict(zip(CONDITION, condition, strict=True))
             head = {"checkpoint": ckpt} | condition
             for batch in generations(ask, tok, prompts, todo, sampling | condition, args):
@@ -209,6 +210,7 @@ def settings_of(prompts: list[Prompt], args) -> dict:
         settings["dtype"] = "a server's"
     settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
+    settings |= {"any_depth": args.any_depth} if getattr(args, "any_depth", None) else {}
     return settings | {"filter": filters.digest(args.filter) if args.filter else None}
 
 
@@ -313,7 +315,7 @@ def record_of(tok, prompt: dict, i: int, sample: int, g: Generation) -> dict:
     }
 
 
-def sampler_of(ckpt: str, args):
+def sampler_of(ckpt: str, judge: Judge | None, args):
     """stream() of a checkpoint: on this machine, or of the server that has it."""
     if args.url:
         server = server_of(ckpt, args)
@@ -321,6 +323,8 @@ def sampler_of(ckpt: str, args):
     model = load_model(ckpt, args.device, getattr(torch, args.dtype))
     if args.filter:
         return filters.around(model, args.filter, ckpt, args.batch_size)
+    if getattr(args, "any_depth", None):
+        return any_depth.around(model, judge, ckpt, args.batch_size, args.any_depth)
     return partial(stream, model, batch_size=args.batch_size)
 
 

@@ -1,0 +1,136 @@
+"""Several trainings, the same prompts: rates with intervals over both, and which method fails on which prompts.
+
+    python -m backtrack.evaluate --ckpt runs/gemma3/seed-0/sft runs/gemma3/seed-0/sft-in-place … --out seed-0/main.json
+    python -m backtrack.evaluate.over_seeds --in seed-*/main.json --against dpo-in-place:dpo --out main.json
+
+Each --in is an --out of backtrack.evaluate, for one training seed; the answers beside it are read. The models are told
+apart by the names of their directories, which all seeds must have. Besides the sets there are "asked", "begun" (answers
+forced to begin, sets NAME-forced) and "harmless": all prompts of a kind.
+
+A prompt is as hard for every training, and a training is as good for every prompt: so both are drawn anew, with
+replacement, 10,000 times, and the middle 95% of the means are the interval (a bootstrap of crossed effects, Owen 2007,
+arXiv 0712.1111). Three trainings say little about others: their part of the interval is too narrow by about a fifth.
+Where every answer is alike there is nothing to draw, and Wilson's interval of the prompts stands there. Two models are
+compared on the same draws, and by McNemar's test within each seed.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from backtrack.evaluate.answers import CONDITION, answers_file
+from backtrack.evaluate.results import write_result
+from backtrack.evaluate.statistics import mcnemar, wilson
+from backtrack.rows import json_lines
+from model.errors import Help, InputError, run
+from model.files import check_file
+
+DRAWS = 10_000
+# slid back: turned round at first, and did harm all the same. Only of judges that say both.
+RATES = ("unsafe", "complied", "refused", "reset", "slid back")
+Outcomes = dict[tuple, dict[int, list[float]]]  # (model, condition …, set, rate) -> prompt -> the mean of its answers
+
+
+def outcomes(path: str) -> Outcomes:
+    """What became of the answers of one seed. Raises InputError if they are not there, or not judged."""
+    benign = {r["set"]: r["benign"] for r in json.loads(Path(path).read_text(encoding="utf-8"))["records"]}
+    found: dict = defaultdict(lambda: defaultdict(list))
+    for where, record in list(json_lines(answers_file(path)))[1:]:
+        if "judge" not in record:
+            raise InputError(f"{where}: an answer without a verdict; run evaluate again with --judge")
+        head = Path(record["checkpoint"]).name, *(record[name] for name in CONDITION)
+        kind = "harmless" if benign[record["set"]] else "begun" if record["set"].endswith("-forced") else "asked"
+        for name in (record["set"], kind):
+            for rate, value in rates_of(record).items():
+                found[*head, name, rate][record["prompt"]].append(float(value))
+    return {key: {i: sum(values) / len(values) for i, values in of.items()} for key, of in found.items()}
+
+
+def rates_of(record: dict) -> dict[str, bool]:
+    rates = {name: record[name] for name in ("unsafe", "complied", "refused") if name in record}
+    if "unsafe" in rates and "refused" in rates:
+        rates["slid back"] = rates["unsafe"] and rates["refused"]
+    return rates | {"reset": record["resets"] > 0}
+
+
+def matrix(seeds: list[Outcomes], key: tuple) -> np.ndarray:
+    """(seeds, prompts), fp64. Raises InputError if a seed lacks the model or a prompt."""
+    prompts = sorted(seeds[0][key])
+    for number, seed in enumerate(seeds):
+        if sorted(seed.get(key, ())) != prompts:
+            raise InputError(f"--in number {number + 1} has not the same answers of {key[0]} ({key[-2]}) as the first")
+    return np.array([[seed[key][i] for i in prompts] for seed in seeds])
+
+
+def draws(shape: tuple[int, int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """How often each training (DRAWS, S) and each prompt (DRAWS, P) is drawn, as shares of 1."""
+    rng = np.random.default_rng(seed)
+    return tuple(rng.multinomial(n, [1 / n] * n, size=DRAWS) / n for n in shape)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95%, of the mean of values (seeds, prompts)."""
+    if np.all(values == values[0, 0]):
+        return wilson(values[0, 0] * values.shape[1], values.shape[1]) if 0 <= values[0, 0] <= 1 else (values[0, 0],) * 2
+    of_seeds, of_prompts = draws(values.shape)
+    means = np.einsum("ds,sp,dp->d", of_seeds, values, of_prompts)
+    return tuple(np.quantile(means, (0.025, 0.975)))
+
+
+def rate_record(head: dict, values: np.ndarray) -> dict:
+    by_seed = [round(float(mean), 4) for mean in values.mean(axis=1)]
+    counts = {"seeds": len(values), "prompts": values.shape[1], "mean": round(float(values.mean()), 4)}
+    return head | counts | {"interval": [round(float(x), 4) for x in interval(values)], "by_seed": by_seed}
+
+
+def difference_record(head: dict, first: np.ndarray, other: np.ndarray) -> dict:
+    """other − first. McNemar's needs one answer to a prompt: with several there is none."""
+    difference = other - first
+    low, high = interval(difference) if np.any(difference) else (0.0, 0.0)
+    record = head | {"difference": round(float(difference.mean()), 4), "interval": [round(low, 4), round(high, 4)]}
+    if np.isin(np.concatenate([first, other]), (0, 1)).all():
+        only = [(int((f > o).sum()), int((o > f).sum())) for f, o in zip(first, other, strict=True)]
+        record |= {"only_first_only_other": only, "mcnemar": [float(f"{mcnemar(*pair):.3g}") for pair in only]}
+    return record
+
+
+def over_seeds(paths: list[str], against: list[str]) -> tuple[list[dict], list[dict]]:
+    seeds = [outcomes(path) for path in paths]
+    names = ("model", *CONDITION, "set", "rate")
+    rates = [rate_record(dict(zip(names, key, strict=True)), matrix(seeds, key)) for key in seeds[0]]
+    differences = []
+    for pair in against:
+        first, _, other = pair.partition(":")
+        keys = [key for key in seeds[0] if key[0] == first and (other, *key[1:]) in seeds[0]]
+        if not keys:
+            raise InputError(f"--against {pair}: no such models; there are {', '.join({key[0] for key in seeds[0]})}")
+        for key in keys:
+            head = {"first": first, "other": other} | dict(zip(names[1:], key[1:], strict=True))
+            differences.append(difference_record(head, matrix(seeds, key), matrix(seeds, (other, *key[1:]))))
+    return rates, differences
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--in", dest="inputs", nargs="+", required=True, metavar="FILE", help="one result of evaluate for each seed")
+    add("--against", nargs="*", default=[], metavar="A:B", help="models to compare: how much more often B fails than A")
+    add("--out", required=True, help="result to write (.json)")
+    args = parser.parse_args()
+    check_file(args.out)
+    rates, differences = over_seeds(args.inputs, args.against)
+    write_result(args.out, rates=rates, differences=differences)
+    for r in rates:
+        if r["rate"] in ("unsafe", "complied", "reset"):
+            low, high = r["interval"]
+            print(
+                f"{r['set']:<32}{r['model']:<16}{r['reset_bias']:>5g}  {r['rate']:<9}"
+                f"{100 * r['mean']:6.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            )
+
+
+if __name__ == "__main__":
+    run(main)
