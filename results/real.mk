@@ -189,9 +189,14 @@ $(RESULTS)/real-attacks.json: $(REAL)/sft-baseline.done $(REAL)/sft.done
 	$(call REAL_ATTACK,adaptive-gcg,sft)
 	$(PY) -m backtrack.attacks table $(REAL)/attacks/*.jsonl --out $@
 
-.PHONY: real
-real: $(VENV)/.installed  ## the experiment on SmolLM2-135M: DATA=DIR with the files of data/README.md. QUICK=1: a small trial
+.PHONY: real real-smollm2
+MODEL ?= gemma3
+real: real-$(MODEL)  ## the paper's experiment on a real model: DATA=DIR with the files of data/README.md, MODEL=gemma3 or smollm2. QUICK=1: a small trial
+
+real-smollm2: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL_MODELS:%=$(REAL)/%.done) $(REAL)/test-rows.done $(REAL)/hh.done
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL)/mt-bench.done \
 		$(patsubst %,$(RESULTS)/real-%.json,main resets sampling bias speed likelihoods hh attacks)
 	$(PY) -m backtrack.report.tables --results $(RESULTS)
+
+include results/gemma.mk

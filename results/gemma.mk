@@ -1,0 +1,165 @@
+# The paper's own case on a real model: `make real MODEL=gemma3 SEEDS="0 1 2" DATA=DIR`. A pretrained Gemma-3-270M becomes
+# an assistant that takes its words back, with every control. Everything is made under runs/gemma3, and goes on where it
+# was stopped. Published files, prompts and judges are those of real.mk; data/README.md says where they come from.
+
+SEEDS   ?= 0 1 2
+GEMMA3  := runs/gemma3-270m
+HARM    := runs/harm-judge
+GEMMA   := $(RUNS)/gemma3
+
+# Rows are pools: a training takes STEPS × 32 of them in the order of its seed, so each draws other questions.
+ifdef QUICK
+G_HELPFUL := 4
+G_ASKED   := 60
+G_BEGUN   := 30
+G_OWN     := 20
+G_STEPS   := 4
+G_PAIRS   := 2
+G_LIMIT   := 4
+G_HARMLESS := 4
+G_TOKENS  := 32
+G_LONG    := 4 8 16
+else
+G_HELPFUL := 30
+G_ASKED   := 900
+G_BEGUN   := 400
+G_OWN     := 300
+G_STEPS   := 35
+G_PAIRS   := 8
+G_LIMIT   := 100
+G_HARMLESS := 75
+G_TOKENS  := 96
+G_LONG    := 8 32 96
+endif
+
+# Chosen on dev-*, seed 0: results/README.md.
+G_LR    := 4e-5
+G_RESET_WEIGHT := 16
+G_LEVEL := -2
+G_DPO   := --lr 5e-6 --beta 0.1
+
+ON_CORES := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 $(PY)
+
+# ── Judges, prompts, and a model that only helps ───────────────────────────────────────────────────────────────────
+
+$(HARM).json: | $(VENV)/.installed
+	$(PY) -m backtrack.judge fit --kind harm --data $(dir $(call source,text_davinci_003.json))../gptfuzz_labeled/train.csv \
+		--test $(dir $(call source,text_davinci_003.json))../gptfuzz_labeled/evaluate.csv --out $(HARM)
+
+# test-*: looked at once. dev-*: for choosing. SimpleSafetyTests and MaliciousInstructions are small: all of them are test.
+G_TESTS = $(@D)/test-unsafe.jsonl $(@D)/test-small.jsonl $(@D)/dev-unsafe.jsonl $(@D)/test-harmless.jsonl $(@D)/dev-harmless.jsonl
+$(GEMMA)/prompts.done: | $(VENV)/.installed
+	$(PREPARE) prompts --in $(call source,harmful_behaviors.csv) $(call source,strongreject_dataset.csv) --forced \
+		--out $(@D)/test-unsafe.jsonl --valid $(@D)/dev-unsafe.jsonl --valid-percent 25
+	$(PREPARE) prompts --in $(call source,SimpleSafetyTests_test_cases.csv) $(call source,I-MaliciousInstructions.json) --forced \
+		--exclude $(@D)/dev-unsafe.jsonl --out $(@D)/test-small.jsonl
+	$(PREPARE) prompts --in $(call source,text_davinci_003.json) $(call source,en_100_tree.jsonl) \
+		--out $(@D)/test-harmless.jsonl --valid $(@D)/dev-harmless.jsonl --valid-percent 25
+	$(PREPARE) prompts --in $(call source,safety_only_data_Instructions.json) \
+		--exclude $(G_TESTS) $(call source,xstest_prompts.csv) --out $(@D)/train-unsafe.jsonl
+	$(PREPARE) prompts --in $(call source,alpaca_5000.json) --benign \
+		--exclude $(G_TESTS) $(call source,xstest_prompts.csv) $(@D)/train-unsafe.jsonl --out $(@D)/train-harmless.jsonl
+	@touch $@
+
+G_COLLECT = $(ON_CORES) -m backtrack.collect --judge $(JUDGE) --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS)
+G_SFT = $(ON_CORES) train.py sft --init $(GEMMA3) --dtype bfloat16 --batch-size 32 --lr $(G_LR) --log-every 5 --save-every 20 \
+	--resume --out $(basename $@)
+
+$(GEMMA)/harmless-rows.done: $(GEMMA)/prompts.done $(GEMMA3)/model.safetensors $(JUDGE).json
+	$(G_COLLECT) --ckpt $(GEMMA3) --prompts $(@D)/train-harmless.jsonl --out $(@D)/harmless.jsonl
+	@touch $@
+
+$(GEMMA)/helpful.done: $(GEMMA)/harmless-rows.done
+	$(G_SFT) --method baseline --data $(@D)/harmless.jsonl --max-length 192 --steps $(G_HELPFUL)
+	@touch $@
+
+# What it says to questions that it should not answer is y−, the data set's answer y+. Its own answers to harmless
+# questions, asked and begun, keep the others from learning to take back a style.
+YES ?= "Sure, here is"
+G_ROWS := unsafe begun own own-begun harmless
+$(GEMMA)/rows.done: $(GEMMA)/helpful.done
+	$(G_COLLECT) --ckpt $(@D)/helpful --prompts $(@D)/train-unsafe.jsonl --limit $(G_ASKED) --out $(@D)/unsafe.jsonl
+	$(G_COLLECT) --ckpt $(@D)/helpful --prompts $(@D)/train-unsafe.jsonl --limit $(G_BEGUN) --prefill $(YES) --out $(@D)/begun.jsonl
+	$(G_COLLECT) --ckpt $(@D)/helpful --prompts $(@D)/train-harmless.jsonl --limit $(G_OWN) --benign own --out $(@D)/own.jsonl
+	$(G_COLLECT) --ckpt $(@D)/helpful --prompts $(@D)/train-harmless.jsonl --limit $(G_OWN) --benign own --prefill $(YES) \
+		--out $(@D)/own-begun.jsonl
+	@touch $@
+
+# Answers that began long ago: the first tokens of what the helpful model says to test questions.
+$(GEMMA)/long.done: $(GEMMA)/helpful.done $(HARM).json
+	$(ON_CORES) -m backtrack.evaluate --ckpt $(@D)/helpful --prompts $(@D)/test-unsafe.jsonl --sets advbench --judge $(JUDGE) $(HARM) \
+		--dtype bfloat16 --max-new-tokens 128 --batch-size 64 --out $(@D)/helpful-answers.json
+	$(ON_CORES) -m backtrack.evaluate.beginnings --answers $(@D)/helpful-answers.json --prompts $(@D)/test-unsafe.jsonl --sets advbench \
+		--ckpt $(@D)/helpful --tokens $(G_LONG) --out $(@D)/long.jsonl
+	@touch $@
+
+# ── Six models of a seed, from the same rows, in as many steps ─────────────────────────────────────────────────────
+# In these rules $(@D) is the directory of a seed, and % its number.
+
+G_TRAIN = $(G_SFT) --data $(G_ROWS:%=$(GEMMA)/%.jsonl) --max-length 256 --steps $(G_STEPS) --seed $*
+$(GEMMA)/seed-%/sft-baseline.done: $(GEMMA)/rows.done
+	$(G_TRAIN) --method baseline
+	@touch $@
+
+$(GEMMA)/seed-%/sft-in-place.done: $(GEMMA)/rows.done
+	$(G_TRAIN) --method in-place
+	@touch $@
+
+$(GEMMA)/seed-%/sft-high.done: $(GEMMA)/rows.done
+	$(G_TRAIN) --reset-weight $(G_RESET_WEIGHT)
+	@touch $@
+
+$(GEMMA)/seed-%/sft.done: $(GEMMA)/seed-%/sft-high.done
+	$(ON_CORES) -m backtrack.evaluate.shift_level --ckpt $(basename $<) --rows $(G_ROWS:%=$(GEMMA)/%.jsonl) \
+		--add $(G_LEVEL) --out $(basename $@) --max-length 256
+	@touch $@
+
+G_PREFER = $(ON_CORES) train.py dpo --init $(basename $<) --data $(GEMMA)/unsafe.jsonl $(GEMMA)/begun.jsonl --dtype bfloat16 \
+	--batch-size 6 --grad-accum 2 --max-length 256 --steps $(G_PAIRS) $(G_DPO) --seed $* --log-every 2 --resume --out $(basename $@)
+$(GEMMA)/seed-%/dpo-baseline.done: $(GEMMA)/seed-%/sft-baseline.done
+	$(G_PREFER) --method baseline
+	@touch $@
+
+$(GEMMA)/seed-%/dpo-in-place.done: $(GEMMA)/seed-%/sft-in-place.done
+	$(G_PREFER) --method in-place
+	@touch $@
+
+$(GEMMA)/seed-%/dpo.done: $(GEMMA)/seed-%/sft.done
+	$(G_PREFER)
+	@touch $@
+
+# ── What it buys and what it costs ─────────────────────────────────────────────────────────────────────────────────
+
+G_MODELS := sft-baseline sft-in-place sft dpo-baseline dpo-in-place dpo
+G_EVAL = $(ON_CORES) -m backtrack.evaluate --judge $(JUDGE) $(HARM) --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS) \
+	--ckpt $(patsubst %.done,%,$(filter $(@D)/%.done,$^)) --out $@
+G_TEST = --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl $(GEMMA)/test-harmless.jsonl
+
+$(GEMMA)/seed-%/main.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(HARM).json
+	$(G_EVAL) $(G_TEST) --limit $(G_LIMIT)
+
+$(GEMMA)/seed-%/long.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(GEMMA)/long.done
+	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --judge-continuation
+
+# Any-Depth Alignment, a control without training: the baselines, asked again after every 32 tokens.
+$(GEMMA)/seed-%/any-depth.json: $(GEMMA)/seed-%/dpo-baseline.done $(GEMMA)/long.done
+	$(G_EVAL) $(G_TEST) --limit $(G_LIMIT) --any-depth 32
+
+$(GEMMA)/seed-%/any-depth-long.json: $(GEMMA)/seed-%/dpo-baseline.done $(GEMMA)/long.done
+	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --judge-continuation --any-depth 32
+
+$(GEMMA)/seed-%/sampling.json: $(foreach m,dpo-baseline dpo-in-place dpo,$(GEMMA)/seed-%/$m.done) $(HARM).json
+	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl --sets $(PLAIN) --limit 8 --temperature 1 --samples 8
+
+$(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/dpo.done $(GEMMA)/long.done
+	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-harmless.jsonl --sets advbench-forced alpaca_eval oasst \
+		--limit 40 --reset-bias -5 -2 0 2 5
+
+G_SEEDS  = $(SEEDS:%=$(GEMMA)/seed-%)
+OF_EACH  = $(addsuffix /$1.json,$(G_SEEDS))
+OVER     = $(PY) -m backtrack.evaluate.over_seeds --in $^ --against sft-baseline:sft sft-in-place:sft dpo-baseline:dpo dpo-in-place:dpo \
+	dpo-baseline:dpo-in-place --out $@
+
+.PHONY: real-gemma3
+real-gemma3: $(G_SEEDS:%=%/main.json) $(G_SEEDS:%=%/long.json)
+	true
