@@ -15,7 +15,7 @@ from training import close, gradients, logprobs_of, plain_dpo, plain_nll, prefix
 import train
 from backtrack.examples import Pair, View, dpo_pairs
 from backtrack.rows import Row
-from backtrack.run import metrics
+from backtrack.run import chunks, metrics
 from backtrack.trees import make_batch, pair_tree, pairs_of, view_tree
 
 V, RESET = 41, 40
@@ -110,6 +110,36 @@ def test_logits_are_built_where_something_is_predicted_and_once(network, monkeyp
     predicting = {tuple(v.tokens[:t]) for v in views for t in range(v.loss_from, len(v.tokens))}
     assert rows == [len(predicting)]
     assert len(predicting) < len(prefixes([v.tokens for v in views]))
+
+
+@pytest.mark.parametrize("few", [1, 3, 100])
+def test_log_probs_of_bf16_logits_against_the_plain_form(monkeypatch, few):
+    """Some places predict twice, or the same target twice, and one predicts nothing."""
+    monkeypatch.setattr(chunks, "few_rows", lambda logits: few)
+    hidden = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    head = torch.randn(V, 5, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16) * 3
+    predicted_by, target = torch.tensor([0, 1, 1, 3, 3, 2, 6, 5]), torch.tensor([4, 2, 9, 7, 7, 0, 40, 1])
+    found = []
+    for take in (chunks.BF16Logprobs.apply, lambda logits, at, t: logits.float().log_softmax(-1)[at, t]):
+        leaf = hidden.clone().requires_grad_()
+        values = take(leaf @ head.T, predicted_by, target)
+        (values * torch.arange(1, 9)).sum().backward()
+        found.append((values.detach(), leaf.grad))
+    (values, gradient), (plain, plain_gradient) = found
+    assert values.dtype == torch.float32 and torch.allclose(values, plain, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(gradient, plain_gradient, rtol=2e-2, atol=2e-2) and gradient.abs().max() > 1
+
+
+def test_bf16_training_takes_the_log_probs_of_bf16_logits(network, monkeypatch):
+    """And they are near those of fp32. Where logits are capped, or nothing is autocast, they are built in fp32."""
+    calls, apply = [], chunks.BF16Logprobs.apply
+    monkeypatch.setattr(train.BF16Logprobs, "apply", lambda *args: calls.append(1) or apply(*args))
+    batch = batch_of(VIEWS)
+    plain = train.logprobs(network, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = train.logprobs(network, batch)
+    assert len(calls) == (0 if network.config.final_logit_softcapping else 1)
+    assert torch.allclose(values, plain, rtol=0.05, atol=0.05)
 
 
 # ── DPO ───────────────────────────────────────────────────────────────────────────────────────────
