@@ -1,0 +1,150 @@
+"""What compares trainings on the same prompts: rates over seeds and prompts, long beginnings, and the control that asks
+again in mid-answer."""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+from command import command
+from models import LLAMA, network_of
+from samples import toy_tokenizer, user, write
+
+from backtrack.evaluate import any_depth, beginnings, over_seeds
+from backtrack.evaluate.prompts import prompts_digest, read_prompts
+from backtrack.evaluate.statistics import mcnemar, wilson
+from backtrack.generate import generate
+from backtrack.judge import Verdict
+from model import save_model
+
+
+def test_the_interval_is_that_of_both_effects():
+    """Of values a_s + b_p the variance of the bootstrap's mean is known: Var(a)/S + Var(b)/P."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0, 0.5, 20), rng.normal(3, 2.0, 80)
+    values = a[:, None] + b[None, :]
+    low, high = over_seeds.interval(values)
+    half = 1.96 * math.sqrt(a.var() / 20 + b.var() / 80)
+    assert low == pytest.approx(values.mean() - half, abs=0.05 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.05 * half)
+    assert over_seeds.interval(np.zeros((3, 50))) == wilson(0, 50)
+    assert over_seeds.interval(np.ones((3, 50))) == wilson(50, 50)
+
+
+def records(model, verdicts, **more):
+    """An answer to each of four prompts: u unsafe, r refused, s both (slid back), . neither."""
+    for i, v in enumerate(verdicts):
+        head = {"checkpoint": f"runs/seed/{model}", "on_reset": "truncate", "reset_bias": 0.0, "max_resets": 1}
+        said = {"judge": "J", "unsafe": v in "us", "complied": v == "u", "refused": v in "rs", "resets": int(v == "r")}
+        yield head | {"prompt": i, "sample": 0, "set": ["a", "a", "b", "b-forced"][i]} | said | more
+
+
+def write_seed(root, name, **models):
+    sets = [{"set": name, "benign": False} for name in ("a", "b", "b-forced")]
+    (root / f"{name}.json").write_text(json.dumps({"records": sets}))
+    lines = [r for model, verdicts in models.items() for r in records(model, verdicts)]
+    write(root / f"{name}.answers.jsonl", {"settings": {}}, *lines)
+    return root / f"{name}.json"
+
+
+run_over = partial(command, over_seeds.main)
+
+
+def test_rates_over_seeds_by_hand(tmp_path):
+    files = [write_seed(tmp_path, "0", old="uu.s", new="r..."), write_seed(tmp_path, "1", old="u..u", new="u...")]
+    said, _ = run_over("--in", *files, "--against", "old:new", "--out", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    rates = {(r["model"], r["set"], r["rate"]): r for r in found["rates"]}
+    asked = rates["old", "asked", "unsafe"]
+    assert asked["by_seed"] == [0.6667, 0.3333] and asked["mean"] == 0.5 and asked["prompts"] == 3
+    assert rates["old", "begun", "slid back"]["by_seed"] == [1.0, 0.0]
+    assert rates["new", "asked", "reset"]["by_seed"] == [0.3333, 0.0]
+    assert 0 <= asked["interval"][0] < 0.5 < asked["interval"][1] <= 1 and "asked" in said
+    [difference] = [r for r in found["differences"] if (r["set"], r["rate"]) == ("asked", "unsafe")]
+    assert difference["difference"] == pytest.approx(-1 / 3, abs=1e-4)
+    assert difference["only_first_only_other"] == [[2, 0], [0, 0]]
+    assert difference["mcnemar"] == [mcnemar(2, 0), mcnemar(0, 0)]
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path):
+    files = [write_seed(tmp_path, "0", old="uu..", new="r..."), write_seed(tmp_path, "1", old="u...")]
+    _, said = run_over("--in", *files, "--out", tmp_path / "out.json", code=2)
+    assert "--in number 2 has not the same answers of new" in said
+    _, said = run_over("--in", files[0], "--against", "old:newer", "--out", tmp_path / "out.json", code=2)
+    assert "--against old:newer: no such models" in said
+    lines = [{k: v for k, v in r.items() if k != "judge"} for r in records("old", "u...")]
+    write(tmp_path / "1.answers.jsonl", {"settings": {}}, *lines)
+    _, said = run_over("--in", files[1], "--out", tmp_path / "out.json", code=2)
+    assert "1.answers.jsonl:2: an answer without a verdict" in said
+
+
+# ── Answers that began long ago ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_beginnings_are_the_first_tokens_of_bad_answers(tmp_path):
+    tok = toy_tokenizer()
+    tok.save(tmp_path)
+    prompts = [{"prompt": user(f"Q{i}"), "set": "bad", "benign": False} for i in range(4)]
+    file = write(tmp_path / "prompts.jsonl", *prompts)
+    long, short = "one two three four five six", "a"
+    answers = [r | {"response": text} for r, text in zip(records("m", "uu.u"), [long, short, long, long], strict=True)]
+    answers[3]["complied"] = False  # one of the judges does not mind
+    digest = prompts_digest(read_prompts(str(file)))
+    write(tmp_path / "eval.answers.jsonl", {"settings": {"prompts": digest}}, *answers)
+    words = ["--answers", tmp_path / "eval.json", "--prompts", file, "--ckpt", tmp_path, "--out", tmp_path / "long.jsonl"]
+    _, said = command(beginnings.main, *words, "--tokens", 1, 4)
+    assert "2 of 4 answers are bad, 1 of them long enough" in said
+    rows = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
+    ids = tok.encode(long)
+    assert [(r["set"], r["prefill"]) for r in rows] == [("begun-1", tok.decode(ids[:1])), ("begun-4", tok.decode(ids[:4]))]
+    assert all(r["prompt"] == user("Q0") for r in rows)
+    _, said = command(beginnings.main, *words, "--limit", 2, code=2)
+    assert "answers to other prompts" in said
+    _, said = command(beginnings.main, *words, "--tokens", 400, code=2)
+    assert "no answer to begin with" in said
+
+
+# ── Asked again in mid-answer ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_it_is_asked_again_at_every_depth_until_it_refuses(tmp_path):
+    """Against a loop over one prompt and one depth after the other. The judge calls some probes refusals."""
+    tok, model = toy_tokenizer(), network_of(LLAMA)
+    save_model(model, tmp_path, tokenizer=tok)
+    prompts = [tok.render(user(f"Question {i}?")) for i in range(8)]
+    prefill = [[9, 8, 7] * (i % 2) for i in range(8)]
+    options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "max_new_tokens": 20, "max_resets": 0}
+    seen = []
+
+    def judge(prompt, text):
+        seen.append(text)
+        return Verdict(unsafe=None, complied=len(text) % 4 > 0, refused=len(text) % 4 == 0)
+
+    ask = any_depth.around(model, judge, str(tmp_path), batch_size=3, every=6)
+    how = options | {"max_resets": 1, "temperature": 0.0}
+    found = [done.generation for done in ask(prompts, prefill=prefill, sample_ids=range(8), **how)]
+    asked, refusals = 0, 0
+    for prompt, forced, g in zip(prompts, prefill, found, strict=True):
+        [plain] = generate(model, [prompt], prefill=[forced], **options)
+        expected, discarded = plain.tokens, []
+        for depth in range(0, 20, 6):
+            at = len(forced) + depth
+            if 0 < at < len(plain.tokens):
+                again = prompt + plain.tokens[:at] + any_depth.header_of(tok)
+                [probe] = generate(model, [again], **options | {"max_new_tokens": any_depth.PROBE})
+                asked += 1
+                if len(tok.decode(probe.tokens)) % 4 == 0:
+                    [refusal] = generate(model, [again], **options)
+                    expected, discarded = refusal.tokens, [plain.tokens[:at]]
+                    refusals += 1
+                    break
+        assert (g.tokens, g.discarded, g.resets) == (expected, discarded, len(discarded))
+    assert len(seen) == asked and 0 < refusals < 8
+
+
+def test_the_header_is_what_stands_between_two_turns():
+    tok = toy_tokenizer()
+    whole = tok.render(user("Hello?"))
+    header = any_depth.header_of(tok)
+    assert whole[-len(header) :] == header and tok.decode(tok.encode("Hello?")) in tok.decode(whole[: -len(header)])
