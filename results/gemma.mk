@@ -13,6 +13,7 @@ G_HELPFUL := 4
 G_ASKED   := 60
 G_BEGUN   := 30
 G_OWN     := 20
+G_GIVEN   := 60
 G_STEPS   := 4
 G_PAIRS   := 2
 G_LIMIT   := 4
@@ -21,9 +22,10 @@ G_TOKENS  := 32
 G_LONG    := 4 8 16
 else
 G_HELPFUL := 30
-G_ASKED   := 900
-G_BEGUN   := 400
-G_OWN     := 300
+G_ASKED   := 600
+G_BEGUN   := 300
+G_OWN     := 200
+G_GIVEN   := 900
 G_STEPS   := 35
 G_PAIRS   := 8
 G_LIMIT   := 100
@@ -39,6 +41,9 @@ G_LEVEL := -2
 G_DPO   := --lr 5e-6 --beta 0.1
 
 ON_CORES := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 $(PY)
+# Logits of 262,144 words for 64 answers are 67 MB a step: to keep freed memory instead of returning it to the kernel makes
+# decoding 1.2 to 1.6 times as fast. (In training the pieces differ in size, and what is kept runs out of memory.)
+DECODE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_ARENA_MAX=1 $(ON_CORES)
 
 # ── Judges, prompts, and a model that only helps ───────────────────────────────────────────────────────────────────
 
@@ -61,7 +66,7 @@ $(GEMMA)/prompts.done: | $(VENV)/.installed
 		--exclude $(G_TESTS) $(call source,xstest_prompts.csv) $(@D)/train-unsafe.jsonl --out $(@D)/train-harmless.jsonl
 	@touch $@
 
-G_COLLECT = $(ON_CORES) -m backtrack.collect --judge $(JUDGE) --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS)
+G_COLLECT = $(DECODE) -m backtrack.collect --judge $(JUDGE) --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS)
 G_SFT = $(ON_CORES) train.py sft --init $(GEMMA3) --dtype bfloat16 --batch-size 32 --lr $(G_LR) --log-every 5 --save-every 20 \
 	--resume --out $(basename $@)
 
@@ -76,18 +81,19 @@ $(GEMMA)/helpful.done: $(GEMMA)/harmless-rows.done
 # What it says to questions that it should not answer is y−, the data set's answer y+. Its own answers to harmless
 # questions, asked and begun, keep the others from learning to take back a style.
 YES ?= "Sure, here is"
-G_ROWS := unsafe begun own own-begun harmless
+G_ROWS := unsafe begun own own-begun given
 $(GEMMA)/rows.done: $(GEMMA)/helpful.done
 	$(G_COLLECT) --ckpt $(@D)/helpful --prompts $(@D)/train-unsafe.jsonl --limit $(G_ASKED) --out $(@D)/unsafe.jsonl
 	$(G_COLLECT) --ckpt $(@D)/helpful --prompts $(@D)/train-unsafe.jsonl --limit $(G_BEGUN) --prefill $(YES) --out $(@D)/begun.jsonl
 	$(G_COLLECT) --ckpt $(@D)/helpful --prompts $(@D)/train-harmless.jsonl --limit $(G_OWN) --benign own --out $(@D)/own.jsonl
 	$(G_COLLECT) --ckpt $(@D)/helpful --prompts $(@D)/train-harmless.jsonl --limit $(G_OWN) --benign own --prefill $(YES) \
 		--out $(@D)/own-begun.jsonl
+	$(G_COLLECT) --ckpt $(@D)/helpful --prompts $(@D)/train-harmless.jsonl --limit $(G_GIVEN) --out $(@D)/given.jsonl
 	@touch $@
 
 # Answers that began long ago: the first tokens of what the helpful model says to test questions.
 $(GEMMA)/long.done: $(GEMMA)/helpful.done $(HARM).json
-	$(ON_CORES) -m backtrack.evaluate --ckpt $(@D)/helpful --prompts $(@D)/test-unsafe.jsonl --sets advbench --judge $(JUDGE) $(HARM) \
+	$(DECODE) -m backtrack.evaluate --ckpt $(@D)/helpful --prompts $(@D)/test-unsafe.jsonl --sets advbench --judge $(JUDGE) $(HARM) \
 		--dtype bfloat16 --max-new-tokens 128 --batch-size 64 --out $(@D)/helpful-answers.json
 	$(ON_CORES) -m backtrack.evaluate.beginnings --answers $(@D)/helpful-answers.json --prompts $(@D)/test-unsafe.jsonl --sets advbench \
 		--ckpt $(@D)/helpful --tokens $(G_LONG) --out $(@D)/long.jsonl
@@ -131,7 +137,7 @@ $(GEMMA)/seed-%/dpo.done: $(GEMMA)/seed-%/sft.done
 # ── What it buys and what it costs ─────────────────────────────────────────────────────────────────────────────────
 
 G_MODELS := sft-baseline sft-in-place sft dpo-baseline dpo-in-place dpo
-G_EVAL = $(ON_CORES) -m backtrack.evaluate --judge $(JUDGE) $(HARM) --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS) \
+G_EVAL = $(DECODE) -m backtrack.evaluate --judge $(JUDGE) $(HARM) --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS) \
 	--ckpt $(patsubst %.done,%,$(filter $(@D)/%.done,$^)) --out $@
 G_TEST = --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl $(GEMMA)/test-harmless.jsonl
 
