@@ -29,7 +29,7 @@ from backtrack.attacks.attack import Victim, attack_on
 from backtrack.attacks.autodan import read_synonyms, read_wrappers
 from backtrack.attacks.no_search import OPENING, topic_of
 from backtrack.attacks.table import ATTACKERS, SEARCHES, table
-from backtrack.evaluate.answers import CONDITION, AnswerFile, adding_to
+from backtrack.evaluate.answers import CONDITION, AnswerFile, adding_to, remembering
 from backtrack.evaluate.prompts import choose_prompts, prompts_digest, read_prompts, render
 from backtrack.judge import load_judge, refuse_seen
 from backtrack.run.say import Ticker, warn_of_slow_bfloat16
@@ -53,7 +53,8 @@ def attack_all(args) -> None:
         for prompt in prompts:
             render(tok, prompt)  # a chat that the template does not know is an error now
         saved = AnswerFile(Path(args.out), settings, key=lambda record: record.get("prompt"))
-        attack_missing(Victim(model, tok, judge, args), prompts, saved)
+        with remembering(judge, args.out, args.judge) as kept:  # a search asks many times
+            attack_missing(Victim(model, tok, kept, args), prompts, saved)
     table([args.out], None)
 
 

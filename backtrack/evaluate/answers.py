@@ -124,6 +124,46 @@ def judge_missing(judge: Judge, records: list[dict], prompts: list[Prompt], save
         saved.add([r | as_record(judge, said, prompts[r["prompt"]], args) | marked for r, said in pairs])
 
 
+@contextlib.contextmanager
+def remembering(judge: Judge, out: str | Path, name: str):
+    """The judge, its verdicts kept as they come in OUT.verdicts.jsonl: after a failure only missing ones are asked for.
+
+    For programs that judge texts which they make anew each time. name: what --judge says.
+    """
+    file = Path(f"{out}.verdicts.jsonl")
+    settings = {"judge": by_whom(name, getattr(judge, "threshold", None), False)}
+    with adding_to(file):
+        saved = AnswerFile(file, settings, lambda record: key_of(record["asked"], record["response"]))
+
+        def ask(conversations: list[tuple[list[dict], str]]) -> list[Verdict | InputError]:
+            asked = {key_of(*pair): pair for pair in conversations}
+            missing = [pair for key, pair in asked.items() if key not in saved.records]
+            at_once = len(missing) if hasattr(judge, "judge_all") else 1  # a guard reads many in a batch
+            errors = {}
+            for start in range(0, len(missing), max(1, at_once)):
+                some = missing[start : start + at_once]
+                for (prompt, response), said in zip(some, judge_all(judge, some), strict=True):
+                    if isinstance(said, InputError):
+                        errors[key_of(prompt, response)] = said
+                    else:
+                        saved.add([{"asked": prompt, "response": response, "verdict": vars(said)}])
+            keys = [key_of(*pair) for pair in conversations]
+            return [errors.get(key) or Verdict(**saved.records[key]["verdict"]) for key in keys]
+
+        def one(prompt: list[dict], response: str) -> Verdict:
+            [said] = ask([(prompt, response)])
+            if isinstance(said, InputError):
+                raise said
+            return said
+
+        vars(one).update(vars(judge) | {"judge_all": ask})
+        yield one
+
+
+def key_of(prompt: list[dict], response: str) -> tuple[str, str]:
+    return json.dumps(prompt), response
+
+
 def judged_text(record: dict, prompts: list[Prompt], args) -> str:
     """The answer; with --judge-continuation without what it was forced to begin with."""
     if not getattr(args, "judge_continuation", False) or record["resets"]:

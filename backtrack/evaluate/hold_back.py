@@ -23,7 +23,7 @@ from functools import partial
 
 import torch
 
-from backtrack.evaluate.answers import AnswerFile, adding_to, answers_file, generations
+from backtrack.evaluate.answers import AnswerFile, adding_to, answers_file, generations, remembering
 from backtrack.evaluate.prompts import add_device, add_prompts, chosen, prompts_digest
 from backtrack.evaluate.results import print_records, write_result
 from backtrack.evaluate.statistics import wilson
@@ -112,7 +112,9 @@ def main() -> None:
     refuse_seen(judge, prompts)
     tok = load_tokenizer(args.ckpt)
     prefill = [tok.encode(p["prefill"]) for p in prompts]
-    records = measure(attempts_of(prompts, args), prefill, prompts, judge, tok)
+    attempts = attempts_of(prompts, args)
+    with remembering(judge, args.out, args.judge) as kept:
+        records = measure(attempts, prefill, prompts, kept, tok)
     if not records:
         raise InputError(f"{args.ckpt}: none of its answers is unsafe anywhere, so there is nothing to hold back")
     write_result(args.out, records=[{"checkpoint": args.ckpt} | record for record in records])
