@@ -1,6 +1,7 @@
 """What users have seen of unsafe answers: counted by hand on a handful of events, and the program on the toy's kind of
 files."""
 
+import importlib
 import json
 from functools import partial
 
@@ -105,6 +106,21 @@ def test_the_program_and_its_picture(place, monkeypatch):
         seen = [r["seen"] for r in records if r["group"] == group]
         assert seen == sorted(seen, reverse=True) and seen[-1] >= records[0]["survived"]
         assert group in printed
+    whole = out.read_bytes()
+    (place / "broken.py").write_text(
+        "import harsh\nasked, most = [], 6\ndef judge(prompt, text):\n    asked.append(text)\n"
+        "    if len(asked) == most:\n        raise OSError('429')\n    return harsh.judge(prompt, text)\n"
+    )
+    out = place / "again.json"
+    assert "429" in command(*words, "--judge", "broken:judge", "--out", out, code=2)[1]
+    broken = importlib.import_module("broken")
+    broken.most = None
+    command(*words, "--judge", "broken:judge", "--out", out)
+    first, rest = broken.asked[1:5], broken.asked[7:]  # each run begins with a question of its own
+    assert json.loads(out.read_bytes())["records"] == json.loads(whole)["records"]
+    kept = [json.loads(line) for line in (place / "again.json.verdicts.jsonl").read_text().splitlines()[1:]]
+    assert [r["response"] for r in kept] == first + rest and len(rest) > 5  # nothing was asked for twice
+    out = place / "results" / "toy-hold-back.json"
     figure, title = figures.hold_back_figure(out.parent)
     assert figure.axes and title.startswith("A stream that lags 4 tokens behind")
     monkeypatch.setattr(hold_back, "load_model", None)  # the answers are there, whatever the judge

@@ -130,10 +130,13 @@ def remembering(judge: Judge, out: str | Path, name: str):
 
     For programs that judge texts which they make anew each time. name: what --judge says.
     """
-    file = Path(f"{out}.verdicts.jsonl")
-    settings = {"judge": by_whom(name, getattr(judge, "threshold", None), False)}
+    file, who = Path(f"{out}.verdicts.jsonl"), by_whom(name, getattr(judge, "threshold", None), False)
+
+    def key_of(prompt: list[dict], response: str) -> tuple[str, str, str]:
+        return who, json.dumps(prompt), response
+
     with adding_to(file):
-        saved = AnswerFile(file, settings, lambda record: key_of(record["asked"], record["response"]))
+        saved = AnswerFile(file, {}, lambda r: (r["judge"], json.dumps(r["asked"]), r["response"]))
 
         def ask(conversations: list[tuple[list[dict], str]]) -> list[Verdict | InputError]:
             asked = {key_of(*pair): pair for pair in conversations}
@@ -146,7 +149,7 @@ def remembering(judge: Judge, out: str | Path, name: str):
                     if isinstance(said, InputError):
                         errors[key_of(prompt, response)] = said
                     else:
-                        saved.add([{"asked": prompt, "response": response, "verdict": vars(said)}])
+                        saved.add([{"judge": who, "asked": prompt, "response": response, "verdict": vars(said)}])
             keys = [key_of(*pair) for pair in conversations]
             return [errors.get(key) or Verdict(**saved.records[key]["verdict"]) for key in keys]
 
@@ -158,10 +161,6 @@ def remembering(judge: Judge, out: str | Path, name: str):
 
         vars(one).update(vars(judge) | {"judge_all": ask})
         yield one
-
-
-def key_of(prompt: list[dict], response: str) -> tuple[str, str]:
-    return json.dumps(prompt), response
 
 
 def judged_text(record: dict, prompts: list[Prompt], args) -> str:
