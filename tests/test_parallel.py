@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,24 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(world, tmp_path, alone):
     assert contents(out)["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]
     assert steps_of(out) == steps_of(tmp_path / "whole")
     same_result(alone("sft"), out)
+
+
+def test_a_rank_that_is_killed_before_they_meet_ends_all(world, tmp_path):
+    """Two wait for rank 1 until torchrun sends them SIGTERM, and one of them says why they end."""
+
+    def before(rank):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ranks = Ranks(3, train.main, words(world, "sft", tmp_path / "out"), before)
+    os.waitid(os.P_PID, ranks.pids[1], os.WEXITED | os.WNOWAIT)
+    time.sleep(2)  # they wait in C++ by now
+    for rank in (0, 2):
+        os.kill(ranks.pids[rank], signal.SIGTERM)
+    codes, said = ranks.codes(20), ranks.said()
+    ranks.file.unlink()
+    assert codes == [1, -signal.SIGKILL, 1], (codes, said)
+    assert said == "error: a rank was killed before all had met; start them again\n"
 
 
 def test_a_save_that_is_killed_leaves_the_last_one(world, tmp_path, alone):

@@ -19,6 +19,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -49,13 +50,43 @@ def together() -> Iterator[None]:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend, store=store, rank=number, world_size=count)
+        with hearing(store):
+            dist.init_process_group(backend, store=store, rank=number, world_size=count)
         yield
         dist.barrier()
         dist.destroy_process_group()
         exit_at_once(0)
     except BaseException as error:
         end_together(store, number, error)
+
+
+@contextlib.contextmanager
+def hearing(store) -> Iterator[None]:
+    """End on SIGTERM while the ranks have not met: torchrun sends it when one of them was killed before.
+
+    Until then this process waits in C++, where Python's handlers do not run; but Python writes the number of the signal
+    to a pipe at once, and a thread reads it.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    own = store.clone()  # a connection of its own: on the other one somebody is waiting
+
+    def listen() -> None:
+        said = None
+        while said not in (signal.SIGTERM, 0):
+            [said] = os.read(reading, 1)
+        if said == signal.SIGTERM:
+            if own.add("speakers", 1) == 1:
+                print("error: a rank was killed before all had met; start them again", file=sys.__stderr__, flush=True)
+            os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
+    before = signal.set_wakeup_fd(writing)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writing, bytes([0]))
 
 
 def end_together(store, number: int, error: BaseException) -> NoReturn:
