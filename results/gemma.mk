@@ -68,7 +68,7 @@ $(GEMMA)/prompts.done: | $(VENV)/.installed
 	@touch $@
 
 G_COLLECT = $(DECODE) -m backtrack.collect --judge $(JUDGE) --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS)
-G_SFT = $(ON_CORES) train.py sft --init $(GEMMA3) --dtype bfloat16 --batch-size 32 --lr $(G_LR) --log-every 5 --save-every 20 \
+G_SFT = $(ON_CORES) train.py sft --init $(GEMMA3) --dtype bfloat16 --batch-size 16 --grad-accum 2 --lr $(G_LR) --log-every 5 --save-every 20 \
 	--resume --out $(basename $@)
 
 $(GEMMA)/harmless-rows.done: $(GEMMA)/prompts.done $(GEMMA3)/model.safetensors $(JUDGE).json
@@ -122,7 +122,7 @@ $(GEMMA)/seed-%/sft.done: $(GEMMA)/seed-%/sft-high.done
 	@touch $@
 
 G_PREFER = $(ON_CORES) train.py dpo --init $(basename $<) --data $(GEMMA)/unsafe.jsonl $(GEMMA)/begun.jsonl --dtype bfloat16 \
-	--batch-size 6 --grad-accum 2 --max-length 256 --steps $(G_PAIRS) $(G_DPO) --seed $* --log-every 2 --resume --out $(basename $@)
+	--batch-size 4 --grad-accum 3 --max-length 256 --steps $(G_PAIRS) $(G_DPO) --seed $* --log-every 2 --resume --out $(basename $@)
 $(GEMMA)/seed-%/dpo-baseline.done: $(GEMMA)/seed-%/sft-baseline.done
 	$(G_PREFER) --method baseline
 	@touch $@
