@@ -60,4 +60,4 @@ class BF16Logprobs(torch.autograd.Function):
 
 
 def few_rows(logits: torch.Tensor) -> int:
-    return max(1, 2**22 // logits.size(-1))
+    return max(1, 2**20 // logits.size(-1))
