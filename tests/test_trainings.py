@@ -16,6 +16,7 @@ from backtrack.evaluate.prompts import prompts_digest, read_prompts
 from backtrack.evaluate.statistics import mcnemar, wilson
 from backtrack.generate import generate
 from backtrack.judge import Verdict
+from backtrack.report import trainings
 from model import save_model
 
 
@@ -148,3 +149,48 @@ def test_the_header_is_what_stands_between_two_turns():
     whole = tok.render(user("Hello?"))
     header = any_depth.header_of(tok)
     assert whole[-len(header) :] == header and tok.decode(tok.encode("Hello?")) in tok.decode(whole[: -len(header)])
+
+
+# ── Tables and the picture ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tables_and_picture_of_trainings(tmp_path, monkeypatch):
+    """Every rate and difference stands where it belongs, by numbers picked by hand."""
+
+    def rate(model, some, name, mean):
+        head = {"model": model, "on_reset": "truncate", "reset_bias": 0.0, "max_resets": 1, "set": some, "rate": name}
+        return head | {"seeds": 2, "prompts": 50, "mean": mean, "interval": [mean - 0.01, mean + 0.01], "by_seed": []}
+
+    def difference(some, mean, low, high):
+        head = {"first": "dpo-in-place", "other": "dpo", "reset_bias": 0.0, "set": some, "rate": "unsafe"}
+        return head | {"difference": mean, "interval": [low, high], "mcnemar": [0.25, 0.5]}
+
+    origin = {"command": "", "commit": "abc", "machine": "one"}
+    sets = ("advbench", "strongreject", "advbench-forced", "asked", "begun", "alpaca_eval", "harmless")
+    rates = [rate(m, s, "unsafe", 0.1 + i / 100) for i, s in enumerate(sets) for m in ("dpo", "dpo-in-place")]
+    rates += [rate(m, s, "reset", 0.5) for s in sets for m in ("dpo", "dpo-in-place")]
+    differences = [difference("asked", -0.2, -0.3, -0.1), difference("advbench", -0.5, -0.6, -0.4)]
+    write_json(tmp_path / "gemma-main.json", origin | {"rates": rates, "differences": differences})
+    long = [rate(m, f"begun-{n}", r, n / 100) for m in ("dpo", "sft") for n in (8, 32) for r in ("unsafe", "complied")]
+    long += [rate(m, "asked", "unsafe", 0.2) for m in ("dpo", "sft")]
+    behind = [difference("begun-8", -0.1, -0.2, 0.1)]
+    write_json(tmp_path / "gemma-long.json", origin | {"rates": long, "differences": behind})
+    command(trainings.main, "--results", tmp_path)
+    text = (tmp_path / "gemma-tables.md").read_text()
+    assert "|  | prompts | in place + DPO | backtracking + DPO |" in text
+    assert "| **asked, all** | 50 | 13.0 [12.0, 14.0] | 13.0 [12.0, 14.0] |" in text
+    assert "**forced to begin, all**" not in text  # it is one set, and has its line
+    unsafe = text[text.index("harmful answers") : text.index("answers taken back")]
+    assert "AlpacaEval" not in unsafe and "AlpacaEval" in text
+    asked = "| **asked, all** | harmful | backtracking + DPO | in place + DPO | -20.0 [-30.0, -10.0] | yes | 0.25, 0.5 |"
+    assert asked in text and text.count("-50.0") == 0  # of single sets there is no line
+    assert "| 8 forced tokens | 50 | 8.0 [7.0, 9.0] | 8.0 [7.0, 9.0] |" in text
+    assert "| 8 forced tokens | harmful | backtracking + DPO | in place + DPO | -10.0 [-20.0, +10.0] |  |" in text
+    assert (tmp_path / "gemma-long.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "gemma-main.json").write_text("{}")
+    _, said = command(trainings.main, "--results", tmp_path, code=2)
+    assert "gemma-main.json: not a result of this version" in said
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value))

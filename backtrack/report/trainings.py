@@ -85,7 +85,7 @@ def difference_table(result: dict) -> str:
     rows = []
     for r in result["differences"]:
         grouped = r["set"] in GROUPS or r["set"].startswith(LONG)
-        if not grouped or r["rate"] not in ("unsafe", "complied") or is_double(r["set"], result["differences"]):
+        if not grouped or r["rate"] not in ("unsafe", "complied") or is_double(r["set"], result["rates"]):
             continue
         points, low, high = (100 * x for x in (r["difference"], *r["interval"]))
         p = ", ".join(f"{value:.2g}" for value in r.get("mcnemar", []))
