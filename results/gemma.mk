@@ -68,7 +68,7 @@ $(GEMMA)/prompts.done: | $(VENV)/.installed
 	@touch $@
 
 G_COLLECT = $(DECODE) -m backtrack.collect --judge $(JUDGE) --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS)
-G_SFT = $(ON_CORES) train.py sft --init $(GEMMA3) --dtype bfloat16 --batch-size 16 --grad-accum 2 --lr $(G_LR) --log-every 5 --save-every 20 \
+G_SFT = $(ON_CORES) train.py sft --init $(GEMMA3) --dtype bfloat16 --batch-size 8 --grad-accum 4 --lr $(G_LR) --log-every 5 --save-every 20 \
 	--resume --out $(basename $@)
 
 $(GEMMA)/harmless-rows.done: $(GEMMA)/prompts.done $(GEMMA3)/model.safetensors $(JUDGE).json
