@@ -48,9 +48,12 @@ DECODE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_ARENA_MAX
 
 # ── Judges, prompts, and a model that only helps ───────────────────────────────────────────────────────────────────
 
+# train.csv and evaluate.csv are no names of their own: they lie in a folder that has gptfuzz in its name.
+labelled = $(or $(firstword $(shell find -L $(DATA) -path '*gptfuzz*/$1' 2>/dev/null)),$(error \
+	$1 is in no folder of $(DATA) that is called after gptfuzz: see "A pretrained base" in data/README.md))
+
 $(HARM).json: | $(VENV)/.installed
-	$(PY) -m backtrack.judge fit --kind harm --data $(dir $(call source,text_davinci_003.json))../gptfuzz_labeled/train.csv \
-		--test $(dir $(call source,text_davinci_003.json))../gptfuzz_labeled/evaluate.csv --out $(HARM)
+	$(PY) -m backtrack.judge fit --kind harm --data $(call labelled,train.csv) --test $(call labelled,evaluate.csv) --out $(HARM)
 
 # test-*: looked at once. dev-*: for choosing. SimpleSafetyTests and MaliciousInstructions are small: all of them are test.
 G_TESTS = $(@D)/test-unsafe.jsonl $(@D)/test-small.jsonl $(@D)/dev-unsafe.jsonl $(@D)/test-harmless.jsonl $(@D)/dev-harmless.jsonl
