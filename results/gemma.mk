@@ -17,7 +17,7 @@ G_GIVEN   := 60
 G_STEPS   := 4
 G_PAIRS   := 2
 G_LIMIT   := 4
-G_HARMLESS := 4
+
 G_TOKENS  := 32
 G_LONG    := 4 8 16
 else
@@ -28,8 +28,8 @@ G_OWN     := 200
 G_GIVEN   := 900
 G_STEPS   := 20
 G_PAIRS   := 6
-G_LIMIT   := 100
-G_HARMLESS := 75
+G_LIMIT   := 50
+
 G_TOKENS  := 96
 G_LONG    := 8 32 96
 endif
