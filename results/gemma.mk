@@ -17,7 +17,6 @@ G_GIVEN   := 60
 G_STEPS   := 4
 G_PAIRS   := 2
 G_LIMIT   := 4
-
 G_TOKENS  := 32
 G_LONG    := 4 8 16
 else
@@ -29,7 +28,6 @@ G_GIVEN   := 900
 G_STEPS   := 20
 G_PAIRS   := 6
 G_LIMIT   := 50
-
 G_TOKENS  := 96
 G_LONG    := 8 32 96
 endif
@@ -165,11 +163,20 @@ $(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/dpo.done $(GEMMA)/long.done
 	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-harmless.jsonl --sets advbench-forced alpaca_eval oasst \
 		--limit 40 --reset-bias -5 -2 0 2 5
 
-G_SEEDS  = $(SEEDS:%=$(GEMMA)/seed-%)
-OF_EACH  = $(addsuffix /$1.json,$(G_SEEDS))
-OVER     = $(PY) -m backtrack.evaluate.over_seeds --in $^ --against sft-baseline:sft sft-in-place:sft dpo-baseline:dpo dpo-in-place:dpo \
-	dpo-baseline:dpo-in-place --out $@
+# ── The seeds together ─────────────────────────────────────────────────────────────────────────────────────────────
+
+G_SEEDS   := $(SEEDS:%=$(GEMMA)/seed-%)
+G_RESULTS := $(patsubst %,$(RESULTS)/gemma-%.json,main long any-depth any-depth-long sampling bias)
+
+$(RESULTS)/gemma-%.json: $(addsuffix /%.json,$(G_SEEDS))
+	@mkdir -p $(@D)
+	$(PY) -m backtrack.evaluate.over_seeds --in $^ $(AGAINST) --out $@
+
+$(RESULTS)/gemma-main.json $(RESULTS)/gemma-long.json: AGAINST := --against sft-baseline:sft sft-in-place:sft dpo-baseline:dpo \
+	dpo-in-place:dpo dpo-baseline:dpo-in-place
+$(RESULTS)/gemma-sampling.json: AGAINST := --against dpo-baseline:dpo dpo-in-place:dpo dpo-baseline:dpo-in-place
 
 .PHONY: real-gemma3
 real-gemma3: $(VENV)/.installed
-	$(MAKE) $(G_SEEDS:%=%/main.json) $(G_SEEDS:%=%/long.json)
+	$(MAKE) $(G_RESULTS)
+	$(PY) -m backtrack.report.trainings --results $(RESULTS)
