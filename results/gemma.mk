@@ -176,7 +176,16 @@ $(RESULTS)/gemma-main.json $(RESULTS)/gemma-long.json: AGAINST := --against sft-
 	dpo-in-place:dpo dpo-baseline:dpo-in-place
 $(RESULTS)/gemma-sampling.json: AGAINST := --against dpo-baseline:dpo dpo-in-place:dpo dpo-baseline:dpo-in-place
 
+# How likely is the data set's answer to harmless test questions?
+$(GEMMA)/test-rows.done: $(GEMMA)/prompts.done $(JUDGE).json
+	$(G_COLLECT) --ckpt $(GEMMA3) --prompts $(@D)/test-harmless.jsonl --limit $(G_LIMIT) --out $(@D)/test-rows.jsonl
+	@touch $@
+
+$(RESULTS)/gemma-likelihoods.json: $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done)) $(GEMMA)/test-rows.done
+	$(DECODE) -m backtrack.evaluate.likelihoods --ckpt $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%)) --rows $(GEMMA)/test-rows.jsonl \
+		--max-length 512 --dtype bfloat16 --out $@
+
 .PHONY: real-gemma3
 real-gemma3: $(VENV)/.installed
-	$(MAKE) $(G_RESULTS)
+	$(MAKE) $(G_RESULTS) $(RESULTS)/gemma-likelihoods.json
 	$(PY) -m backtrack.report.trainings --results $(RESULTS)
