@@ -17,6 +17,7 @@ G_GIVEN   := 60
 G_STEPS   := 4
 G_PAIRS   := 2
 G_LIMIT   := 4
+G_BEHIND  := 4
 G_TOKENS  := 32
 G_LONG    := 4 8 16
 else
@@ -28,6 +29,7 @@ G_GIVEN   := 900
 G_STEPS   := 20
 G_PAIRS   := 6
 G_LIMIT   := 50
+G_BEHIND  := 100
 G_TOKENS  := 96
 G_LONG    := 8 32 96
 endif
@@ -147,14 +149,14 @@ $(GEMMA)/seed-%/main.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(HA
 	$(G_EVAL) $(G_TEST) --limit $(G_LIMIT)
 
 $(GEMMA)/seed-%/long.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(GEMMA)/long.done
-	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --judge-continuation
+	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND) --judge-continuation
 
 # Any-Depth Alignment, a control without training: the baselines, asked again after every 32 tokens.
 $(GEMMA)/seed-%/any-depth.json: $(GEMMA)/seed-%/dpo-baseline.done $(GEMMA)/long.done
 	$(G_EVAL) $(G_TEST) --limit $(G_LIMIT) --any-depth 32
 
 $(GEMMA)/seed-%/any-depth-long.json: $(GEMMA)/seed-%/dpo-baseline.done $(GEMMA)/long.done
-	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --judge-continuation --any-depth 32
+	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND) --judge-continuation --any-depth 32
 
 $(GEMMA)/seed-%/sampling.json: $(foreach m,dpo-baseline dpo-in-place dpo,$(GEMMA)/seed-%/$m.done) $(HARM).json
 	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl --sets $(PLAIN) --limit 8 --temperature 1 --samples 8
