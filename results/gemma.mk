@@ -25,8 +25,8 @@ G_HELPFUL := 30
 G_ASKED   := 600
 G_BEGUN   := 300
 G_OWN     := 200
-G_GIVEN   := 900
-G_STEPS   := 20
+G_GIVEN   := 3500
+G_STEPS   := 24
 G_PAIRS   := 6
 G_LIMIT   := 50
 G_BEHIND  := 100
@@ -36,7 +36,7 @@ endif
 
 # Chosen on dev-*, seed 0: results/README.md.
 G_LR    := 4e-5
-G_RESET_WEIGHT := 16
+G_RESET_WEIGHT := 24
 G_LEVEL := -2
 G_DPO   := --lr 5e-6 --beta 0.1
 
