@@ -92,7 +92,7 @@ $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).
 		--out $(@D)/$*-rows.jsonl
 	@touch $@
 
-# ── Five models from the same rows, in as many steps ───────────────────────────────────────────────────────────────
+# ── Six models from the same rows, in as many steps ───────────────────────────────────────────────────────────────
 
 REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(ROWS_OF:%=$(@D)/%.jsonl) \
 	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
@@ -127,6 +127,10 @@ $(REAL)/dpo-baseline.done: $(REAL)/sft-baseline.done
 	$(REAL_DPO) --init $(@D)/sft-baseline --method baseline $(REAL_DPO_BASELINE)
 	@touch $@
 
+$(REAL)/dpo-in-place.done: $(REAL)/sft-in-place.done
+	$(REAL_DPO) --init $(@D)/sft-in-place --method in-place $(REAL_DPO_OURS)
+	@touch $@
+
 # HH-RLHF alone, as in the paper: do its labels teach what to take back?
 $(REAL)/hh.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors
 	$(PY) train.py sft --init $(SMOLLM2) --data $(@D)/hh.jsonl --heldout $(@D)/hh-valid.jsonl --dtype bfloat16 \
@@ -136,7 +140,7 @@ $(REAL)/hh.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors
 
 # ── What it buys and what it costs ─────────────────────────────────────────────────────────────────────────────────
 
-REAL_MODELS := sft-baseline sft-in-place sft dpo-baseline dpo
+REAL_MODELS := sft-baseline sft-in-place sft dpo-baseline dpo-in-place dpo
 REAL_EVAL = $(PY) -m backtrack.evaluate --judge $(JUDGE) --dtype bfloat16 --max-new-tokens 48 --out $(REAL)/$(@F) \
 	--ckpt $(patsubst %.done,%,$(filter %.done,$^)) --prompts $(REAL)/test-unsafe.jsonl $(REAL)/test.jsonl
 PLAIN  := advbench simple_safety_tests malicious_instructions strongreject
