@@ -25,7 +25,7 @@ G_HELPFUL := 30
 G_ASKED   := 600
 G_BEGUN   := 300
 G_OWN     := 200
-G_GIVEN   := 3500
+G_GIVEN   := 2000
 G_STEPS   := 24
 G_PAIRS   := 6
 G_LIMIT   := 50
@@ -71,7 +71,7 @@ $(GEMMA)/prompts.done: | $(VENV)/.installed
 	@touch $@
 
 G_COLLECT = $(DECODE) -m backtrack.collect --judge $(JUDGE) --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS)
-G_SFT = $(ON_CORES) train.py sft --init $(GEMMA3) --dtype bfloat16 --batch-size 16 --grad-accum 2 --lr $(G_LR) --log-every 5 --save-every 20 \
+G_SFT = $(ON_CORES) train.py sft --dtype bfloat16 --batch-size 16 --grad-accum 2 --lr $(G_LR) --log-every 5 --save-every 20 \
 	--resume --out $(basename $@)
 
 $(GEMMA)/harmless-rows.done: $(GEMMA)/prompts.done $(GEMMA3)/model.safetensors $(JUDGE).json
@@ -79,7 +79,7 @@ $(GEMMA)/harmless-rows.done: $(GEMMA)/prompts.done $(GEMMA3)/model.safetensors $
 	@touch $@
 
 $(GEMMA)/helpful.done: $(GEMMA)/harmless-rows.done
-	$(G_SFT) --method baseline --data $(@D)/harmless.jsonl --max-length 192 --steps $(G_HELPFUL)
+	$(G_SFT) --init $(GEMMA3) --method baseline --data $(@D)/harmless.jsonl --max-length 192 --steps $(G_HELPFUL)
 	@touch $@
 
 # What it says to questions that it should not answer is y−, the data set's answer y+. Its own answers to harmless
@@ -106,7 +106,7 @@ $(GEMMA)/long.done: $(GEMMA)/helpful.done $(HARM).json
 # ── Six models of a seed, from the same rows, in as many steps ─────────────────────────────────────────────────────
 # In these rules $(@D) is the directory of a seed, and % its number.
 
-G_TRAIN = $(G_SFT) --data $(G_ROWS:%=$(GEMMA)/%.jsonl) --max-length 256 --steps $(G_STEPS) --seed $*
+G_TRAIN = $(G_SFT) --init $(GEMMA)/helpful --data $(G_ROWS:%=$(GEMMA)/%.jsonl) --max-length 256 --steps $(G_STEPS) --seed $*
 $(GEMMA)/seed-%/sft-baseline.done: $(GEMMA)/rows.done
 	$(G_TRAIN) --method baseline
 	@touch $@
