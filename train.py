@@ -259,7 +259,7 @@ def sft(args: argparse.Namespace) -> None:
     goes_on = run.position.step > 0 and not args.lora
     model = load(args.out if goes_on else args.init, run)
     trees_of = rows_in_order(run.options, len(rows), lambda e, i: tree_of(rows[i], e, i))
-    if model.config.reset_token_id is None:  # [RESET] means nothing yet
+    if model.config.reset_token_id is None and not goes_on:  # [RESET] means nothing yet
         first = trees_of(0) if args.data and args.method == "backtrack" else []
         start_new_tokens(model, tok, [make_batch([tree], args.device) for tree in first])
     fit(run, model, trees_of, heldout, loss)

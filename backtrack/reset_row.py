@@ -54,8 +54,9 @@ def start_new_tokens(
         )
     if batches:
         set_level(model, tok.reset_id, batches)
-    # From now on it means something.
-    model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)
+        # From now on it means something. (Without, as in a baseline, a later SFT begins here again:
+        # it would never find a token that training has made as unlikely as any other spare one.)
+        model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)
 
 
 @torch.no_grad()
