@@ -310,7 +310,8 @@ def dpo(args: argparse.Namespace) -> None:
     reference.give(heldout, log_p[steps])
     if run.position.step and not args.lora:
         model = load(args.out, run)
-    model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)
+    if args.method == "backtrack":
+        model.config = dataclasses.replace(model.config, reset_token_id=tok.reset_id)
 
     def trees_with_reference(step: int) -> list[Tree]:
         return reference.give(trees_of(step), log_p[step])
