@@ -42,6 +42,14 @@ def started(init, out, *more):
     return said, load_file(init / "model.safetensors"), load_file(out / "model.safetensors")
 
 
+def rows_of(root):
+    """Flags of training on rows of which the last alone is unsafe, and the first step does not visit it: so no context
+    holds [RESET], and nothing else moves."""
+    rows = [row_of(f"Hi {i}", f"no word{i} other{7 * i}. " * (1 + i % 3)) for i in range(12)]
+    write(root / "rows.jsonl", *rows, row_of("Hi", "no", "yes", unsafe=True))
+    return "--data", root / "rows.jsonl", "--batch-size", 4, "--resets", "drawn"
+
+
 def changed_rows(before, after, name):
     return {i for i, same in enumerate((before[name] == after[name]).all(dim=1).tolist()) if not same}
 
@@ -61,9 +69,20 @@ def test_rows_that_were_never_trained_are_set_to_the_mean(tmp_path, tied):
         assert ((after[name][FRESH] - mean).abs() < 0.6 * std).all()
         assert len({tuple(row.tolist()) for row in after[name][FRESH]}) == len(FRESH)  # and are told apart
     assert all(torch.equal(before[name], after[name]) for name in before.keys() - {*names})
-    assert json.loads((tmp_path / "out/config.json").read_text())["reset_token_id"] == TOK.reset_id
-    said, before, after = started(tmp_path / "out", tmp_path / "again")
+    more = rows_of(tmp_path)
+    started(init, tmp_path / "taught", *more)
+    assert json.loads((tmp_path / "taught/config.json").read_text())["reset_token_id"] == TOK.reset_id
+    said, before, after = started(tmp_path / "taught", tmp_path / "again", *more)
     assert "untrained" not in said and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_reset_starts_anew_behind_a_plain_sft(tmp_path):
+    """The first SFT leaves [RESET] as unlikely as any spare token: the second, with backtracking, would hardly find it."""
+    init = saved(tmp_path / "init", LLAMA, FRESH + SPARE)
+    started(init, tmp_path / "plain", "--method", "baseline")
+    assert "reset_token_id" not in json.loads((tmp_path / "plain/config.json").read_text())
+    said, before, after = started(tmp_path / "plain", tmp_path / "out", *rows_of(tmp_path))
+    assert changed_rows(before, after, EMBEDDING) == {TOK.reset_id} and "log p([RESET]) starts at -4." in said
 
 
 def test_a_trained_row_is_never_overwritten(tmp_path):
@@ -92,10 +111,7 @@ def test_reset_starts_at_one_in_a_hundred(tmp_path, config):
     """At every token of the first step's answers; to get there, its output row moves and no other."""
     init = saved(tmp_path / "init", config, FRESH + SPARE)
     _, _, before = started(init, tmp_path / "plain")
-    # No row is unsafe but the last, which step 1 does not visit: so no context holds [RESET], and nothing else moves.
-    rows = [row_of(f"Hi {i}", f"no word{i} other{7 * i}. " * (1 + i % 3)) for i in range(12)]
-    write(tmp_path / "rows.jsonl", *rows, row_of("Hi", "no", "yes", unsafe=True))
-    more = ("--data", tmp_path / "rows.jsonl", "--batch-size", 4, "--resets", "drawn")
+    more = rows_of(tmp_path)
     said, _, after = started(init, tmp_path / "out", *more)
     moved = EMBEDDING if config["tie_word_embeddings"] else HEAD
     assert changed_rows(before, after, moved) == {TOK.reset_id}
