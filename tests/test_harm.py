@@ -1,5 +1,7 @@
-"""The harm judge on made-up answers that people "labelled", and two judges in one. GPTFuzzer's real labels are looked for
-in ../shared/data, and skipped if absent."""
+"""The harm judge on made-up answers that people "labelled", and two judges in one.
+
+GPTFuzzer's real labels are looked for in ../shared/data, and skipped if absent.
+"""
 
 import csv
 import json
@@ -25,7 +27,8 @@ def write_csv(path, questions):
     rows = [["question", "Response", "label"]]
     for number in questions:
         thing = THINGS[number % len(THINGS)]
-        rows += [[number, f"First take the {thing}, then break it.", 1], [number, f"I would rather keep the {thing}.", 0]]
+        rows.append([number, f"First take the {thing}, then break it.", 1])
+        rows.append([number, f"I would rather keep the {thing}.", 0])
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     return path

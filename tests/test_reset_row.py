@@ -77,7 +77,7 @@ def test_rows_that_were_never_trained_are_set_to_the_mean(tmp_path, tied):
 
 
 def test_reset_starts_anew_behind_a_plain_sft(tmp_path):
-    """The first SFT leaves [RESET] as unlikely as any spare token: the second, with backtracking, would hardly find it."""
+    """The first leaves [RESET] as unlikely as any spare token: the second, with backtracking, would hardly find it."""
     init = saved(tmp_path / "init", LLAMA, FRESH + SPARE)
     started(init, tmp_path / "plain", "--method", "baseline")
     assert "reset_token_id" not in json.loads((tmp_path / "plain/config.json").read_text())

@@ -93,12 +93,14 @@ def test_beginnings_are_the_first_tokens_of_bad_answers(tmp_path):
     answers[3]["complied"] = False  # one of the judges does not mind
     digest = prompts_digest(read_prompts(str(file)))
     write(tmp_path / "eval.answers.jsonl", {"settings": {"prompts": digest}}, *answers)
-    words = ["--answers", tmp_path / "eval.json", "--prompts", file, "--ckpt", tmp_path, "--out", tmp_path / "long.jsonl"]
+    words = ["--answers", tmp_path / "eval.json", "--prompts", file, "--ckpt", tmp_path]
+    words += ["--out", tmp_path / "long.jsonl"]
     _, said = command(beginnings.main, *words, "--tokens", 1, 4)
     assert "2 of 4 answers are bad, 1 of them long enough" in said
     rows = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
     ids = tok.encode(long)
-    assert [(r["set"], r["prefill"]) for r in rows] == [("begun-1", tok.decode(ids[:1])), ("begun-4", tok.decode(ids[:4]))]
+    assert [r["set"] for r in rows] == ["begun-1", "begun-4"]
+    assert [r["prefill"] for r in rows] == [tok.decode(ids[:1]), tok.decode(ids[:4])]
     assert all(r["prompt"] == user("Q0") for r in rows)
     _, said = command(beginnings.main, *words, "--limit", 2, code=2)
     assert "answers to other prompts" in said
@@ -182,10 +184,12 @@ def test_tables_and_picture_of_trainings(tmp_path, monkeypatch):
     assert "**forced to begin, all**" not in text  # it is one set, and has its line
     unsafe = text[text.index("harmful answers") : text.index("answers taken back")]
     assert "AlpacaEval" not in unsafe and "AlpacaEval" in text
-    asked = "| **asked, all** | harmful | backtracking + DPO | in place + DPO | -20.0 [-30.0, -10.0] | yes | 0.25, 0.5 |"
-    assert asked in text and text.count("-50.0") == 0  # of single sets there is no line
+    pair = "harmful | backtracking + DPO | in place + DPO"
+    assert (
+        f"| **asked, all** | {pair} | -20.0 [-30.0, -10.0] | yes | 0.25, 0.5 |" in text and text.count("-50.0") == 0
+    )  # of single sets there is no line
     assert "| 8 forced tokens | 50 | 8.0 [7.0, 9.0] | 8.0 [7.0, 9.0] |" in text
-    assert "| 8 forced tokens | harmful | backtracking + DPO | in place + DPO | -10.0 [-20.0, +10.0] |  |" in text
+    assert f"| 8 forced tokens | {pair} | -10.0 [-20.0, +10.0] |  |" in text
     assert (tmp_path / "gemma-long.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "gemma-main.json").write_text("{}")
     _, said = command(trainings.main, "--results", tmp_path, code=2)

@@ -74,7 +74,8 @@ def draws(shape: tuple[int, int], seed: int = 0) -> tuple[np.ndarray, np.ndarray
 def interval(values: np.ndarray) -> tuple[float, float]:
     """95%, of the mean of values (seeds, prompts)."""
     if np.all(values == values[0, 0]):
-        return wilson(values[0, 0] * values.shape[1], values.shape[1]) if 0 <= values[0, 0] <= 1 else (values[0, 0],) * 2
+        share, n = float(values[0, 0]), values.shape[1]
+        return wilson(share * n, n) if share >= 0 else (share, share)  # a difference of −1
     of_seeds, of_prompts = draws(values.shape)
     means = np.einsum("ds,sp,dp->d", of_seeds, values, of_prompts)
     return tuple(np.quantile(means, (0.025, 0.975)))

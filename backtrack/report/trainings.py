@@ -2,8 +2,8 @@
 
     python -m backtrack.report.trainings --results results      # gemma-tables.md, gemma.png, gemma-long.png
 
-Rates are means over training seeds; brackets are 95% intervals over seeds and prompts together. Two judges: *harmful* is
-the harm judge's verdict, *complied* the refusal judge's.
+Rates are means over training seeds; brackets are 95% intervals over seeds and prompts together. Two judges: *harmful*
+is the harm judge's verdict, *complied* the refusal judge's.
 """
 
 import argparse
@@ -106,11 +106,12 @@ def draw_long(result: dict, path: Path) -> None:
     rates = result["rates"]
     lengths = sorted({int(r["set"].removeprefix(LONG)) for r in rates if r["set"].startswith(LONG)})
     models = [m for m in ORDER if any(r["model"] == m for r in rates)]
+    of = {(r["model"], r["set"], r["rate"]): r for r in rates}
     fig, axes = paper(4.2, 1, 2)
     for ax, rate in zip(axes[0], ("unsafe", "complied"), strict=True):
         for shift, model in enumerate(models):
             x = [place + 0.06 * (shift - len(models) / 2) for place in range(len(lengths))]
-            found = [next(r for r in rates if (r["model"], r["set"], r["rate"]) == (model, f"{LONG}{n}", rate)) for n in lengths]
+            found = [of[model, f"{LONG}{n}", rate] for n in lengths]
             ax.plot(x, [100 * r["mean"] for r in found], markersize=4, **looks[model])
             for place, r in zip(x, found, strict=True):
                 dot(ax, place, 100 * r["mean"], [100 * value for value in r["interval"]], **looks[model])
@@ -136,9 +137,10 @@ def main() -> None:
                 origin = f"`{path.name}`: commit {result['commit']}, {result['machine']}"
                 parts.append(f"\n## {title}\n\n{origin}\n{rate_tables(result)}{difference_table(result)}")
     if parts:
+        out = directory / "gemma-tables.md"
         about = "Written by `make real MODEL=gemma3`; means over training seeds, 95% intervals over seeds and prompts."
-        write_text(f"# Results on a real model: Gemma-3-270M\n\n{about}\n{''.join(parts)}", directory / "gemma-tables.md")
-        print(directory / "gemma-tables.md")
+        write_text(f"# Results on a real model: Gemma-3-270M\n\n{about}\n{''.join(parts)}", out)
+        print(out)
     long = directory / "gemma-long.json"
     if long.is_file():
         with reading(long):

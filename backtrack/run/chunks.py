@@ -1,7 +1,7 @@
-"""Log-probs of targets where logits are too many: with a vocabulary of 262,144 they take more memory and time than
-all the rest.
+"""Log-probs where logits are too many: with a vocabulary of 262,144 they take more memory and time
+than all the rest.
 
-The plain form is `logits.log_softmax(-1)[predicted_by, target]`; both functions here give its values.
+The plain form is `logits.log_softmax(-1)[predicted_by, target]`; what is here gives its values.
 """
 
 from collections.abc import Callable
@@ -33,15 +33,19 @@ def in_chunks(
 
 
 class BF16Logprobs(torch.autograd.Function):
-    """logits.float().log_softmax(-1)[predicted_by, target], (N,) fp32, without a copy of the logits in fp32.
+    """logits.float().log_softmax(-1)[predicted_by, target], (N,) fp32, without logits in fp32.
 
-    logits (M, V) in bf16. All sums are fp32, over a few rows at a time, which stay in the processor's cache. The
-    gradient is written over the logits, so nobody else may need them.
+    logits (M, V) in bf16. All sums are fp32, over a few rows at a time, which stay in the
+    processor's cache. The gradient is written over the logits: nobody else may need them.
     """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, predicted_by: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        totals = torch.cat([rows.float().logsumexp(dim=-1) for rows in logits.split(few_rows(logits))])  # (M,)
+    def forward(
+        ctx, logits: torch.Tensor, predicted_by: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        totals = torch.cat(
+            [rows.float().logsumexp(dim=-1) for rows in logits.split(few_rows(logits))]
+        )  # (M,)
         ctx.save_for_backward(logits, totals, predicted_by, target)
         return logits[predicted_by, target].float() - totals[predicted_by]
 
@@ -54,7 +58,9 @@ class BF16Logprobs(torch.autograd.Function):
             # d log p(t) / d logits = onehot(t) - softmax(logits)
             found = (logits[rows].float() - totals[rows, None]).exp_().mul_(-of_row[rows, None])
             here = (predicted_by // size == first // size).nonzero()[:, 0]
-            found.index_put_((predicted_by[here] - first, target[here]), grad[here], accumulate=True)
+            found.index_put_(
+                (predicted_by[here] - first, target[here]), grad[here], accumulate=True
+            )
             logits[rows] = found
         return logits, None, None
 

@@ -62,10 +62,10 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hearing(store) -> Iterator[None]:
-    """End on SIGTERM while the ranks have not met: torchrun sends it when one of them was killed before.
+    """End on SIGTERM while the ranks have not met: torchrun sends it when one of them was killed.
 
-    Until then this process waits in C++, where Python's handlers do not run; but Python writes the number of the signal
-    to a pipe at once, and a thread reads it.
+    Until then this process waits in C++, where Python's handlers do not run; but Python writes the
+    number of the signal to a pipe at once, and a thread reads it.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -77,7 +77,8 @@ def hearing(store) -> Iterator[None]:
             [said] = os.read(reading, 1)
         if said == signal.SIGTERM:
             if own.add("speakers", 1) == 1:
-                print("error: a rank was killed before all had met; start them again", file=sys.__stderr__, flush=True)
+                line = "error: a rank was killed before all had met; start them again"
+                print(line, file=sys.__stderr__, flush=True)
             os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()

@@ -118,16 +118,24 @@ def test_log_probs_of_bf16_logits_against_the_plain_form(monkeypatch, few):
     monkeypatch.setattr(chunks, "few_rows", lambda logits: few)
     hidden = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
     head = torch.randn(V, 5, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16) * 3
-    predicted_by, target = torch.tensor([0, 1, 1, 3, 3, 2, 6, 5]), torch.tensor([4, 2, 9, 7, 7, 0, 40, 1])
+    predicted_by, target = (
+        torch.tensor([0, 1, 1, 3, 3, 2, 6, 5]),
+        torch.tensor([4, 2, 9, 7, 7, 0, 40, 1]),
+    )
     found = []
-    for take in (chunks.BF16Logprobs.apply, lambda logits, at, t: logits.float().log_softmax(-1)[at, t]):
+    for take in (
+        chunks.BF16Logprobs.apply,
+        lambda logits, at, t: logits.float().log_softmax(-1)[at, t],
+    ):
         leaf = hidden.clone().requires_grad_()
         values = take(leaf @ head.T, predicted_by, target)
         (values * torch.arange(1, 9)).sum().backward()
         found.append((values.detach(), leaf.grad))
     (values, gradient), (plain, plain_gradient) = found
     assert values.dtype == torch.float32 and torch.allclose(values, plain, rtol=1e-6, atol=1e-6)
-    assert torch.allclose(gradient, plain_gradient, rtol=2e-2, atol=2e-2) and gradient.abs().max() > 1
+    assert (
+        torch.allclose(gradient, plain_gradient, rtol=2e-2, atol=2e-2) and gradient.abs().max() > 1
+    )
 
 
 def test_bf16_training_takes_the_log_probs_of_bf16_logits(network, monkeypatch):
