@@ -33,7 +33,7 @@ from backtrack.examples import dpo_pairs, draw_prefix, resets_after_safe, sft_vi
 from backtrack.reset_row import start_new_tokens
 from backtrack.rows import Row, describe, few_of, load_rows
 from backtrack.run import command, metrics, parallel, progress, reference
-from backtrack.run.chunks import BF16Logprobs, in_chunks
+from backtrack.run.chunks import in_chunks
 from backtrack.run.load import load
 from backtrack.run.say import say
 from backtrack.trees import Batch, Tree, make_batch, pair_tree, pairs_of, view_tree
@@ -52,17 +52,11 @@ def logprobs(model: Transformer, batch: Batch) -> torch.Tensor:
     """
 
     def read(hidden, predicted_by, target):  # (M, D), (N,), (N,) -> (N,)
-        if in_bf16:
-            return BF16Logprobs.apply(model.lm_head(hidden), predicted_by, target)
         logits = model.logits(hidden)  # (M, V) fp32
         return logits.log_softmax(dim=-1)[predicted_by, target]
 
     def read_all(hidden):
-        vocab_size = model.config.vocab_size // (2 if in_bf16 else 1)  # in bf16 twice as many fit
-        return in_chunks(read, hidden, batch.predicted_by, batch.target, vocab_size)
-
-    # The same values without a copy of the logits in fp32; where it was measured.
-    in_bf16 = torch.is_autocast_enabled("cpu") and not model.config.final_logit_softcapping
+        return in_chunks(read, model, hidden, batch.predicted_by, batch.target)
 
     where = {"positions": batch.positions, "visible": batch.visible, "at": batch.predicting}
     return model(batch.tokens, **where, read=read_all)

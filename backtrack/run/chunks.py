@@ -9,17 +9,28 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from model.transformer import LOGITS
+from model.transformer import LOGITS, Transformer
 
 
 def in_chunks(
-    read: Callable, hidden: torch.Tensor, predicted_by: torch.Tensor, target: torch.Tensor, V: int
+    read: Callable,
+    model: Transformer,
+    hidden: torch.Tensor,
+    predicted_by: torch.Tensor,
+    target: torch.Tensor,
 ) -> torch.Tensor:
     """read(hidden, predicted_by, target), for as many of the hidden states (M, D) at once as may be.
 
     read takes hidden states (m, D) and the n targets that they predict, and returns (n,) values.
     """
-    size = max(1, LOGITS // V)
+    size = max(1, LOGITS // model.config.vocab_size)
+    # Measured on CPUs alone; and where logits are capped, fp32 comes first.
+    if torch.is_autocast_enabled("cpu") and not model.config.final_logit_softcapping:
+        size *= 2  # of 2 bytes each
+
+        def read(hidden, predicted_by, target):
+            return BF16Logprobs.apply(model.lm_head(hidden), predicted_by, target)
+
     if len(hidden) <= size:
         return read(hidden, predicted_by, target)
     values = torch.zeros(len(target), device=hidden.device)

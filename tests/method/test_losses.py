@@ -141,7 +141,7 @@ def test_log_probs_of_bf16_logits_against_the_plain_form(monkeypatch, few):
 def test_bf16_training_takes_the_log_probs_of_bf16_logits(network, monkeypatch):
     """And they are near those of fp32. Where logits are capped, or nothing is autocast, they are built in fp32."""
     calls, apply = [], chunks.BF16Logprobs.apply
-    monkeypatch.setattr(train.BF16Logprobs, "apply", lambda *args: calls.append(1) or apply(*args))
+    monkeypatch.setattr(chunks.BF16Logprobs, "apply", lambda *args: calls.append(1) or apply(*args))
     batch = batch_of(VIEWS)
     plain = train.logprobs(network, batch)
     with torch.autocast("cpu", torch.bfloat16):
