@@ -56,12 +56,17 @@ def test_what_it_links_to_is_there():
 
 
 def commands_of_make_real(folder: Path) -> str:
-    """What `make real` would run, if all files that it names were there."""
-    for name in re.findall(r"call source,([\w.-]+)", (ROOT / "results/real.mk").read_text(encoding="utf-8")):
+    """What `make real` would run for either model, if all files that it names were there."""
+    rules = "".join((ROOT / f"results/{name}.mk").read_text(encoding="utf-8") for name in ("real", "gemma"))
+    (folder / "gptfuzz").mkdir()
+    for name in re.findall(r"call source,([\w.-]+)", rules) + ["gptfuzz/train.csv", "gptfuzz/evaluate.csv"]:
         (folder / name).touch()
-    words = ["make", "-n", "real", f"DATA={folder}", f"RUNS={folder}/runs", f"RESULTS={folder}/results"]
-    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return re.sub(r"^\S*bin/python ", "python ", said.replace("\\\n", " "), flags=re.MULTILINE)
+    said = ""
+    for model in ("smollm2", "gemma3"):
+        words = ["make", "-n", "real", f"MODEL={model}", f"DATA={folder}", f"RUNS={folder}/runs"]
+        words += [f"RESULTS={folder}/results", f"HARM={folder}/harm"]
+        said += subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return re.sub(r"^(?:\w+=\S+ )*\S*bin/python ", "python ", said.replace("\\\n", " "), flags=re.MULTILINE)
 
 
 def test_the_flags_it_uses_exist(tmp_path):
