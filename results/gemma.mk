@@ -151,19 +151,19 @@ $(GEMMA)/seed-%/main.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(HA
 $(GEMMA)/seed-%/long.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(GEMMA)/long.done
 	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND) --judge-continuation
 
-# Any-Depth Alignment, a control without training: the baselines, asked again after every 32 tokens.
-$(GEMMA)/seed-%/any-depth.json: $(GEMMA)/seed-%/dpo-baseline.done $(GEMMA)/long.done
+# Any-Depth Alignment, a control without training: the baseline, asked again after every 32 tokens.
+$(GEMMA)/seed-%/any-depth.json: $(GEMMA)/seed-%/sft-baseline.done $(GEMMA)/long.done
 	$(G_EVAL) $(G_TEST) --limit $(G_LIMIT) --any-depth 32
 
-$(GEMMA)/seed-%/any-depth-long.json: $(GEMMA)/seed-%/dpo-baseline.done $(GEMMA)/long.done
+$(GEMMA)/seed-%/any-depth-long.json: $(GEMMA)/seed-%/sft-baseline.done $(GEMMA)/long.done
 	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND) --judge-continuation --any-depth 32
 
-$(GEMMA)/seed-%/sampling.json: $(foreach m,dpo-baseline dpo-in-place dpo,$(GEMMA)/seed-%/$m.done) $(HARM).json
+$(GEMMA)/seed-%/sampling.json: $(foreach m,sft-baseline sft-in-place sft,$(GEMMA)/seed-%/$m.done) $(HARM).json
 	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl --sets $(PLAIN) --limit 8 --temperature 1 --samples 8
 
-$(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/dpo.done $(GEMMA)/long.done
+$(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/sft.done $(GEMMA)/long.done
 	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-harmless.jsonl --sets advbench-forced alpaca_eval oasst \
-		--limit 40 --reset-bias -5 -2 0 2 5
+		--limit $(G_LIMIT) --reset-bias -5 -2 0 2 5
 
 # ── The seeds together ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -174,9 +174,9 @@ $(RESULTS)/gemma-%.json: $(addsuffix /%.json,$(G_SEEDS))
 	@mkdir -p $(@D)
 	$(PY) -m backtrack.evaluate.over_seeds --in $^ $(AGAINST) --out $@
 
-$(RESULTS)/gemma-main.json $(RESULTS)/gemma-long.json: AGAINST := --against sft-baseline:sft sft-in-place:sft dpo-baseline:dpo \
-	dpo-in-place:dpo dpo-baseline:dpo-in-place
-$(RESULTS)/gemma-sampling.json: AGAINST := --against dpo-baseline:dpo dpo-in-place:dpo dpo-baseline:dpo-in-place
+$(RESULTS)/gemma-main.json $(RESULTS)/gemma-long.json: AGAINST := --against sft-baseline:sft sft-in-place:sft \
+	sft-baseline:sft-in-place dpo-baseline:dpo dpo-in-place:dpo dpo-baseline:dpo-in-place
+$(RESULTS)/gemma-sampling.json: AGAINST := --against sft-baseline:sft sft-in-place:sft sft-baseline:sft-in-place
 
 # How likely is the data set's answer to harmless test questions?
 $(GEMMA)/test-rows.done: $(GEMMA)/prompts.done $(JUDGE).json

@@ -31,10 +31,10 @@ RATES = {
 SECTIONS = {
     "gemma-main": "Asked, forced to begin, harmless",
     "gemma-long": "Answers that began 8, 32 and 96 tokens ago",
-    "gemma-any-depth": "Any-Depth Alignment: baseline + DPO, asked again after every 32 tokens",
+    "gemma-any-depth": "Any-Depth Alignment: the baseline, asked again after every 32 tokens",
     "gemma-any-depth-long": "The same behind long beginnings",
     "gemma-sampling": "Eight answers to each of 32 questions at temperature 1",
-    "gemma-bias": "The bias on [RESET], backtracking + DPO",
+    "gemma-bias": "The bias on [RESET], backtracking SFT",
 }
 
 
