@@ -31,6 +31,7 @@ from model.files import check_file
 DRAWS = 10_000
 # slid back: turned round at first, and did harm all the same. Only of judges that say both.
 RATES = ("unsafe", "complied", "refused", "reset", "slid back")
+COMPARED = ("unsafe", "complied")
 Outcomes = dict[tuple, dict[int, list[float]]]  # (model, condition …, set, rate) -> prompt -> the mean of its answers
 
 
@@ -108,7 +109,7 @@ def over_seeds(paths: list[str], against: list[str]) -> tuple[list[dict], list[d
         keys = [key for key in seeds[0] if key[0] == first and (other, *key[1:]) in seeds[0]]
         if not keys:
             raise InputError(f"--against {pair}: no such models; there are {', '.join({key[0] for key in seeds[0]})}")
-        for key in keys:
+        for key in (key for key in keys if key[-1] in COMPARED):
             head = {"first": first, "other": other} | dict(zip(names[1:], key[1:], strict=True))
             differences.append(difference_record(head, matrix(seeds, key), matrix(seeds, (other, *key[1:]))))
     return rates, differences

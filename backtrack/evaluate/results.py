@@ -37,8 +37,9 @@ def cpu_name() -> str:
 
 def made_by() -> dict:
     """What a result file says of its origin: command, commit, machine."""
-    program = Path(sys.argv[0])
-    name = program.parent.name if program.stem == "__main__" else program.stem
+    parts = Path(sys.argv[0]).with_suffix("").parts
+    package = max((i for i, part in enumerate(parts) if part == "backtrack"), default=len(parts) - 2)
+    name = ".".join(part for part in parts[package + 1 :] if part != "__main__")
     where = f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     where += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
