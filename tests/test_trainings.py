@@ -3,7 +3,9 @@ again in mid-answer."""
 
 import json
 import math
+import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,9 @@ from backtrack.generate import generate
 from backtrack.judge import Verdict
 from backtrack.report import trainings
 from model import save_model
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_interval_is_that_of_both_effects():
@@ -198,3 +203,10 @@ def test_tables_and_picture_of_trainings(tmp_path, monkeypatch):
 
 def write_json(path, value):
     path.write_text(json.dumps(value))
+
+
+def test_the_tables_in_results_are_up_to_date(tmp_path):
+    for file in (ROOT / "results").glob("gemma-*.json"):
+        shutil.copy(file, tmp_path)
+    command(trainings.main, "--results", tmp_path)
+    assert (tmp_path / "gemma-tables.md").read_text() == (ROOT / "results/gemma-tables.md").read_text()
