@@ -21,7 +21,6 @@ from backtrack.judge import Verdict
 from backtrack.report import trainings
 from model import save_model
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
