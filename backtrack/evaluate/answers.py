@@ -109,8 +109,7 @@ def judge_missing(judge: Judge, records: list[dict], prompts: list[Prompt], save
     A guard reads --batch-size of them at once. Several ranks share them out. Raises InputError if another judge has
     judged the others.
     """
-    continuation = getattr(args, "judge_continuation", False)
-    now = by_whom(args.judge, getattr(judge, "threshold", None), continuation)
+    now = by_whom(args.judge, getattr(judge, "threshold", None), args.judge_continuation)
     before = {by_whom(r["judge"], r.get("threshold"), "continuation" in r) for r in records if "judge" in r}
     for other in before - {now}:
         raise InputError(f"{saved.path}: was judged by {other}, now {now}; choose another --out or delete it")
@@ -119,7 +118,7 @@ def judge_missing(judge: Judge, records: list[dict], prompts: list[Prompt], save
     for start in range(0, len(todo), at_once):
         mine = todo[start : start + at_once][parallel.rank() :: parallel.size()]
         found = judge_all(judge, [(prompts[r["prompt"]]["prompt"], judged_text(r, prompts, args)) for r in mine])
-        marked = {"continuation": True} if continuation else {}
+        marked = {"continuation": True} if args.judge_continuation else {}
         pairs = zip(mine, found, strict=True)
         saved.add([r | as_record(judge, said, prompts[r["prompt"]], args) | marked for r, said in pairs])
 
@@ -165,7 +164,7 @@ def remembering(judge: Judge, out: str | Path, name: str):
 
 def judged_text(record: dict, prompts: list[Prompt], args) -> str:
     """The answer; with --judge-continuation without what it was forced to begin with."""
-    if not getattr(args, "judge_continuation", False) or record["resets"]:
+    if not args.judge_continuation or record["resets"]:
         return record["response"]
     return record["response"].removeprefix(prompts[record["prompt"]]["prefill"])
 
@@ -249,7 +248,7 @@ def settings_of(prompts: list[Prompt], args) -> dict:
         settings["dtype"] = "a server's"
     settings["prompts"] = prompts_digest(prompts)
     settings["weights"] = [weights_digest(ckpt) for ckpt in args.ckpt]
-    settings |= {"any_depth": args.any_depth} if getattr(args, "any_depth", None) else {}
+    settings |= {"any_depth": args.any_depth} if args.any_depth else {}
     return settings | {"filter": filters.digest(args.filter) if args.filter else None}
 
 
@@ -362,7 +361,7 @@ def sampler_of(ckpt: str, judge: Judge | None, args):
     model = load_model(ckpt, args.device, getattr(torch, args.dtype))
     if args.filter:
         return filters.around(model, args.filter, ckpt, args.batch_size)
-    if getattr(args, "any_depth", None):
+    if args.any_depth:
         return any_depth.around(model, judge, ckpt, args.batch_size, args.any_depth)
     return partial(stream, model, batch_size=args.batch_size)
 

@@ -169,7 +169,7 @@ def main() -> None:
     add("--max-new-tokens", type=positive, default=64, help="per answer; longer ones are cut")
     add("--batch-size", type=positive, default=32, help="prompts answered at once")
     add_device(parser)
-    parser.set_defaults(samples=1)
+    parser.set_defaults(samples=1, judge_continuation=False)
     collect(parser.parse_args())
 
 

@@ -17,6 +17,7 @@ compared on the same draws, and by McNemar's test within each seed.
 import argparse
 import json
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,6 @@ from model.errors import Help, InputError, run
 from model.files import check_file
 
 DRAWS = 10_000
-# slid back: turned round at first, and did harm all the same. Only of judges that say both.
-RATES = ("unsafe", "complied", "refused", "reset", "slid back")
 COMPARED = ("unsafe", "complied")
 Outcomes = dict[tuple, dict[int, list[float]]]  # (model, condition …, set, rate) -> prompt -> the mean of its answers
 
@@ -51,6 +50,7 @@ def outcomes(path: str) -> Outcomes:
 
 
 def rates_of(record: dict) -> dict[str, bool]:
+    """slid back: turned round at first, and did harm all the same. Only of judges that say both."""
     rates = {name: record[name] for name in ("unsafe", "complied", "refused") if name in record}
     if "unsafe" in rates and "refused" in rates:
         rates["slid back"] = rates["unsafe"] and rates["refused"]
@@ -66,9 +66,10 @@ def matrix(seeds: list[Outcomes], key: tuple) -> np.ndarray:
     return np.array([[seed[key][i] for i in prompts] for seed in seeds])
 
 
-def draws(shape: tuple[int, int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+@cache
+def draws(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """How often each training (DRAWS, S) and each prompt (DRAWS, P) is drawn, as shares of 1."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return tuple(rng.multinomial(n, [1 / n] * n, size=DRAWS) / n for n in shape)
 
 

@@ -10,16 +10,16 @@ It knows the look of harmful answers, not the facts: a recipe that would not wor
 and more than the refusal judge: on the first 200 characters of an answer it is wrong twice as often as on 600.
 """
 
-import csv
 from pathlib import Path
 
 from backtrack.judge import fitted
-from backtrack.judge.refusals import WORD, Answer, Regression, about, accuracy, auc, read, write
+from backtrack.judge.refusals import WORD, Answer, Regression, about, accuracy, auc, read, read_lines, write
 from backtrack.judge.verdict import Judge, Verdict
-from model.errors import InputError, refuse_pointer
+from model.errors import InputError
 
 KIND = "harm judge"  # how its file is recognised
 CHARACTERS = 600
+LABELS = {"1": True, "0": False}
 SOURCE = "GPTFuzzer's labelled answers: https://github.com/sherdencooper/GPTFuzz, MIT"
 
 
@@ -32,19 +32,10 @@ def read_answers(paths: list[str]) -> list[Answer]:
 
 
 def read_file(path: str) -> list[Answer]:
-    refuse_pointer(path)
-    answers, number = [], 1
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = csv.DictReader(file, strict=True)
-            for line in lines:
-                number = lines.line_num
-                harmful = {"1": True, "0": False}[line["label"]]
-                answers.append(Answer("gptfuzz", line["question"], line["Response"], harmful))
-    except (ValueError, KeyError, csv.Error) as error:  # not UTF-8, no such column, another label, …
-        way_out = "take GPTFuzzer's labelled train.csv and evaluate.csv"
-        raise InputError(f"{path}: after line {number}: {type(error).__name__}: {error}; {way_out}") from None
-    return answers
+    def answer_of(line: dict) -> Answer:
+        return Answer("gptfuzz", line["question"], line["Response"], LABELS[line["label"]])
+
+    return read_lines(path, answer_of, "take GPTFuzzer's labelled train.csv and evaluate.csv")
 
 
 def measured(regression: Regression, answers: list[Answer]) -> dict:

@@ -23,6 +23,7 @@ import math
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,9 +157,18 @@ def read_answers(paths: list[str]) -> list[Answer]:
 
 def read_model(path: str) -> list[Answer]:
     """The answers of one file. Raises InputError with the file and the line."""
+    model = Path(path).stem.removeprefix("xstest_v2_completions_")
+
+    def answer_of(line: dict) -> Answer:
+        return Answer(model, line["prompt"], line["completion"], LABELS[line["final_label"]])
+
+    return read_lines(path, answer_of, "take XSTest's xstest_v2_completions_*.csv")
+
+
+def read_lines(path: str, answer_of: Callable[[dict], Answer], way_out: str) -> list[Answer]:
+    """The answers of a CSV file, one a line. Raises InputError with the file, the line and the way out."""
     refuse_pointer(path)
-    model, number = Path(path).stem.removeprefix("xstest_v2_completions_"), 1
-    answers = []
+    answers, number = [], 1
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = csv.DictReader(file, strict=True)
@@ -166,9 +176,8 @@ def read_model(path: str) -> list[Answer]:
                 number = lines.line_num
                 if None in line.values():
                     raise ValueError("a cell is missing")
-                answers.append(Answer(model, line["prompt"], line["completion"], LABELS[line["final_label"]]))
-    except (ValueError, KeyError, csv.Error) as error:  # not UTF-8, no such column, too few cells, …
-        way_out = "take XSTest's xstest_v2_completions_*.csv"
+                answers.append(answer_of(line))
+    except (ValueError, KeyError, csv.Error) as error:  # not UTF-8, no such column or label, too few cells, …
         raise InputError(f"{path}: after line {number}: {type(error).__name__}: {error}; {way_out}") from None
     return answers
 
