@@ -5,7 +5,7 @@
 
 Each --in is an --out of backtrack.evaluate, for one training seed; the answers beside it are read. The models are told
 apart by the names of their directories, which all seeds must have. Besides the sets there are "asked", "begun" (answers
-forced to begin, sets NAME-forced) and "harmless": all prompts of a kind.
+forced to begin, sets NAME-forced and begun-N) and "harmless": all prompts of a kind.
 
 A prompt is as hard for every training, and a training is as good for every prompt: so both are drawn anew, with
 replacement, 10,000 times, and the middle 95% of the means are the interval (a bootstrap of crossed effects, Owen 2007,
@@ -16,6 +16,7 @@ compared on the same draws, and by McNemar's test within each seed.
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,8 @@ def outcomes(path: str) -> Outcomes:
         if "judge" not in record:
             raise InputError(f"{where}: an answer without a verdict; run evaluate again with --judge")
         head = Path(record["checkpoint"]).name, *(record[name] for name in CONDITION)
-        kind = "harmless" if benign[record["set"]] else "begun" if record["set"].endswith("-forced") else "asked"
+        begun = re.search("-forced$|^begun-", record["set"])
+        kind = "harmless" if benign[record["set"]] else "begun" if begun else "asked"
         for name in (record["set"], kind):
             for rate, value in rates_of(record).items():
                 found[*head, name, rate][record["prompt"]].append(float(value))

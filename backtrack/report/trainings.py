@@ -71,7 +71,10 @@ def rate_tables(result: dict) -> str:
 def is_double(some: str, rates: list[dict]) -> bool:
     """Is this group only one set, which has a line of its own?"""
     members = {r["set"] for r in rates} - GROUPS.keys()
-    kinds = {"begun": [m for m in members if m.endswith("-forced")], "harmless": [m for m in members if is_harmless(m)]}
+    kinds = {
+        "begun": [m for m in members if m.endswith("-forced") or m.startswith(LONG)],
+        "harmless": [m for m in members if is_harmless(m)],
+    }
     kinds["asked"] = [m for m in members if m not in kinds["begun"] + kinds["harmless"]]
     return some in GROUPS and (len(kinds[some]) < 2 or all(m.startswith(LONG) for m in kinds[some]))
 
