@@ -344,7 +344,7 @@ def sft_arguments(p) -> None:
     p.add_argument("--resets", choices=("every", "drawn"), default="every", help=about)
     p.set_defaults(lr=1e-5)
     group = p.add_argument_group("beyond the paper")
-    about = "with --resets every: how many tokens the resets of a row count for together"
+    about = "with --resets every: how many tokens the resets, or turns, of a row count together"
     group.add_argument("--reset-weight", type=errors.not_negative(float), default=1.0, help=about)
     restart_argument(group)
 

@@ -14,7 +14,8 @@ and, beyond the paper,
 
     reset      x ⊕ prefix_k(y−) ⊕ [RESET]              loss on [RESET]         unsafe rows, every k
     restart    x ⊕ [RESET] ⊕ y+ ⊕ eos                  loss on y+ eos          optional
-    in place   x ⊕ prefix_k(y−) ⊕ y+ ⊕ eos             loss on y+ eos          a control
+    in place   x ⊕ prefix_k(y−) ⊕ y+ ⊕ eos             loss on y+ eos          a control: unsafe rows
+    turn       x ⊕ prefix_k(y−) ⊕ y+_1                 loss on y+_1            … every k
     safe       x ⊕ prefix_j(y+) ⊕ [RESET]              none, only measured     held-out rows
 
 Preference pairs for DPO, chosen ≻ rejected, both given x (section 3.2):
@@ -24,7 +25,9 @@ Preference pairs for DPO, chosen ≻ rejected, both given x (section 3.2):
     baseline    y+ ⊕ eos  ≻  y− ⊕ eos                                         without backtracking
     restart     y+ ⊕ eos  ≻  y− ⊕ eos, both given x ⊕ [RESET]                 optional, ours
 
-The control in place has elicit and discourage without [RESET]: what has been said stays said.
+The control in place turns round without [RESET], and what has been said stays said. It is taught in
+the same way: after the same prefixes, with the same weights; the first token of y+, "I" or "No",
+stands where [RESET] would.
 
 In SFT no loss ever falls on the prefix: the model must learn to leave it, not to say it. In DPO a
 prefix that both sides share cancels. The restart view is what the model sees after a reset that
@@ -45,6 +48,7 @@ WEIGHT = {
     "backtrack": 0.5,
     "reset": 0.5,  # all resets of a row together
     "in place": 0.5,
+    "turn": 0.5,  # as "reset"
     "restart": 0.25,
 }
 
@@ -84,7 +88,8 @@ def sft_views(
 
     method   "backtrack", "baseline" (the answer alone) or "in-place".
     resets   "drawn" (the paper): [RESET] is learned after the k tokens drawn. "every": after every
-             prefix of y−, the exact expectation over k; together they count reset_weight.
+             prefix of y−, the exact expectation over k; together they count reset_weight. In place
+             has no [RESET], so it learns the first token of y+ there.
     restart  which rows have that view: "none", "unsafe" or "all".
     """
     if row.plain_text:
@@ -98,29 +103,30 @@ def sft_views(
         return views
     if row.unsafe:
         begun = x + row.rejected[:k]  # what the model must leave
-        if method == "in-place":
-            views.append(View("in place", begun + answer, len(begun), WEIGHT["in place"]))
-        elif resets == "drawn":
-            views.append(View("backtrack", begun + reset + answer, len(begun), WEIGHT["backtrack"]))
+        if method == "backtrack":
+            name, each, turn, rest = "backtrack", "reset", reset, answer
+        else:  # the first token of the answer turns round
+            name, each, turn, rest = "in place", "turn", answer[:1], answer[1:]
+        if resets == "drawn":
+            views.append(View(name, begun + turn + rest, len(begun), WEIGHT[name]))
         else:
-            after = begun + reset
-            views.append(View("backtrack", after + answer, len(after), WEIGHT["backtrack"]))
-            weight = reset_weight * WEIGHT["reset"]
-            views += reset_after_every_prefix("reset", x, row.rejected, reset, weight)
+            views.append(View(name, begun + turn + rest, len(begun + turn), WEIGHT[name]))
+            weight = reset_weight * WEIGHT[each]
+            views += after_every_prefix(each, x, row.rejected, turn, weight)
     if method == "backtrack" and (restart == "all" or (restart == "unsafe" and row.unsafe)):
         views.append(View("restart", x + reset + answer, len(x) + 1, WEIGHT["restart"]))
     return views
 
 
-def reset_after_every_prefix(
-    name: str, x: list[int], y: list[int], reset: list[int], weight: float
+def after_every_prefix(
+    name: str, x: list[int], y: list[int], turn: list[int], weight: float
 ) -> list[View]:
-    """weight · E_k[−log π([RESET] | x ⊕ prefix_k(y))]: instead of sampling k, a target after every
+    """weight · E_k[−log π(turn | x ⊕ prefix_k(y))]: instead of sampling k, a target after every
     prefix. In a tree (trees.py) each costs one more target and no more tokens."""
     views = []
     for k in range(1, len(y) + 1):
         begun = x + y[:k]
-        views.append(View(name, begun + reset, len(begun), weight / len(y)))
+        views.append(View(name, begun + turn, len(begun), weight / len(y)))
     return views
 
 
@@ -128,7 +134,7 @@ def resets_after_safe(row: Row, tok) -> list[View]:
     """[RESET] after every prefix of y+, where it should not be said: measured, never learned."""
     if row.plain_text:
         return []
-    return reset_after_every_prefix("safe", row.prompt, row.chosen, [tok.reset_id], weight=0.0)
+    return after_every_prefix("safe", row.prompt, row.chosen, [tok.reset_id], weight=0.0)
 
 
 def dpo_pairs(

@@ -47,7 +47,7 @@ $(RUNS)/toy-%/sft-baseline-long.done: $(RUNS)/toy-%/base.done
 
 # The control: the same unsafe beginnings and safe answers, but no [RESET], so nothing is taken back.
 $(RUNS)/toy-%/sft-in-place.done: $(RUNS)/toy-%/base.done
-	$(SFT_COMMAND) $(STEPS) --method in-place
+	$(SFT_COMMAND) $(STEPS) --method in-place --resets drawn
 	@touch $@
 
 $(RUNS)/toy-%/dpo-from-baseline.done: $(RUNS)/toy-%/sft-baseline.done

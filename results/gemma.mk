@@ -112,7 +112,7 @@ $(GEMMA)/seed-%/sft-baseline.done: $(GEMMA)/rows.done
 	@touch $@
 
 $(GEMMA)/seed-%/sft-in-place.done: $(GEMMA)/rows.done
-	$(G_TRAIN) --method in-place
+	$(G_TRAIN) --method in-place --reset-weight $(G_RESET_WEIGHT)
 	@touch $@
 
 $(GEMMA)/seed-%/sft-high.done: $(GEMMA)/rows.done

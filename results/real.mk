@@ -116,7 +116,7 @@ $(REAL)/sft-baseline.done: $(REAL_ROWS)
 	@touch $@
 
 $(REAL)/sft-in-place.done: $(REAL_ROWS)
-	$(REAL_SFT) --method in-place
+	$(REAL_SFT) --method in-place --resets drawn
 	@touch $@
 
 $(REAL)/dpo.done: $(REAL)/sft.done

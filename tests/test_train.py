@@ -276,7 +276,8 @@ def test_metrics_and_heldout_loss(world, tmp_path, tok, monkeypatch):
         ((), {"answer", "backtrack"}),
         (("--restart", "unsafe"), {"answer", "backtrack", "restart"}),
         (("--no-backtrack", "--restart", "all"), {"answer"}),
-        (("--method", "in-place", "--restart", "all"), {"answer", "in place"}),
+        (("--method", "in-place", "--resets", "drawn", "--restart", "all"), {"answer", "in place"}),
+        (("--method", "in-place", "--resets", "every", "--reset-weight", 3), {"answer", "in place", "turn"}),
         (("--resets", "every", "--reset-weight", 3, "--max-length", 45), {"answer", "backtrack", "reset"}),
     ],
 )

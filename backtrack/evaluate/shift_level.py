@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from backtrack.examples import reset_after_every_prefix, resets_after_safe
+from backtrack.examples import after_every_prefix, resets_after_safe
 from backtrack.reset_row import add_to_level
 from backtrack.rows import Row, cut, evenly, load_rows
 from backtrack.run.say import say
@@ -27,7 +27,7 @@ from model.errors import Help, between, device, positive, run
 def every_prefix(row: Row, tok) -> list:
     """Views of a row that together predict [RESET] after every token of both its answers."""
     rejected = row.rejected or []
-    after_rejected = reset_after_every_prefix("unsafe", row.prompt, rejected, [tok.reset_id], weight=0.0)
+    after_rejected = after_every_prefix("unsafe", row.prompt, rejected, [tok.reset_id], weight=0.0)
     return resets_after_safe(row, tok) + after_rejected
 
 

@@ -73,9 +73,16 @@ def test_views_of_llama_by_hand():
     )
     # The control says both answers and takes nothing back.
     in_place = View("in place", [*x, *b"ye", *b"no", EOT], n + 2, HALF)
+    turns = [
+        View("in place", [*x, *b"ye", *b"no", EOT], n + 3, HALF),
+        View("turn", [*x, *b"y", *b"n"], n + 1, 4 * HALF / 3),
+        View("turn", [*x, *b"ye", *b"n"], n + 2, 4 * HALF / 3),
+        View("turn", [*x, *b"yes", *b"n"], n + 3, 4 * HALF / 3),
+    ]
     for resets, restart in itertools.product(("drawn", "every"), ("none", "unsafe", "all")):
-        options = {"resets": resets, "restart": restart}
-        assert sft_views(row, 2, llama, method="in-place", **options) == [answer, in_place]
+        options = {"resets": resets, "restart": restart, "reset_weight": 4.0}
+        expected = [in_place] if resets == "drawn" else turns
+        assert sft_views(row, 2, llama, method="in-place", **options) == [answer, *expected]
         assert sft_views(row, 2, llama, method="baseline", **options) == [answer]
 
 
@@ -135,6 +142,7 @@ def test_which_views_a_row_has(tok, unsafe, method, resets, restart):
         expected += ["reset"] * len(tok.encode("yes")) if resets == "every" else []
     if unsafe and method == "in-place":
         expected += ["in place"]
+        expected += ["turn"] * len(tok.encode("yes")) if resets == "every" else []
     if method == "backtrack" and (restart == "all" or (restart == "unsafe" and unsafe)):
         expected += ["restart"]
     rows = [row_of("Hi", "no", "yes", unsafe=unsafe)] + ([] if unsafe else [row_of("Hi", "no")])
@@ -154,7 +162,7 @@ def test_loss_falls_on_the_tail_and_nowhere_else(tok):
         seen = {"answer": [], "backtrack": begun, "in place": begun, "restart": reset}
         tail = {name: answer for name in seen} | {"backtrack": reset + answer}
         views = sft_views(row, k, tok, resets="drawn", restart="all") + sft_views(
-            row, k, tok, method="in-place"
+            row, k, tok, method="in-place", resets="drawn"
         )
         assert {v.name for v in views} == set(seen)
         for v in views:

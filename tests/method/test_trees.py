@@ -118,7 +118,8 @@ SHORT = [
 SCENES = {
     "sft": lambda: sft(ROWS, restart="all"),
     "sft, every reset": lambda: sft(ROWS, resets="every", restart="unsafe"),
-    "sft, in place": lambda: sft(ROWS, method="in-place"),
+    "sft, in place": lambda: sft(ROWS, method="in-place", resets="drawn"),
+    "sft, in place, every turn": lambda: sft(ROWS, method="in-place"),
     "sft, baseline": lambda: sft(ROWS, method="baseline"),
     "sft, cut": lambda: sft(ROWS, 15, restart="all"),
     "sft, cut, every reset": lambda: sft(ROWS, 15, resets="every"),
