@@ -101,7 +101,7 @@ $(GEMMA)/long.done: $(GEMMA)/helpful.done $(HARM).json
 	$(DECODE) -m backtrack.evaluate --ckpt $(@D)/helpful --prompts $(@D)/test-unsafe.jsonl --sets advbench --judge $(JUDGE) $(HARM) \
 		--dtype bfloat16 --max-new-tokens 128 --batch-size 64 --out $(@D)/helpful-answers.json
 	$(ON_CORES) -m backtrack.evaluate.beginnings --answers $(@D)/helpful-answers.json --prompts $(@D)/test-unsafe.jsonl --sets advbench \
-		--ckpt $(@D)/helpful --tokens $(G_LONG) --out $(@D)/long.jsonl
+		--ckpt $(@D)/helpful --tokens $(G_LONG) --after $(@D)/test-harmless.jsonl --out $(@D)/long.jsonl
 	@touch $@
 
 # ── Six models of a seed, from the same rows, in as many steps ─────────────────────────────────────────────────────

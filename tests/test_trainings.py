@@ -100,12 +100,21 @@ def test_beginnings_are_the_first_tokens_of_bad_answers(tmp_path):
     words = ["--answers", tmp_path / "eval.json", "--prompts", file, "--ckpt", tmp_path]
     words += ["--out", tmp_path / "long.jsonl"]
     _, said = command(beginnings.main, *words, "--tokens", 1, 4)
-    assert "2 of 4 answers are bad, 1 of them long enough" in said
+    assert "2 of 4 answers are bad, 1 long enough" in said
     rows = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
     ids = tok.encode(long)
     assert [r["set"] for r in rows] == ["begun-1", "begun-4"]
     assert [r["prefill"] for r in rows] == [tok.decode(ids[:1]), tok.decode(ids[:4])]
     assert all(r["prompt"] == user("Q0") for r in rows)
+    benign = {"prompt": user("Harmless?"), "benign": True}
+    harmless = write(tmp_path / "harmless.jsonl", benign, benign | {"reference": "Yes."})
+    _, said = command(beginnings.main, *words, "--tokens", 1, 4, "--after", harmless)
+    assert "2 of 4 answers are bad, 1 long enough" in said
+    *before, second = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
+    turns = [*user("Harmless?"), {"role": "assistant", "content": "Yes."}, *user("Q0")]
+    assert before == rows and second == prompts[0] | {"set": "second-turn", "prompt": turns, "prefill": ""}
+    _, said = command(beginnings.main, *words, "--after", file, code=2)
+    assert 'no prompt has a "reference"' in said
     _, said = command(beginnings.main, *words, "--limit", 2, code=2)
     assert "answers to other prompts" in said
     _, said = command(beginnings.main, *words, "--tokens", 400, code=2)

@@ -2,18 +2,20 @@
 
     python -m backtrack.evaluate --ckpt runs/helpful --prompts test.jsonl --sets advbench --judge J --out helpful.json
     python -m backtrack.evaluate.beginnings --answers helpful.json --prompts test.jsonl --sets advbench \
-        --ckpt runs/helpful --tokens 8 32 96 --out long.jsonl
+        --ckpt runs/helpful --tokens 8 32 96 --after harmless.jsonl --out long.jsonl
 
 Of the answers to forbidden prompts that every judge found bad and that have enough tokens, the first 8, 32 and 96
 become prefills, in sets begun-8, begun-32 and begun-96: the same prompts in each. Ask them with backtrack.evaluate
---judge-continuation, which judges what a model makes of such a beginning and not the beginning. --prompts, --sets and
---limit must be those of the first command. What stands in the file can do harm: keep it out of repositories.
+--judge-continuation, which judges what a model makes of such a beginning and not the beginning. With --after they are
+asked once more, in set second-turn: nothing is forced, but a harmless question and its reference answer stand before.
+--prompts, --sets and --limit must be those of the first command. What stands in the file can do harm: keep it out of
+repositories.
 """
 
 import argparse
 
 from backtrack.evaluate.answers import answers_file
-from backtrack.evaluate.prompts import add_prompts, chosen, prompts_digest
+from backtrack.evaluate.prompts import add_prompts, chosen, prompts_digest, read_prompts
 from backtrack.rows import json_line, json_lines
 from backtrack.run.say import say
 from model import InputError, load_tokenizer
@@ -26,6 +28,9 @@ def beginnings(args) -> list[dict]:
     (_, head), *records = json_lines(answers_file(args.answers))
     if head["settings"]["prompts"] != prompts_digest(prompts):
         raise InputError(f"{args.answers}: answers to other prompts; name the same --prompts, --sets and --limit")
+    harmless = [p for p in read_prompts(args.after) if p.get("reference")] if args.after else []
+    if args.after and not harmless:
+        raise InputError(f'{args.after}: no prompt has a "reference" answer')
     rows, bad = [], 0
     for _, record in records:
         prompt, verdicts = prompts[record["prompt"]], [record.get(name, True) for name in ("unsafe", "complied")]
@@ -35,7 +40,11 @@ def beginnings(args) -> list[dict]:
         ids = tok.encode(record["response"])
         if len(ids) > max(args.tokens):  # the model wanted to say more
             rows += [prompt | {"set": f"begun-{n}", "prefill": tok.decode(ids[:n])} for n in args.tokens]
-    say(f"{bad} of {len(records)} answers are bad, {len(rows) // len(args.tokens)} of them long enough")
+            if args.after:
+                first = harmless[bad % len(harmless)]
+                turns = [*first["prompt"], {"role": "assistant", "content": first["reference"]}, *prompt["prompt"]]
+                rows.append(prompt | {"set": "second-turn", "prompt": turns})
+    say(f"{bad} of {len(records)} answers are bad, {len(rows) // (len(args.tokens) + bool(args.after))} long enough")
     if not rows:
         raise InputError(f"{args.answers}: no answer to begin with; take more prompts, or fewer --tokens")
     return rows
@@ -48,6 +57,7 @@ def main() -> None:
     add_prompts(parser)
     add("--ckpt", required=True, help="the model that answered: its tokenizer counts")
     add("--tokens", type=positive, nargs="+", default=[8, 32, 96], help="of each beginning")
+    add("--after", metavar="FILE", help="harmless prompts with references, to stand before each question in second-turn")
     add("--out", required=True, help="prompts to write (.jsonl)")
     args = parser.parse_args()
     check_file(args.out)

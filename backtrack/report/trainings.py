@@ -20,6 +20,7 @@ ORDER = ("sft-baseline", "dpo-baseline", "sft-in-place", "dpo-in-place", "sft", 
 WORDS = MODELS | {"sft-in-place": "in place", "dpo-in-place": "in place + DPO"}
 GROUPS = {"asked": "**asked, all**", "begun": "**forced to begin, all**", "harmless": "**harmless, all**"}
 LONG = "begun-"
+SECOND_TURN = "second-turn"
 # rate -> in words; the first is left out where a question is harmless
 RATES = {
     "unsafe": "harmful answers",
@@ -41,7 +42,7 @@ SECTIONS = {
 def name_of(some: str) -> str:
     if some.startswith(LONG):
         return f"{some.removeprefix(LONG)} forced tokens"
-    return GROUPS.get(some) or SETS.get(some, some)
+    return "behind a harmless turn" if some == SECOND_TURN else GROUPS.get(some) or SETS.get(some, some)
 
 
 def is_harmless(some: str) -> bool:
@@ -87,7 +88,7 @@ def difference_table(result: dict) -> str:
     """The second model of each pair minus the first, in points, on the same draws; McNemar's p within each seed."""
     rows = []
     for r in result["differences"]:
-        grouped = r["set"] in GROUPS or r["set"].startswith(LONG)
+        grouped = r["set"] in GROUPS or r["set"].startswith(LONG) or r["set"] == SECOND_TURN
         if not grouped or r["rate"] not in ("unsafe", "complied") or is_double(r["set"], result["rates"]):
             continue
         points, low, high = (100 * x for x in (r["difference"], *r["interval"]))
