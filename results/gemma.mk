@@ -14,6 +14,7 @@ G_ASKED   := 60
 G_BEGUN   := 30
 G_OWN     := 20
 G_GIVEN   := 60
+G_REFUSED := 60
 G_STEPS   := 4
 G_PAIRS   := 2
 G_LIMIT   := 4
@@ -26,6 +27,7 @@ G_ASKED   := 600
 G_BEGUN   := 300
 G_OWN     := 200
 G_GIVEN   := 2000
+G_REFUSED := 600
 G_STEPS   := 60
 G_PAIRS   := 6
 G_LIMIT   := 30
@@ -38,7 +40,7 @@ endif
 G_LR    := 4e-5
 G_RESET_WEIGHT := 24
 G_LEVEL := -2
-G_DPO   := --lr 5e-6 --beta 0.1
+G_DPO   := --lr 1e-6 --beta 0.1
 
 # A training takes 13 GB, so they run one after another, with all cores. PyTorch asks for huge pages (Linux): logits and
 # gradients of 262,144 words are fresh memory in every micro-batch, and to clear it page by page took a quarter of the time.
@@ -125,17 +127,27 @@ $(GEMMA)/seed-%/sft.done: $(GEMMA)/seed-%/sft-high.done
 		--add $(G_LEVEL) --out $(basename $@) --max-length 256
 	@touch $@
 
-G_PREFER = $(ON_CORES) train.py dpo --init $(basename $<) --data $(GEMMA)/unsafe.jsonl $(GEMMA)/begun.jsonl --dtype bfloat16 \
-	--batch-size 4 --grad-accum 3 --max-length 256 --steps $(G_PAIRS) $(G_DPO) --seed $* --log-every 2 --resume --out $(basename $@)
-$(GEMMA)/seed-%/dpo-baseline.done: $(GEMMA)/seed-%/sft-baseline.done
+# More pairs: HH-RLHF's, where the judge says that chosen refused and rejected complied (300 of 2,267); and what keeps a
+# model from refusing everything, harmless questions that the baseline refused, the answer over the refusal.
+$(GEMMA)/hh.jsonl: $(GEMMA)/prompts.done $(JUDGE).json
+	$(PREPARE) hh --in $(call source,harmless-base_test.jsonl.gz) --guard $(JUDGE) --exclude $(G_TESTS) --out $@
+
+$(GEMMA)/refused.jsonl: $(GEMMA)/seed-$(firstword $(SEEDS))/sft-baseline.done
+	$(G_COLLECT) --ckpt $(basename $<) --prompts $(@D)/train-harmless.jsonl --limit $(G_REFUSED) --benign refused --out $@
+
+G_PAIRED := $(GEMMA)/hh.jsonl $(GEMMA)/refused.jsonl
+G_PREFER = $(ON_CORES) train.py dpo --init $(basename $<) --dtype bfloat16 --batch-size 4 \
+	--data $$(find $(GEMMA)/unsafe.jsonl $(GEMMA)/begun.jsonl $(G_PAIRED) -size +0) \
+	--grad-accum 3 --max-length 256 --steps $(G_PAIRS) $(G_DPO) --seed $* --log-every 2 --resume --out $(basename $@)
+$(GEMMA)/seed-%/dpo-baseline.done: $(GEMMA)/seed-%/sft-baseline.done $(G_PAIRED)
 	$(G_PREFER) --method baseline
 	@touch $@
 
-$(GEMMA)/seed-%/dpo-in-place.done: $(GEMMA)/seed-%/sft-in-place.done
+$(GEMMA)/seed-%/dpo-in-place.done: $(GEMMA)/seed-%/sft-in-place.done $(G_PAIRED)
 	$(G_PREFER) --method in-place
 	@touch $@
 
-$(GEMMA)/seed-%/dpo.done: $(GEMMA)/seed-%/sft.done
+$(GEMMA)/seed-%/dpo.done: $(GEMMA)/seed-%/sft.done $(G_PAIRED)
 	$(G_PREFER)
 	@touch $@
 
