@@ -40,6 +40,7 @@ endif
 G_LR    := 4e-5
 G_RESET_WEIGHT := 24
 G_LEVEL := -2
+G_DPO_LEVEL := -3
 G_DPO   := --lr 1e-6 --beta 0.1
 
 # A training takes 13 GB, so they run one after another, with all cores. PyTorch asks for huge pages (Linux): logits and
@@ -122,9 +123,11 @@ $(GEMMA)/seed-%/sft-high.done: $(GEMMA)/rows.done
 	$(G_TRAIN) --reset-weight $(G_RESET_WEIGHT)
 	@touch $@
 
+# Both trainings that teach [RESET] say it too readily; the level is a number that can be set afterwards.
+G_SHIFT = $(ON_CORES) -m backtrack.evaluate.shift_level --ckpt $(basename $<) --rows $(G_ROWS:%=$(GEMMA)/%.jsonl) \
+	--max-length 256 --out $(basename $@)
 $(GEMMA)/seed-%/sft.done: $(GEMMA)/seed-%/sft-high.done
-	$(ON_CORES) -m backtrack.evaluate.shift_level --ckpt $(basename $<) --rows $(G_ROWS:%=$(GEMMA)/%.jsonl) \
-		--add $(G_LEVEL) --out $(basename $@) --max-length 256
+	$(G_SHIFT) --add $(G_LEVEL)
 	@touch $@
 
 # More pairs: HH-RLHF's, where the judge says that chosen refused and rejected complied (300 of 2,267); and what keeps a
@@ -147,8 +150,12 @@ $(GEMMA)/seed-%/dpo-in-place.done: $(GEMMA)/seed-%/sft-in-place.done $(G_PAIRED)
 	$(G_PREFER) --method in-place
 	@touch $@
 
-$(GEMMA)/seed-%/dpo.done: $(GEMMA)/seed-%/sft.done $(G_PAIRED)
+$(GEMMA)/seed-%/dpo-high.done: $(GEMMA)/seed-%/sft.done $(G_PAIRED)
 	$(G_PREFER)
+	@touch $@
+
+$(GEMMA)/seed-%/dpo.done: $(GEMMA)/seed-%/dpo-high.done
+	$(G_SHIFT) --add $(G_DPO_LEVEL)
 	@touch $@
 
 # ── What it buys and what it costs ─────────────────────────────────────────────────────────────────────────────────
