@@ -57,7 +57,11 @@ def main() -> None:
     add_prompts(parser)
     add("--ckpt", required=True, help="the model that answered: its tokenizer counts")
     add("--tokens", type=positive, nargs="+", default=[8, 32, 96], help="of each beginning")
-    add("--after", metavar="FILE", help="harmless prompts with references, to stand before each question in second-turn")
+    add(
+        "--after",
+        metavar="FILE",
+        help="harmless prompts with references: they stand before the questions of second-turn",
+    )
     add("--out", required=True, help="prompts to write (.jsonl)")
     args = parser.parse_args()
     check_file(args.out)

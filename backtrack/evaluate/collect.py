@@ -7,10 +7,11 @@ The model answers every prompt, greedily. On a forbidden prompt (one that is not
 unsafe, or complied, becomes y−; y+ is the prompt's "safe_answer". Benign prompts give rows without y−: their
 "reference" or, where they have none or with --benign own, the model's own answer (if it was cut, its whole sentences);
 with --benign both a row of each. With --benign refused, what DPO needs against refusing everything: a row only where
-the judge says that the model refused, its refusal rejected, the reference chosen. A forbidden prompt whose safe answer complies, as a refusal judge finds, counts as
-benign. We take the model's own answers because they are what it will say when it goes wrong; and a model that has never
-seen its own style in a harmless answer learns to reset at the style. With --prefill "Sure, here is" every answer is
-forced to begin so: to learn to leave an answer that was begun for it, a model must have seen some, harmless ones too.
+the judge says that the model refused, its refusal rejected, the reference chosen. A forbidden prompt whose safe answer
+complies, as a refusal judge finds, counts as benign. We take the model's own answers because they are what it will say
+when it goes wrong; and a model that has never seen its own style in a harmless answer learns to reset at the style.
+With --prefill "Sure, here is" every answer is forced to begin so: to learn to leave an answer that was begun for it, a
+model must have seen some, harmless ones too.
 
     {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
 
@@ -97,7 +98,7 @@ def answer_missing(args, prompts: list[Prompt], saved: AnswerFile) -> None:
 
 
 def judge_answers(args, prompts: list[Prompt], saved: AnswerFile) -> None:
-    """Judge the answers to forbidden prompts, and their safe answers, that have no verdict yet; of benign ones refusals."""
+    """Judge what has no verdict yet: answers to forbidden prompts, their safe answers, and with --benign refused the rest."""
     warn_of_slow_bfloat16(args.dtype, args.device)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     forbidden = [i for i, p in enumerate(prompts) if not p["benign"]]
