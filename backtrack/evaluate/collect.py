@@ -98,7 +98,7 @@ def answer_missing(args, prompts: list[Prompt], saved: AnswerFile) -> None:
 
 
 def judge_answers(args, prompts: list[Prompt], saved: AnswerFile) -> None:
-    """Judge what has no verdict yet: answers to forbidden prompts, their safe answers, and with --benign refused the rest."""
+    """Judge what has no verdict yet: answers to forbidden prompts, their safe answers; with --benign refused all."""
     warn_of_slow_bfloat16(args.dtype, args.device)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     forbidden = [i for i, p in enumerate(prompts) if not p["benign"]]
