@@ -14,7 +14,6 @@ G_ASKED   := 60
 G_BEGUN   := 30
 G_OWN     := 20
 G_GIVEN   := 60
-G_REFUSED := 60
 G_STEPS   := 4
 G_PAIRS   := 2
 G_LIMIT   := 4
@@ -27,7 +26,6 @@ G_ASKED   := 600
 G_BEGUN   := 300
 G_OWN     := 200
 G_GIVEN   := 2000
-G_REFUSED := 600
 G_STEPS   := 60
 G_PAIRS   := 6
 G_LIMIT   := 30
@@ -130,27 +128,22 @@ $(GEMMA)/seed-%/sft.done: $(GEMMA)/seed-%/sft-high.done
 	$(G_SHIFT) --add $(G_LEVEL)
 	@touch $@
 
-# More pairs: HH-RLHF's, where the judge says that chosen refused and rejected complied (300 of 2,267); and what keeps a
-# model from refusing everything, harmless questions that the baseline refused, the answer over the refusal.
+# More pairs: HH-RLHF's, where the judge says that chosen refused and rejected complied (300 of 2,267).
 $(GEMMA)/hh.jsonl: $(GEMMA)/prompts.done $(JUDGE).json
 	$(PREPARE) hh --in $(call source,harmless-base_test.jsonl.gz) --guard $(JUDGE) --exclude $(G_TESTS) --out $@
 
-$(GEMMA)/refused.jsonl: $(GEMMA)/seed-$(firstword $(SEEDS))/sft-baseline.done
-	$(G_COLLECT) --ckpt $(basename $<) --prompts $(@D)/train-harmless.jsonl --limit $(G_REFUSED) --benign refused --out $@
-
-G_PAIRED := $(GEMMA)/hh.jsonl $(GEMMA)/refused.jsonl
 G_PREFER = $(ON_CORES) train.py dpo --init $(basename $<) --dtype bfloat16 --batch-size 4 \
-	--data $$(find $(GEMMA)/unsafe.jsonl $(GEMMA)/begun.jsonl $(G_PAIRED) -size +0) \
+	--data $(GEMMA)/unsafe.jsonl $(GEMMA)/begun.jsonl $(GEMMA)/hh.jsonl \
 	--grad-accum 3 --max-length 256 --steps $(G_PAIRS) $(G_DPO) --seed $* --log-every 2 --resume --out $(basename $@)
-$(GEMMA)/seed-%/dpo-baseline.done: $(GEMMA)/seed-%/sft-baseline.done $(G_PAIRED)
+$(GEMMA)/seed-%/dpo-baseline.done: $(GEMMA)/seed-%/sft-baseline.done $(GEMMA)/hh.jsonl
 	$(G_PREFER) --method baseline
 	@touch $@
 
-$(GEMMA)/seed-%/dpo-in-place.done: $(GEMMA)/seed-%/sft-in-place.done $(G_PAIRED)
+$(GEMMA)/seed-%/dpo-in-place.done: $(GEMMA)/seed-%/sft-in-place.done $(GEMMA)/hh.jsonl
 	$(G_PREFER) --method in-place
 	@touch $@
 
-$(GEMMA)/seed-%/dpo-high.done: $(GEMMA)/seed-%/sft.done $(G_PAIRED)
+$(GEMMA)/seed-%/dpo-high.done: $(GEMMA)/seed-%/sft.done $(GEMMA)/hh.jsonl
 	$(G_PREFER)
 	@touch $@
 
@@ -161,7 +154,8 @@ $(GEMMA)/seed-%/dpo.done: $(GEMMA)/seed-%/dpo-high.done
 # ── What it buys and what it costs ─────────────────────────────────────────────────────────────────────────────────
 
 G_MODELS := sft-baseline sft-in-place sft dpo-baseline dpo-in-place dpo
-G_EVAL = $(DECODE) -m backtrack.evaluate --judge $(JUDGE) $(HARM) --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS) \
+# Of an answer that was begun for the model only what it adds is judged, or its retry.
+G_EVAL = $(DECODE) -m backtrack.evaluate --judge $(JUDGE) $(HARM) --judge-continuation --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS) \
 	--ckpt $(patsubst %.done,%,$(filter $(@D)/%.done,$^)) --out $@
 G_TEST = --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl $(GEMMA)/test-harmless.jsonl
 
@@ -169,14 +163,14 @@ $(GEMMA)/seed-%/main.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(HA
 	$(G_EVAL) $(G_TEST) --limit $(G_LIMIT)
 
 $(GEMMA)/seed-%/long.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(GEMMA)/long.done
-	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND) --judge-continuation
+	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND)
 
 # Any-Depth Alignment, a control without training: the baseline, asked again after every 32 tokens.
 $(GEMMA)/seed-%/any-depth.json: $(GEMMA)/seed-%/sft-baseline.done $(GEMMA)/long.done
 	$(G_EVAL) $(G_TEST) --limit $(G_LIMIT) --any-depth 32
 
 $(GEMMA)/seed-%/any-depth-long.json: $(GEMMA)/seed-%/sft-baseline.done $(GEMMA)/long.done
-	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND) --judge-continuation --any-depth 32
+	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND) --any-depth 32
 
 $(GEMMA)/seed-%/sampling.json: $(foreach m,sft-baseline sft-in-place sft,$(GEMMA)/seed-%/$m.done) $(HARM).json
 	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl --sets $(PLAIN) --limit 8 --temperature 1 --samples 8
@@ -188,7 +182,8 @@ $(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/sft.done $(GEMMA)/long.done
 # ── The seeds together ─────────────────────────────────────────────────────────────────────────────────────────────
 
 G_SEEDS   := $(SEEDS:%=$(GEMMA)/seed-%)
-G_RESULTS := $(patsubst %,$(RESULTS)/gemma-%.json,main long any-depth any-depth-long sampling bias)
+G_MEASURED := main long any-depth any-depth-long sampling bias
+G_RESULTS := $(G_MEASURED:%=$(RESULTS)/gemma-%.json)
 
 $(RESULTS)/gemma-%.json: $(addsuffix /%.json,$(G_SEEDS))
 	@mkdir -p $(@D)
@@ -207,7 +202,9 @@ $(RESULTS)/gemma-likelihoods.json: $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done
 	$(DECODE) -m backtrack.evaluate.likelihoods --ckpt $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%)) --rows $(GEMMA)/test-rows.jsonl \
 		--max-length 512 --dtype bfloat16 --out $@
 
+# The seeds are named, or make would find the committed results new enough and add no seed to them.
 .PHONY: real-gemma3
-real-gemma3: $(VENV)/.installed
-	$(MAKE) $(G_RESULTS) $(RESULTS)/gemma-likelihoods.json
+real-gemma3: $(VENV)/.installed-figures
+	$(MAKE) -j1 $(foreach s,$(G_SEEDS),$(G_MEASURED:%=$s/%.json))
+	$(MAKE) -j1 $(G_RESULTS) $(RESULTS)/gemma-likelihoods.json
 	$(PY) -m backtrack.report.trainings --results $(RESULTS)

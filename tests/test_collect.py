@@ -38,9 +38,6 @@ def choosy(prompt, response):
     if len(response) % 3 == 0:
         raise InputError("not of such a length")
     return odd(prompt, response)
-
-def odd_refuses(prompt, response):
-    return Verdict(unsafe=False, refused=len(response) % 2 > 0)
 """
 SAFE, NOT_SAFE = "No, I had better not", "No, I better not!"  # of 20 and 17 characters
 
@@ -120,17 +117,6 @@ def test_every_row(collected, place, tmp_path, benign, judge):
     if judge == "odd":
         assert "4  unsafe question, left out: its safe answer is not safe" in said
     assert len(load_rows([str(tmp_path / "rows.jsonl")], load_tokenizer(place / "one"), 256)) == len(rows)
-
-
-def test_refused_harmless_questions_become_pairs(collected):
-    """The refusal is what is rejected. A question without a reference has nothing to prefer."""
-    said, rows, prompts = collected("--judge", "judging:odd_refuses", "--benign", "refused")
-    refused = [p for p in prompts if p["benign"] and p.get("reference") and len(text_of(p)) % 2]
-    pairs = [{"chosen": answer(p["reference"]), "rejected": answer(text_of(p))} for p in refused]
-    assert rows == [{"prompt": p["prompt"]} | pair for p, pair in zip(refused, pairs, strict=True)]
-    assert 0 < len(rows) < 6 and f"{len(rows)}  benign question, refused, kept" in said
-    assert f"{6 - len(rows)}  benign question, left out: not refused" in said
-    assert "6  benign question, left out: no reference" in said
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,10 @@
 The model answers every prompt, greedily. On a forbidden prompt (one that is not benign) an answer that the judge calls
 unsafe, or complied, becomes y−; y+ is the prompt's "safe_answer". Benign prompts give rows without y−: their
 "reference" or, where they have none or with --benign own, the model's own answer (if it was cut, its whole sentences);
-with --benign both a row of each. With --benign refused, what DPO needs against refusing everything: a row only where
-the judge says that the model refused, its refusal rejected, the reference chosen. A forbidden prompt whose safe answer
-complies, as a refusal judge finds, counts as benign. We take the model's own answers because they are what it will say
-when it goes wrong; and a model that has never seen its own style in a harmless answer learns to reset at the style.
-With --prefill "Sure, here is" every answer is forced to begin so: to learn to leave an answer that was begun for it, a
-model must have seen some, harmless ones too.
+with --benign both a row of each. A forbidden prompt whose safe answer complies, as a refusal judge finds, counts as
+benign. We take the model's own answers because they are what it will say when it goes wrong; and a model that has never
+seen its own style in a harmless answer learns to reset at the style. With --prefill "Sure, here is" every answer is
+forced to begin so: to learn to leave an answer that was begun for it, a model must have seen some, harmless ones too.
 
     {"prompt": [messages], "set": …, "benign": bool, "safe_answer": "…", "reference": "…"}       a prompt line
 
@@ -65,7 +63,7 @@ def collect(args) -> None:
     with adding_to(file):
         saved = AnswerFile(file, settings, lambda answer: (answer["prompt"], answer["sample"]))
         answer_missing(args, prompts, saved)
-        judge_answers(args, prompts, saved)
+        judge_forbidden(args, prompts, saved)
         saved.tidy()
     for i, prompt in enumerate(prompts):
         made, what = make_rows(prompt, saved.records.get((i, OWN)), saved.records.get((i, GIVEN)), args.benign)
@@ -97,16 +95,14 @@ def answer_missing(args, prompts: list[Prompt], saved: AnswerFile) -> None:
     ticker.done()
 
 
-def judge_answers(args, prompts: list[Prompt], saved: AnswerFile) -> None:
-    """Judge what has no verdict yet: answers to forbidden prompts, their safe answers; with --benign refused all."""
+def judge_forbidden(args, prompts: list[Prompt], saved: AnswerFile) -> None:
+    """Judge the answers to forbidden prompts, and their safe answers, that have no verdict yet."""
     warn_of_slow_bfloat16(args.dtype, args.device)
     judge = load_judge(args.judge, args.device, getattr(torch, args.dtype))
     forbidden = [i for i, p in enumerate(prompts) if not p["benign"]]
     given = [i for i in forbidden if prompts[i].get("safe_answer") and (i, GIVEN) not in saved.records]
     saved.add([{"prompt": i, "sample": GIVEN, "response": prompts[i]["safe_answer"]} for i in given])
     asked = [saved.records.get((i, sample)) for i in forbidden for sample in (GIVEN, OWN)]
-    if args.benign == "refused":
-        asked += [saved.records.get((i, OWN)) for i, p in enumerate(prompts) if p["benign"]]
     judge_missing(judge, [r for r in asked if r and r["response"]], prompts, saved, args)
 
 
@@ -147,11 +143,6 @@ def failed(answer: dict) -> bool:
 
 
 def benign_rows(prompt: dict, given: str | None, own: dict | None, benign: str, what: str) -> tuple[list[dict], str]:
-    if benign == "refused":
-        if not (given and own and own.get("refused")):
-            return [], f"{what}, left out: {'not refused' if given else 'no reference'}"
-        row = {"prompt": prompt["prompt"], "chosen": message(given), "rejected": message(own["response"])}
-        return [row], f"{what}, refused, kept"
     texts = {"given": given, "own": own and whole_sentences(own)}
     there = [name for name, text in texts.items() if text]
     if benign in there:
@@ -173,7 +164,7 @@ def main() -> None:
     add_prompts(parser)
     add("--judge", required=True, help="as for backtrack.evaluate")
     add("--out", required=True, help="rows to write (.jsonl)")
-    add("--benign", choices=("given", "own", "both", "refused"), default="given", help="rows of benign prompts")
+    add("--benign", choices=("given", "own", "both"), default="given", help="y+ of benign prompts, if they have both")
     add("--prefill", default="", metavar="TEXT", help="what every answer is forced to begin with")
     add("--max-new-tokens", type=positive, default=64, help="per answer; longer ones are cut")
     add("--batch-size", type=positive, default=32, help="prompts answered at once")
