@@ -28,8 +28,8 @@ G_OWN     := 200
 G_GIVEN   := 2000
 G_STEPS   := 60
 G_PAIRS   := 6
-G_LIMIT   := 30
-G_BEHIND  := 60
+G_LIMIT   := 35
+G_BEHIND  := 50
 G_TOKENS  := 96
 G_LONG    := 8 32 96
 endif
