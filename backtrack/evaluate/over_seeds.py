@@ -9,9 +9,12 @@ forced to begin, sets NAME-forced and begun-N) and "harmless": all prompts of a 
 
 A prompt is as hard for every training, and a training is as good for every prompt: so both are drawn anew, with
 replacement, 10,000 times, and the middle 95% of the means are the interval (a bootstrap of crossed effects, Owen 2007,
-arXiv 0712.1111). Three trainings say little about others: their part of the interval is too narrow by about a fifth.
-Where every answer is alike there is nothing to draw, and Wilson's interval of the prompts stands there. Two models are
-compared on the same draws, and by McNemar's test within each seed.
+arXiv 0712.1111). Three trainings say little about others: where they differ much, such an interval holds the truth in
+three of four cases rather than in 95 of 100, so "by_seed" has each one's rate. Where every answer is alike there is
+nothing to draw, and Wilson's interval of the prompts stands there. Two models are compared on the same draws, and by
+McNemar's test within each seed; so that a few prompts on one side and none on the other prove nothing, one prompt on
+either side is added before the draws (the idea is Agresti and Min's, 2005). Of several answers to a prompt the rates
+are means, and "worst of 8" says that at least one of eight failed.
 """
 
 import argparse
@@ -35,28 +38,46 @@ COMPARED = ("unsafe", "complied")
 Outcomes = dict[tuple, dict[int, list[float]]]  # (model, condition …, set, rate) -> prompt -> the mean of its answers
 
 
-def outcomes(path: str) -> Outcomes:
+def outcomes(path: str, kinds: dict[str, str]) -> Outcomes:
     """What became of the answers of one seed. Raises InputError if they are not there, or not judged."""
-    benign = {r["set"]: r["benign"] for r in json.loads(Path(path).read_text(encoding="utf-8"))["records"]}
     found: dict = defaultdict(lambda: defaultdict(list))
     for where, record in list(json_lines(answers_file(path)))[1:]:
         if "judge" not in record:
             raise InputError(f"{where}: an answer without a verdict; run evaluate again with --judge")
         head = Path(record["checkpoint"]).name, *(record[name] for name in CONDITION)
-        begun = re.search("-forced$|^begun-", record["set"])
-        kind = "harmless" if benign[record["set"]] else "begun" if begun else "asked"
-        for name in (record["set"], kind):
-            for rate, value in rates_of(record).items():
+        rates = {name: record[name] for name in ("unsafe", "complied", "refused") if name in record}
+        for name in (record["set"], kinds[record["set"]]):
+            for rate, value in (rates | {"reset": record["resets"] > 0}).items():
                 found[*head, name, rate][record["prompt"]].append(float(value))
-    return {key: {i: sum(values) / len(values) for i, values in of.items()} for key, of in found.items()}
+    means = {key: {i: sum(values) / len(values) for i, values in of.items()} for key, of in found.items()}
+    several = {key: of for key, of in found.items() if min(map(len, of.values())) > 1}
+    worst = {
+        (*key[:-1], f"{key[-1]}, worst of {len(next(iter(of.values())))}"): {i: max(values) for i, values in of.items()}
+        for key, of in several.items()
+    }
+    return means | worst
 
 
-def rates_of(record: dict) -> dict[str, bool]:
-    """slid back: turned round at first, and did harm all the same. Only of judges that say both."""
-    rates = {name: record[name] for name in ("unsafe", "complied", "refused") if name in record}
-    if "unsafe" in rates and "refused" in rates:
-        rates["slid back"] = rates["unsafe"] and rates["refused"]
-    return rates | {"reset": record["resets"] > 0}
+def kinds_of(path: str) -> dict[str, str]:
+    """Set -> its kind."""
+    records = json.loads(Path(path).read_text(encoding="utf-8"))["records"]
+    found = {}
+    for record in records:
+        begun = re.search("-forced$|^begun-", record["set"])
+        found[record["set"]] = "harmless" if record["benign"] else "begun" if begun else "asked"
+    return found
+
+
+def same_settings(paths: list[str]) -> None:
+    """Raises InputError where two seeds were asked other prompts, or in another way."""
+    all_settings = []
+    for path in paths:
+        (_, head), *_ = json_lines(answers_file(path))
+        all_settings.append({name: value for name, value in head["settings"].items() if name != "weights"})
+    for path, settings in zip(paths, all_settings, strict=True):
+        for name, value in settings.items():
+            if value != all_settings[0].get(name):
+                raise InputError(f"{path}: {name} differs from that of {paths[0]}; evaluate all seeds alike")
 
 
 def matrix(seeds: list[Outcomes], key: tuple) -> np.ndarray:
@@ -94,7 +115,8 @@ def rate_record(head: dict, values: np.ndarray) -> dict:
 def difference_record(head: dict, first: np.ndarray, other: np.ndarray) -> dict:
     """other − first. McNemar's needs one answer to a prompt: with several there is none."""
     difference = other - first
-    low, high = interval(difference) if np.any(difference) else (0.0, 0.0)
+    one = np.ones((len(difference), 1))
+    low, high = interval(np.hstack([difference, one, -one]))
     record = head | {"difference": round(float(difference.mean()), 4), "interval": [round(low, 4), round(high, 4)]}
     if np.isin(np.concatenate([first, other]), (0, 1)).all():
         only = [(int((f > o).sum()), int((o > f).sum())) for f, o in zip(first, other, strict=True)]
@@ -103,9 +125,14 @@ def difference_record(head: dict, first: np.ndarray, other: np.ndarray) -> dict:
 
 
 def over_seeds(paths: list[str], against: list[str]) -> tuple[list[dict], list[dict]]:
-    seeds = [outcomes(path) for path in paths]
+    same_settings(paths)
+    kinds = kinds_of(paths[0])
+    seeds = [outcomes(path, kinds) for path in paths]
     names = ("model", *CONDITION, "set", "rate")
-    rates = [rate_record(dict(zip(names, key, strict=True)), matrix(seeds, key)) for key in seeds[0]]
+    rates = []
+    for key in seeds[0]:
+        head = dict(zip(names, key, strict=True))
+        rates.append(rate_record(head | {"kind": kinds.get(head["set"], "all")}, matrix(seeds, key)))
     differences = []
     for pair in against:
         first, _, other = pair.partition(":")

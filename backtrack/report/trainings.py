@@ -25,8 +25,9 @@ SECOND_TURN = "second-turn"
 RATES = {
     "unsafe": "harmful answers",
     "complied": "answers that comply",
-    "slid back": "answers that turned round and did harm all the same",
     "reset": "answers taken back",
+    "unsafe, worst of 8": "prompts of which one of eight answers is harmful",
+    "complied, worst of 8": "prompts of which one of eight answers complies",
 }
 # result -> title of its section
 SECTIONS = {
@@ -45,10 +46,6 @@ def name_of(some: str) -> str:
     return "behind a harmless turn" if some == SECOND_TURN else GROUPS.get(some) or SETS.get(some, some)
 
 
-def is_harmless(some: str) -> bool:
-    return some in ("harmless", "alpaca_eval", "oasst")
-
-
 def rate_tables(result: dict) -> str:
     """A table for each rate: a line for each set and bias, a column for each model."""
     rates, text = result["rates"], ""
@@ -59,7 +56,7 @@ def rate_tables(result: dict) -> str:
         rows = []
         for some, bias in places:
             found = [of.get((rate, some, bias, model)) for model in models]
-            if None in found or (is_harmless(some) and rate in ("unsafe", "slid back")):
+            if None in found or says_nothing(found[0]):
                 continue
             where = [name_of(some)] + ([f"{bias:g}"] if len({b for _, b in places}) > 1 else [])
             rows.append([*where, found[0]["prompts"], *map(percent, found)])
@@ -70,14 +67,14 @@ def rate_tables(result: dict) -> str:
 
 
 def is_double(some: str, rates: list[dict]) -> bool:
-    """Is this group only one set, which has a line of its own?"""
-    members = {r["set"] for r in rates} - GROUPS.keys()
-    kinds = {
-        "begun": [m for m in members if m.endswith("-forced") or m.startswith(LONG)],
-        "harmless": [m for m in members if is_harmless(m)],
-    }
-    kinds["asked"] = [m for m in members if m not in kinds["begun"] + kinds["harmless"]]
-    return some in GROUPS and (len(kinds[some]) < 2 or all(m.startswith(LONG) for m in kinds[some]))
+    """Is this group only one set, or one beginning of several lengths? Those have lines of their own."""
+    members = {r["set"] for r in rates if r["kind"] == some}
+    return some in GROUPS and (len(members) < 2 or all(m.startswith(LONG) for m in members))
+
+
+def says_nothing(rate: dict) -> bool:
+    """The harm judge is no judge of answers to harmless questions."""
+    return rate["rate"].startswith("unsafe") and "harmless" in (rate["kind"], rate["set"])
 
 
 def percent(record: dict) -> str:
@@ -86,10 +83,11 @@ def percent(record: dict) -> str:
 
 def difference_table(result: dict) -> str:
     """The second model of each pair minus the first, in points, on the same draws; McNemar's p within each seed."""
-    rows = []
+    rows, rates = [], result["rates"]
+    nothing = {(r["set"], r["rate"]) for r in rates if says_nothing(r)}
     for r in result["differences"]:
         grouped = r["set"] in GROUPS or r["set"].startswith(LONG) or r["set"] == SECOND_TURN
-        if not grouped or r["rate"] not in ("unsafe", "complied") or is_double(r["set"], result["rates"]):
+        if not grouped or (r["set"], r["rate"]) in nothing or is_double(r["set"], rates):
             continue
         points, low, high = (100 * x for x in (r["difference"], *r["interval"]))
         p = ", ".join(f"{value:.2g}" for value in r.get("mcnemar", []))
