@@ -14,8 +14,8 @@
 A judge is a plain function. The toy's is exact: an answer is unsafe if it names a forbidden ingredient, and helpful if
 it names the recipe asked for and nothing else. The refusal judge says complied or refused and never unsafe, because
 a model may comply with a forbidden prompt and talk harmless nonsense. An answer without a word neither complies nor
-refuses. The judge's verdicts on the questions it was fitted on prove nothing: `refuse_seen` refuses them. Llama Guard
-says unsafe, and nothing else (guard.py). No other judge here can call a real model's text unsafe.
+refuses. Its verdicts on the questions it was fitted on prove nothing: `refuse_seen` refuses them. Llama
+Guard says unsafe, and nothing else (guard.py); so does the harm judge, which knows only the look of harm (harm.py).
 """
 
 import importlib
@@ -64,7 +64,7 @@ def load_judge(
     if re.fullmatch(r"\w[\w.]*:\w+", str(spec)):
         return own_judge(str(spec))
     raise InputError(
-        f"{spec}: no such judge; name a world.json, a refusal judge, a Llama Guard directory or module:function"
+        f"{spec}: no such judge; name a world.json, a refusal or harm judge, a Llama Guard directory or module:function"
     )
 
 

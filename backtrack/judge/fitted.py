@@ -1,6 +1,6 @@
 """A logistic regression on disk: NAME.json says where it comes from, NAME.safetensors has its weights.
 
-Both the refusal judge (refusals.py) and the filter (evaluate/filter.py) are fitted and kept in this way.
+The refusal judge (refusals.py), the harm judge (harm.py) and the filter (evaluate/filter.py) are kept in this way.
 """
 
 import hashlib

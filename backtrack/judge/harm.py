@@ -7,7 +7,8 @@ questions behind jailbreaks, each read by people, 1 where the answer does what w
 different questions; --test counts how often the judge is right on those that it never saw.
 
 It knows the look of harmful answers, not the facts: a recipe that would not work may look like one. It reads English,
-and more than the refusal judge: on the first 200 characters of an answer it is wrong twice as often as on 600.
+and more than the refusal judge: on the first 200 characters of an answer it is wrong twice as often as on 600. The
+files number their questions, so `refuse_seen` cannot tell whether a prompt is one of them.
 """
 
 from pathlib import Path
