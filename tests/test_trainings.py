@@ -170,19 +170,20 @@ def test_it_is_asked_again_at_every_depth_until_it_refuses(tmp_path):
     asked, refusals = 0, 0
     for prompt, forced, g in zip(prompts, prefill, found, strict=True):
         [plain] = generate(model, [prompt], prefill=[forced], **options)
-        expected, discarded = plain.tokens, []
+        expected, discarded, steps = plain.tokens, [], plain.steps
+        spent = 0
         for depth in range(0, 20, 6):
             at = len(forced) + depth
             if 0 < at < len(plain.tokens):
                 again = prompt + plain.tokens[:at] + any_depth.header_of(tok)
                 [probe] = generate(model, [again], **options | {"max_new_tokens": any_depth.PROBE})
-                asked += 1
+                asked, spent = asked + 1, spent + probe.steps
                 if len(tok.decode(probe.tokens)) % 4 == 0:
                     [refusal] = generate(model, [again], **options)
-                    expected, discarded = refusal.tokens, [plain.tokens[:at]]
+                    expected, discarded, steps = refusal.tokens, [plain.tokens[:at]], depth + refusal.steps
                     refusals += 1
                     break
-        assert (g.tokens, g.discarded, g.resets) == (expected, discarded, len(discarded))
+        assert (g.tokens, g.discarded, g.resets, g.steps) == (expected, discarded, len(discarded), steps + spent)
     assert len(seen) == asked and 0 < refusals < 8
 
 

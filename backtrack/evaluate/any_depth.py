@@ -43,21 +43,22 @@ def around(model: Transformer, judge: Judge, ckpt: str, batch_size: int, every: 
 def asked_again(ask, judge: Judge, tok, prompts, prefill, every: int) -> list[Generation]:
     """ask: generate() with all options but the prompts."""
     answers, header, refused = ask(prompts, prefill=prefill), header_of(tok), set()
-    longest = max(len(answer.tokens) for answer in answers)
+    longest, spent = max(len(answer.tokens) for answer in answers), [0] * len(prompts)  # tokens of probes
     for depth in range(0, longest, every):
         at = {i: len(prefill[i]) + depth for i in range(len(prompts)) if i not in refused}
         here = [i for i in at if 0 < at[i] < len(answers[i].tokens)]  # at 0 it has just been asked
         probes = {i: prompts[i] + answers[i].tokens[: at[i]] + header for i in here}
         said = ask(list(probes.values()), max_new_tokens=PROBE)
+        for i, probe in zip(here, said, strict=True):
+            spent[i] += probe.steps
         asked = [[{"role": "user", "content": tok.decode(prompts[i])}] for i in here]
         verdicts = judge_all(judge, [(q, tok.decode(g.tokens)) for q, g in zip(asked, said, strict=True)])
         refusing = [i for i, verdict in zip(here, verdicts, strict=True) if getattr(verdict, "refused", False)]
         whole = ask([probes[i] for i in refusing])
         for i, refusal in zip(refusing, whole, strict=True):
-            steps = depth + depth // every * PROBE + refusal.steps
-            answers[i] = replace(refusal, discarded=[answers[i].tokens[: at[i]]], resets=1, steps=steps)
+            answers[i] = replace(refusal, discarded=[answers[i].tokens[: at[i]]], resets=1, steps=depth + refusal.steps)
         refused |= set(refusing)
-    return answers
+    return [replace(answer, steps=answer.steps + probes) for answer, probes in zip(answers, spent, strict=True)]
 
 
 def header_of(tok) -> list[int]:
