@@ -229,9 +229,8 @@ def test_tables_and_picture_of_trainings(tmp_path, monkeypatch):
     unsafe = text[text.index("harmful answers") : text.index("answers taken back")]
     assert "AlpacaEval" not in unsafe and "AlpacaEval" in text
     pair = "harmful | backtracking + DPO | in place + DPO"
-    assert (
-        f"| **asked, all** | {pair} | -20.0 [-30.0, -10.0] | yes | 0.25, 0.5 |" in text and text.count("-50.0") == 0 == text.count("-70.0")
-    )  # of single sets there is no line
+    assert f"| **asked, all** | {pair} | -20.0 [-30.0, -10.0] | yes | 0.25, 0.5 |" in text
+    assert "-50.0" not in text and "-70.0" not in text  # of single sets there is no line
     assert "| 8 forced tokens | 50 | 8.0 [7.0, 9.0] | 8.0 [7.0, 9.0] |" in text
     assert f"| 8 forced tokens | {pair} | -10.0 [-20.0, +10.0] |  |" in text
     assert (tmp_path / "gemma-long.png").read_bytes().startswith(b"\x89PNG")
