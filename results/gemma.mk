@@ -41,9 +41,8 @@ G_LEVEL := -2
 G_DPO_LEVEL := -3
 G_DPO   := --lr 1e-6 --beta 0.1
 
-# A training takes 13 GB, so they run one after another, with all cores. PyTorch asks for huge pages (Linux): logits and
-# gradients of 262,144 words are fresh memory in every micro-batch, and to clear it page by page took a quarter of the time.
-ON_CORES := THP_MEM_ALLOC_ENABLE=1 GOMP_SPINCOUNT=10000 $(PY)
+# A training takes 13 to 16 GB, so they run one after another, with all cores.
+ON_CORES := GOMP_SPINCOUNT=10000 $(PY)
 # Logits of 262,144 words for 64 answers are 67 MB a step: to keep freed memory instead of returning it to the kernel makes
 # decoding 1.2 to 1.6 times as fast. (In training the pieces differ in size, and what is kept runs out of memory.)
 DECODE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_ARENA_MAX=1 $(ON_CORES)
