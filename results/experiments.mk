@@ -33,7 +33,7 @@ ATTACKS     ?= easily decoding gcg autodan adaptive-gcg otherwise universal-gcg 
 BIAS_SIZE   ?= --limit 32
 SAMPLE_SIZE ?= --limit 48
 RESULTS     ?= results
-EXPERIMENTS ?= main filter bias filter-bias sampling triggers retry training
+EXPERIMENTS ?= main filter bias filter-bias sampling triggers retry training in-place
 endif
 
 # ── Other ways to train ────────────────────────────────────────────────────────────────────────────
@@ -45,9 +45,14 @@ $(RUNS)/toy-%/sft-baseline-long.done: $(RUNS)/toy-%/base.done
 	$(SFT_COMMAND) $(STEPS_LONG) $(SFT_BASELINE)
 	@touch $@
 
-# The control: the same unsafe beginnings and safe answers, but no [RESET], so nothing is taken back.
+# The control: the same unsafe beginnings and safe answers, but no [RESET], so nothing is taken back. It learns to turn
+# round after one drawn prefix of a row; or, as [RESET] is learned, after every prefix, with the same weight.
 $(RUNS)/toy-%/sft-in-place.done: $(RUNS)/toy-%/base.done
 	$(SFT_COMMAND) $(STEPS) --method in-place --resets drawn
+	@touch $@
+
+$(RUNS)/toy-%/sft-in-place-every.done: $(RUNS)/toy-%/base.done
+	$(SFT_COMMAND) $(STEPS) --method in-place $(SFT_OURS)
 	@touch $@
 
 $(RUNS)/toy-%/dpo-from-baseline.done: $(RUNS)/toy-%/sft-baseline.done
@@ -121,6 +126,10 @@ $(RUNS)/toy-%/training.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft sf
 		sft-restart-unsafe sft-restart-all dpo dpo-paper dpo-from-baseline sft-baseline))
 	$(EVAL) --sets $(NEW_SETS) --on-reset truncate keep
 
+# The control, taught after one prefix and after every prefix.
+$(RUNS)/toy-%/in-place.json: $(addprefix $(RUNS)/toy-%/,$(addsuffix .done,sft sft-in-place sft-in-place-every sft-baseline))
+	$(EVAL)
+
 # [RESET] after the one prefix drawn, or after every prefix: on development seeds.
 $(RUNS)/toy-%/resets.json: $(RUNS)/toy-%/sft-drawn.done $(RUNS)/toy-%/sft-weight-1.done
 	$(EVAL)
@@ -134,16 +143,18 @@ $(RESULTS)/toy-%.json: $(foreach seed,$(TEST_SEEDS),$(RUNS)/toy-$(seed)/%.json)
 $(RESULTS)/toy-training.json: $(foreach seed,$(TRAINING_SEEDS),$(RUNS)/toy-$(seed)/training.json)
 	$(PY) -m backtrack.evaluate --merge $^ --out $@
 
+$(RESULTS)/toy-in-place.json: $(foreach seed,$(TRAINING_SEEDS),$(RUNS)/toy-$(seed)/in-place.json)
+	$(PY) -m backtrack.evaluate --merge $^ --out $@
+
 # p([RESET]) along two answers of one world.
 $(RESULTS)/toy-triggers.json: $(RUNS)/toy-$(firstword $(TEST_SEEDS))/sft.done
 	$(PY) -m backtrack.evaluate.triggers --world $(<:/sft.done=) --out $@
 
 # A clone has the tables already: so first what they are made of, or make would find nothing to do.
-MEASURED = $(foreach experiment,$(filter-out training triggers,$(EXPERIMENTS)), \
+MEASURED = $(foreach experiment,$(filter-out training in-place triggers,$(EXPERIMENTS)), \
 	$(TEST_SEEDS:%=$(RUNS)/toy-%/$(experiment).json))
-ifneq ($(filter training,$(EXPERIMENTS)),)
-MEASURED += $(TRAINING_SEEDS:%=$(RUNS)/toy-%/training.json)
-endif
+MEASURED += $(foreach experiment,$(filter training in-place,$(EXPERIMENTS)), \
+	$(TRAINING_SEEDS:%=$(RUNS)/toy-%/$(experiment).json))
 
 eval: $(VENV)/.installed  ## every experiment on the test seeds, into results/; an hour. QUICK=1: minutes
 	$(if $(QUICK),$(MAKE) $(TEST_SEEDS:%=$(RUNS)/toy-%/base.done))
