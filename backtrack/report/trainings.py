@@ -32,7 +32,7 @@ RATES = {
 # result -> title of its section
 SECTIONS = {
     "gemma-main": "Asked, forced to begin, harmless",
-    "gemma-long": "Answers that began 8, 32 and 96 tokens ago",
+    "gemma-long": "Answers that began long ago",
     "gemma-any-depth": "Any-Depth Alignment: the baseline, asked again after every 32 tokens",
     "gemma-any-depth-long": "The same behind long beginnings",
     "gemma-sampling": "Eight answers to each of 32 questions at temperature 1",
@@ -46,12 +46,20 @@ def name_of(some: str) -> str:
     return "behind a harmless turn" if some == SECOND_TURN else GROUPS.get(some) or SETS.get(some, some)
 
 
+def order_of(some: str) -> tuple[int, int]:
+    """Sets as in all tables, then long beginnings by length, then the groups."""
+    known = [*SETS, SECOND_TURN, LONG, *GROUPS]
+    kind, number = (LONG, int(some.removeprefix(LONG))) if some.startswith(LONG) else (some, 0)
+    return known.index(kind) if kind in known else -1, number
+
+
 def rate_tables(result: dict) -> str:
     """A table for each rate: a line for each set and bias, a column for each model."""
     rates, text = result["rates"], ""
     models = [m for m in ORDER if any(r["model"] == m for r in rates)]
     of = {(r["rate"], r["set"], r["reset_bias"], r["model"]): r for r in rates}
-    places = [p for p in dict.fromkeys((r["set"], r["reset_bias"]) for r in rates) if not is_double(p[0], rates)]
+    places = {(r["set"], r["reset_bias"]) for r in rates if not is_double(r["set"], rates)}
+    places = sorted(places, key=lambda place: (order_of(place[0]), place[1]))
     for rate, what in RATES.items():
         rows = []
         for some, bias in places:
