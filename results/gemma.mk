@@ -17,6 +17,7 @@ G_GIVEN   := 60
 G_STEPS   := 4
 G_PAIRS   := 2
 G_LIMIT   := 4
+G_MANY    := 8
 G_BEHIND  := 4
 G_TOKENS  := 32
 G_LONG    := 4 8 16
@@ -29,6 +30,7 @@ G_GIVEN   := 2000
 G_STEPS   := 60
 G_PAIRS   := 6
 G_LIMIT   := 35
+G_MANY    := 100
 G_BEHIND  := 50
 G_TOKENS  := 96
 G_LONG    := 8 32 96
@@ -161,6 +163,10 @@ G_TEST = --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl $(GEMMA)
 $(GEMMA)/seed-%/main.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(HARM).json
 	$(G_EVAL) $(G_TEST) --limit $(G_LIMIT)
 
+# What it costs, on more prompts.
+$(GEMMA)/seed-%/harmless.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(HARM).json
+	$(G_EVAL) --prompts $(GEMMA)/test-harmless.jsonl --limit $(G_MANY)
+
 $(GEMMA)/seed-%/long.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(GEMMA)/long.done
 	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND)
 
@@ -181,14 +187,14 @@ $(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/sft.done $(GEMMA)/long.done
 # ── The seeds together ─────────────────────────────────────────────────────────────────────────────────────────────
 
 G_SEEDS   := $(SEEDS:%=$(GEMMA)/seed-%)
-G_MEASURED := main long any-depth any-depth-long sampling bias
+G_MEASURED := main harmless long any-depth any-depth-long sampling bias
 G_RESULTS := $(G_MEASURED:%=$(RESULTS)/gemma-%.json)
 
 $(RESULTS)/gemma-%.json: $(addsuffix /%.json,$(G_SEEDS))
 	@mkdir -p $(@D)
 	$(PY) -m backtrack.evaluate.over_seeds --in $^ $(AGAINST) --out $@
 
-$(RESULTS)/gemma-main.json $(RESULTS)/gemma-long.json: AGAINST := --against sft-baseline:sft sft-in-place:sft \
+$(patsubst %,$(RESULTS)/gemma-%.json,main harmless long): AGAINST := --against sft-baseline:sft sft-in-place:sft \
 	sft-baseline:sft-in-place dpo-baseline:dpo dpo-in-place:dpo dpo-baseline:dpo-in-place
 $(RESULTS)/gemma-sampling.json: AGAINST := --against sft-baseline:sft sft-in-place:sft sft-baseline:sft-in-place
 

@@ -32,6 +32,7 @@ RATES = {
 # result -> title of its section
 SECTIONS = {
     "gemma-main": "Asked, forced to begin, harmless",
+    "gemma-harmless": "Harmless questions, more of them",
     "gemma-long": "Answers that began long ago",
     "gemma-any-depth": "Any-Depth Alignment: the baseline, asked again after every 32 tokens",
     "gemma-any-depth-long": "The same behind long beginnings",
