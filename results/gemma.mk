@@ -181,8 +181,8 @@ $(GEMMA)/seed-%/sampling.json: $(foreach m,sft-baseline sft-in-place sft,$(GEMMA
 	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl --sets $(PLAIN) --limit 8 --temperature 1 --samples 8
 
 $(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/sft.done $(GEMMA)/long.done
-	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-harmless.jsonl --sets advbench-forced alpaca_eval oasst \
-		--limit $(G_LIMIT) --reset-bias -5 -2 0 2 5
+	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/long.jsonl $(GEMMA)/test-harmless.jsonl \
+		--sets advbench-forced begun-$(lastword $(G_LONG)) alpaca_eval oasst --limit $(G_LIMIT) --reset-bias -5 -2 0 2 5
 
 # ── The seeds together ─────────────────────────────────────────────────────────────────────────────────────────────
 
