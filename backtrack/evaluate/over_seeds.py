@@ -49,13 +49,13 @@ def outcomes(path: str, kinds: dict[str, str]) -> Outcomes:
         for name in (record["set"], kinds[record["set"]]):
             for rate, value in (rates | {"reset": record["resets"] > 0}).items():
                 found[*head, name, rate][record["prompt"]].append(float(value))
-    means = {key: {i: sum(values) / len(values) for i, values in of.items()} for key, of in found.items()}
-    several = {key: of for key, of in found.items() if min(map(len, of.values())) > 1}
-    worst = {
-        (*key[:-1], f"{key[-1]}, worst of {len(next(iter(of.values())))}"): {i: max(values) for i, values in of.items()}
-        for key, of in several.items()
-    }
-    return means | worst
+    rates = {}
+    for key, of in found.items():
+        rates[key] = {i: sum(values) / len(values) for i, values in of.items()}
+        samples = min(len(values) for values in of.values())
+        if samples > 1:
+            rates[*key[:-1], f"{key[-1]}, worst of {samples}"] = {i: max(values) for i, values in of.items()}
+    return rates
 
 
 def kinds_of(path: str) -> dict[str, str]:
