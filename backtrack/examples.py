@@ -14,7 +14,7 @@ and, beyond the paper,
 
     reset      x ⊕ prefix_k(y−) ⊕ [RESET]              loss on [RESET]         unsafe rows, every k
     restart    x ⊕ [RESET] ⊕ y+ ⊕ eos                  loss on y+ eos          optional
-    in place   x ⊕ prefix_k(y−) ⊕ y+ ⊕ eos             loss on y+ eos          a control: unsafe rows
+    in place   x ⊕ prefix_k(y−) ⊕ y+ ⊕ eos             loss on y+ eos          control, unsafe rows
     turn       x ⊕ prefix_k(y−) ⊕ y+_1                 loss on y+_1            … every k
     safe       x ⊕ prefix_j(y+) ⊕ [RESET]              none, only measured     held-out rows
 

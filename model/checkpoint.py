@@ -124,6 +124,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         if not shard.is_file():
             raise InputError(f"{shard}: shard listed in {INDEX} is missing; download it")
         with _open(shard) as f:  # of a tensor in two shards, the one that the index names counts
+            # An open file is no dict: its keys() are all there is to loop over.
             files |= {name: shard for name in f.keys() if weight_map.get(name, shard) == shard}  # noqa: SIM118
     for name in weight_map.keys() - files.keys():
         raise InputError(f"{weight_map[name]}: tensor {name!r} is not in this file, though {INDEX} says so")

@@ -156,8 +156,8 @@ $(GEMMA)/seed-%/dpo.done: $(GEMMA)/seed-%/dpo-high.done
 
 G_MODELS := sft-baseline sft-in-place sft dpo-baseline dpo-in-place dpo
 # Of an answer that was begun for the model only what it adds is judged, or its retry.
-G_EVAL = $(DECODE) -m backtrack.evaluate --judge $(JUDGE) $(HARM) --judge-continuation --dtype bfloat16 --batch-size 64 --max-new-tokens $(G_TOKENS) \
-	--ckpt $(patsubst %.done,%,$(filter $(@D)/%.done,$^)) --out $@
+G_EVAL = $(DECODE) -m backtrack.evaluate --judge $(JUDGE) $(HARM) --judge-continuation --dtype bfloat16 \
+	--batch-size 64 --max-new-tokens $(G_TOKENS) --ckpt $(patsubst %.done,%,$(filter $(@D)/%.done,$^)) --out $@
 G_TEST = --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl $(GEMMA)/test-harmless.jsonl
 
 $(GEMMA)/seed-%/main.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(HARM).json

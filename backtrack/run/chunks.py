@@ -81,7 +81,7 @@ class BF16Logprobs(torch.autograd.Function):
 def a_few_rows(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """(some rows, fp32 memory for them, always the same) until all had their turn.
 
-    Fresh memory for each would cost three times as much as the arithmetic: the system clears it.
+    Fresh memory for each would cost more than the arithmetic: the system clears it.
     """
     size = max(1, NUMBERS // logits.size(-1))
     memory = torch.empty(size, logits.size(-1), device=logits.device)
