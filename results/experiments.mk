@@ -244,9 +244,10 @@ figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, fro
 
 # ── Speed ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-bench: $(VENV)/.installed-dev  ## tokens per second against transformers, and what a reset costs
+bench: $(VENV)/.installed-dev runs/smollm2/model.safetensors  ## tokens per second against transformers, and what a reset costs
 	$(PY) -m backtrack.bench
 	$(PY) -m backtrack.bench.limits
+	$(PY) -m backtrack.bench.commands --ckpt runs/smollm2
 
 bench-gpu: $(VENV)/.installed-dev  ## on a CUDA device: what SFT and decoding of Llama-3-8B's shape make of it
 	$(PY) -m backtrack.bench.gpu --out $(RESULTS)/bench-gpu.json

@@ -123,7 +123,8 @@ def record(name: str, speeds: list[float], shares: list[float], limit: str, of: 
 
 def said(r: dict) -> dict:
     spread = "({:.0%}–{:.0%})".format(*r["range"])
-    limit = f"{r['limit']} ({r['of']:,.0f} {'GB/s' if r['limit'] == 'bandwidth' else 'GFLOP/s'})"
+    unit = {"bandwidth": "GB/s", "products": "GFLOP/s", "decoding": "tokens/s"}[r["limit"]]
+    limit = f"{r['limit']} ({r['of']:,.0f} {unit})"
     print(f"{r['name']}: {r['tokens_per_s']:,.0f} tokens/s, {r['share']:.0%} {spread} of {limit}", flush=True)
     return r
 
