@@ -65,12 +65,15 @@ class Objective:
         """logits (N, m + 1, V) at the positions that predict y_1 … y_m and what follows; target (m,) -> (N,) fp32."""
         logits, m = logits.float(), len(target)
         wanted = logits[:, :m].gather(-1, target.expand(len(logits), m)[..., None])[..., 0]  # (N, m)
-        total = (logits[:, :m].logsumexp(dim=-1) - wanted).mean(dim=-1)  # − mean_t log π(y_t | …)
-        if self.reset_id is not None:
-            others = torch.cat((logits[..., : self.reset_id], logits[..., self.reset_id + 1 :]), dim=-1)
-            no_reset = others.logsumexp(dim=-1) - logits.logsumexp(dim=-1)  # log(1 − π([RESET] | …)), (N, m + 1)
-            total = total - self.weight * no_reset.mean(dim=-1)
-        return total
+        if self.reset_id is None:
+            return (logits[:, :m].logsumexp(dim=-1) - wanted).mean(dim=-1)  # − mean_t log π(y_t | …)
+        # log(1 − π) of what is left beside [RESET] is exact, even where π is 1 in fp32.
+        reset = logits[..., self.reset_id]  # (N, m + 1)
+        before, after = logits[..., : self.reset_id], logits[..., self.reset_id + 1 :]
+        others = torch.logaddexp(before.logsumexp(dim=-1), after.logsumexp(dim=-1))
+        everything = torch.logaddexp(others, reset)
+        no_reset = others - everything  # log(1 − π([RESET] | …))
+        return (everything[:, :m] - wanted).mean(dim=-1) - self.weight * no_reset.mean(dim=-1)
 
 
 @dataclass
