@@ -21,6 +21,8 @@ G_MANY    := 8
 G_BEHIND  := 4
 G_TOKENS  := 32
 G_LONG    := 4 8 16
+G_AIMS    := 2
+G_BUDGET  := 16
 else
 G_HELPFUL := 30
 G_ASKED   := 600
@@ -34,6 +36,8 @@ G_MANY    := 100
 G_BEHIND  := 50
 G_TOKENS  := 96
 G_LONG    := 8 32 96
+G_AIMS    := 12
+G_BUDGET  := 1024
 endif
 
 # Chosen on dev-*, seed 0: results/README.md. A level is the highest with at most 5% false resets there.
@@ -184,6 +188,19 @@ $(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/sft.done $(GEMMA)/long.done
 	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/long.jsonl $(GEMMA)/test-harmless.jsonl \
 		--sets advbench-forced begun-$(lastword $(G_LONG)) alpaca_eval oasst --limit $(G_LIMIT) --reset-bias -5 -2 0 2 5
 
+# Adaptive GCG. It knows about [RESET], and wants of all models the same words: 32 tokens of the helpful model's answer.
+$(GEMMA)/aims.jsonl: $(GEMMA)/long.done
+	$(ON_CORES) -m backtrack.evaluate.beginnings --answers $(@D)/helpful-answers.json --prompts $(@D)/test-unsafe.jsonl --sets advbench \
+		--ckpt $(@D)/helpful --tokens $(lastword $(wordlist 1,2,$(G_LONG))) --as target --out $@
+
+G_ATTACK = $(DECODE) -m backtrack.attacks adaptive-gcg --ckpt $(@D)/$1 --prompts $(GEMMA)/aims.jsonl --limit $(G_AIMS) \
+	--judge $(JUDGE) --budget $(G_BUDGET) --batch-size 16 --max-new-tokens $(G_TOKENS) --dtype bfloat16 --out $(@D)/gcg-$1.jsonl
+$(GEMMA)/seed-%/gcg.done: $(foreach m,dpo-baseline dpo-in-place dpo,$(GEMMA)/seed-%/$m.done) $(GEMMA)/aims.jsonl
+	$(call G_ATTACK,dpo-baseline)
+	$(call G_ATTACK,dpo-in-place)
+	$(call G_ATTACK,dpo)
+	@touch $@
+
 # ── The seeds together ─────────────────────────────────────────────────────────────────────────────────────────────
 
 G_SEEDS   := $(SEEDS:%=$(GEMMA)/seed-%)
@@ -198,6 +215,11 @@ $(patsubst %,$(RESULTS)/gemma-%.json,main harmless long): AGAINST := --against s
 	sft-baseline:sft-in-place dpo-baseline:dpo dpo-in-place:dpo dpo-baseline:dpo-in-place
 $(RESULTS)/gemma-sampling.json: AGAINST := --against sft-baseline:sft sft-in-place:sft sft-baseline:sft-in-place
 
+# A search takes a minute or two, so one seed has to do.
+ATTACKED ?= 0
+$(RESULTS)/gemma-attacks.json: $(ATTACKED:%=$(GEMMA)/seed-%/gcg.done)
+	$(PY) -m backtrack.attacks table $(foreach s,$(ATTACKED),$(GEMMA)/seed-$s/gcg-*.jsonl) --out $@
+
 # How likely is the data set's answer to harmless test questions?
 $(GEMMA)/test-rows.done: $(GEMMA)/prompts.done $(JUDGE).json
 	$(G_COLLECT) --ckpt $(GEMMA3) --prompts $(@D)/test-harmless.jsonl --limit $(G_LIMIT) --out $(@D)/test-rows.jsonl
@@ -211,5 +233,5 @@ $(RESULTS)/gemma-likelihoods.json: $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done
 .PHONY: real-gemma3
 real-gemma3: $(VENV)/.installed-figures
 	$(MAKE) -j1 $(foreach s,$(G_SEEDS),$(G_MEASURED:%=$s/%.json))
-	$(MAKE) -j1 $(G_RESULTS) $(RESULTS)/gemma-likelihoods.json
+	$(MAKE) -j1 $(G_RESULTS) $(RESULTS)/gemma-likelihoods.json $(RESULTS)/gemma-attacks.json
 	$(PY) -m backtrack.report.trainings --results $(RESULTS)

@@ -140,6 +140,9 @@ def test_beginnings_are_the_first_tokens_of_bad_answers(tmp_path):
     *before, second = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
     turns = [*user("Harmless?"), {"role": "assistant", "content": "Yes."}, *user("Q0")]
     assert before == rows and second == prompts[0] | {"set": "second-turn", "prompt": turns, "prefill": ""}
+    command(beginnings.main, *words, "--tokens", 4, "--as", "target")
+    [aim] = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
+    assert aim == prompts[0] | {"set": "begun-4", "target": tok.decode(ids[:4]), "prefill": ""}
     _, said = command(beginnings.main, *words, "--after", file, code=2)
     assert 'no prompt has a "reference"' in said
     _, said = command(beginnings.main, *words, "--limit", 2, code=2)

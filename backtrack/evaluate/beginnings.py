@@ -8,6 +8,7 @@ Of the answers to forbidden prompts that every judge found bad and that have eno
 become prefills, in sets begun-8, begun-32 and begun-96: the same prompts in each. Ask them with backtrack.evaluate
 --judge-continuation, which judges what a model makes of such a beginning and not the beginning. With --after they are
 asked once more, in set second-turn: nothing is forced, but a harmless question and its reference answer stand before.
+With --as target they become what an attack aims at (backtrack.attacks), the same words for every model.
 --prompts, --sets and --limit must be those of the first command. What stands in the file can do harm: keep it out of
 repositories.
 """
@@ -39,7 +40,7 @@ def beginnings(args) -> list[dict]:
         bad += 1
         ids = tok.encode(record["response"])
         if len(ids) > max(args.tokens):  # the model wanted to say more
-            rows += [prompt | {"set": f"begun-{n}", "prefill": tok.decode(ids[:n])} for n in args.tokens]
+            rows += [prompt | {"set": f"begun-{n}", args.field: tok.decode(ids[:n])} for n in args.tokens]
             if args.after:
                 first = harmless[bad % len(harmless)]
                 turns = [*first["prompt"], {"role": "assistant", "content": first["reference"]}, *prompt["prompt"]]
@@ -57,6 +58,7 @@ def main() -> None:
     add_prompts(parser)
     add("--ckpt", required=True, help="the model that answered: its tokenizer counts")
     add("--tokens", type=positive, nargs="+", default=[8, 32, 96], help="of each beginning")
+    add("--as", dest="field", choices=("prefill", "target"), default="prefill", help="force them, or aim at them")
     add(
         "--after",
         metavar="FILE",
