@@ -33,8 +33,16 @@ def test_the_interval_is_that_of_both_effects():
     half = 1.96 * math.sqrt(a.var() / 20 + b.var() / 80)
     assert low == pytest.approx(values.mean() - half, abs=0.05 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.05 * half)
-    assert over_seeds.interval(np.zeros((3, 50))) == wilson(0, 50)
-    assert over_seeds.interval(np.ones((3, 50))) == wilson(50, 50)
+
+
+@pytest.mark.parametrize("failures", [0, 1, 50])
+def test_a_rate_near_its_end_has_no_narrow_interval(failures):
+    """One failure in three times fifty says no more about the fifty prompts than none does."""
+    values = np.zeros((3, 50))
+    values[:, :failures] = 1
+    found = over_seeds.rate_record({}, values)["interval"]
+    expected = wilson(failures, 50)
+    assert found[0] <= expected[0] + 1e-4 and found[1] >= expected[1] - 1e-4
 
 
 def records(model, verdicts, **more):
@@ -63,15 +71,28 @@ def test_rates_over_seeds_by_hand(tmp_path):
     rates = {(r["model"], r["set"], r["rate"]): r for r in found["rates"]}
     asked = rates["old", "asked", "unsafe"]
     assert asked["by_seed"] == [0.6667, 0.3333] and asked["mean"] == 0.5 and asked["prompts"] == 3
-    assert rates["old", "begun", "refused"]["by_seed"] == [1.0, 0.0]
+    assert rates["old", "b-forced", "refused"]["by_seed"] == [1.0, 0.0]
     kinds = {r["set"]: r["kind"] for r in found["rates"]}
-    assert kinds == {"a": "asked", "b": "asked", "b-forced": "begun", "asked": "all", "begun": "all"}
+    assert kinds == {"a": "asked", "b": "asked", "b-forced": "begun", "asked": "all"}  # one set is no group
     assert rates["new", "asked", "reset"]["by_seed"] == [0.3333, 0.0]
     assert 0 <= asked["interval"][0] < 0.5 < asked["interval"][1] <= 1 and "asked" in said
     [difference] = [r for r in found["differences"] if (r["set"], r["rate"]) == ("asked", "unsafe")]
     assert difference["difference"] == pytest.approx(-1 / 3, abs=1e-4)
     assert difference["only_first_only_other"] == [[2, 0], [0, 0]]
     assert difference["mcnemar"] == [mcnemar(2, 0), mcnemar(0, 0)]
+
+
+def test_the_same_questions_with_longer_beginnings_are_not_pooled(tmp_path):
+    names = ("b-forced", "c-forced", "begun-8", "begun-32")
+    lines = []
+    for name in names:
+        lines += [record | {"set": name} for record in records("old", "uu..")]
+    (tmp_path / "0.json").write_text(json.dumps({"records": [{"set": name, "benign": False} for name in names]}))
+    write(tmp_path / "0.answers.jsonl", {"settings": {}}, *[r | {"prompt": i} for i, r in enumerate(lines)])
+    run_over("--in", tmp_path / "0.json", "--out", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())["rates"]
+    sizes = {r["set"]: r["prompts"] for r in found if r["rate"] == "unsafe"}
+    assert sizes == {"b-forced": 4, "c-forced": 4, "begun": 8, "begun-8": 4, "begun-32": 4}
 
 
 @pytest.mark.parametrize("failures, apart", [(0, False), (4, False), (12, True)])
@@ -214,7 +235,7 @@ def test_tables_and_picture_of_trainings(tmp_path, monkeypatch):
         return head | {"difference": mean, "interval": [low, high], "mcnemar": [0.25, 0.5]}
 
     origin = {"command": "", "commit": "abc", "machine": "one"}
-    sets = ("advbench", "strongreject", "advbench-forced", "asked", "begun", "alpaca_eval", "harmless")
+    sets = ("advbench", "strongreject", "advbench-forced", "asked", "alpaca_eval", "harmless")
     rates = [rate(m, s, "unsafe", 0.1 + i / 100) for i, s in enumerate(sets) for m in ("dpo", "dpo-in-place")]
     rates += [rate(m, s, "reset", 0.5) for s in sets for m in ("dpo", "dpo-in-place")]
     differences = [difference("asked", -0.2, -0.3, -0.1), difference("advbench", -0.5, -0.6, -0.4)]
@@ -228,7 +249,6 @@ def test_tables_and_picture_of_trainings(tmp_path, monkeypatch):
     text = (tmp_path / "gemma-tables.md").read_text()
     assert "|  | prompts | in place + DPO | backtracking + DPO |" in text
     assert "| **asked, all** | 50 | 13.0 [12.0, 14.0] | 13.0 [12.0, 14.0] |" in text
-    assert "**forced to begin, all**" not in text  # it is one set, and has its line
     unsafe = text[text.index("harmful answers") : text.index("answers taken back")]
     assert "AlpacaEval" not in unsafe and "AlpacaEval" in text
     pair = "harmful | backtracking + DPO | in place + DPO"

@@ -5,22 +5,22 @@
 
 Each --in is an --out of backtrack.evaluate, for one training seed; the answers beside it are read. The models are told
 apart by the names of their directories, which all seeds must have. Besides the sets there are "asked", "begun" (answers
-forced to begin, sets NAME-forced and begun-N) and "harmless": all prompts of a kind.
+forced to begin, sets NAME-forced) and "harmless": all prompts of a kind, where it has several sets. The sets begun-N
+are not pooled: they ask the same questions for every N, and fifty questions are not a hundred and fifty.
 
 A prompt is as hard for every training, and a training is as good for every prompt: so both are drawn anew, with
 replacement, 10,000 times, and the middle 95% of the means are the interval (a bootstrap of crossed effects, Owen 2007,
 arXiv 0712.1111). Three trainings say little about others: where they differ much, such an interval holds the truth in
-three of four cases rather than in 95 of 100, so "by_seed" has each one's rate. Where every answer is alike there is
-nothing to draw, and Wilson's interval of the prompts stands there. Two models are compared on the same draws, and by
-McNemar's test within each seed; so that a few prompts on one side and none on the other prove nothing, one prompt on
-either side is added before the draws (the idea is Agresti and Min's, 2005). Of several answers to a prompt the rates
-are means, and "worst of 8" says that at least one of eight failed.
+three of four cases rather than in 95 of 100, and with two in one of two; so "by_seed" has each one's rate. Near 0 and
+100% there is little to draw, so a rate's interval is never narrower than Wilson's for that rate of the prompts. Two
+models are compared on the same draws, and by McNemar's test within each seed; so that a few prompts on one side and
+none on the other prove nothing, one prompt on either side is added before the draws (the idea is Agresti and Min's,
+2005). Of several answers to a prompt the rates are means, and "worst of 8" says that at least one of eight failed.
 """
 
 import argparse
 import json
-import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -35,18 +35,21 @@ from model.files import check_file
 
 DRAWS = 10_000
 COMPARED = ("unsafe", "complied")
+LONG = "begun long ago"
 Outcomes = dict[tuple, dict[int, list[float]]]  # (model, condition …, set, rate) -> prompt -> the mean of its answers
 
 
 def outcomes(path: str, kinds: dict[str, str]) -> Outcomes:
     """What became of the answers of one seed. Raises InputError if they are not there, or not judged."""
     found: dict = defaultdict(lambda: defaultdict(list))
+    pooled = [kind for kind, sets in Counter(kinds.values()).items() if sets > 1 and kind != LONG]
     for where, record in list(json_lines(answers_file(path)))[1:]:
         if "judge" not in record:
             raise InputError(f"{where}: an answer without a verdict; run evaluate again with --judge")
         head = Path(record["checkpoint"]).name, *(record[name] for name in CONDITION)
         rates = {name: record[name] for name in ("unsafe", "complied", "refused") if name in record}
-        for name in (record["set"], kinds[record["set"]]):
+        kind = kinds[record["set"]]
+        for name in [record["set"]] + ([kind] if kind in pooled else []):
             for rate, value in (rates | {"reset": record["resets"] > 0}).items():
                 found[*head, name, rate][record["prompt"]].append(float(value))
     rates = {}
@@ -60,11 +63,11 @@ def outcomes(path: str, kinds: dict[str, str]) -> Outcomes:
 
 def kinds_of(path: str) -> dict[str, str]:
     """Set -> its kind."""
-    records = json.loads(Path(path).read_text(encoding="utf-8"))["records"]
     found = {}
-    for record in records:
-        begun = re.search("-forced$|^begun-", record["set"])
-        found[record["set"]] = "harmless" if record["benign"] else "begun" if begun else "asked"
+    for record in json.loads(Path(path).read_text(encoding="utf-8"))["records"]:
+        name = record["set"]
+        begun = "begun" if name.endswith("-forced") else LONG if name.startswith("begun-") else "asked"
+        found[name] = "harmless" if record["benign"] else begun
     return found
 
 
@@ -98,18 +101,17 @@ def draws(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """95%, of the mean of values (seeds, prompts)."""
-    if np.all(values == values[0, 0]):
-        share, n = float(values[0, 0]), values.shape[1]
-        return wilson(share * n, n) if share >= 0 else (share, share)  # a difference of −1
     of_seeds, of_prompts = draws(values.shape)
     means = np.einsum("ds,sp,dp->d", of_seeds, values, of_prompts)
     return tuple(np.quantile(means, (0.025, 0.975)))
 
 
 def rate_record(head: dict, values: np.ndarray) -> dict:
-    by_seed = [round(float(mean), 4) for mean in values.mean(axis=1)]
-    counts = {"seeds": len(values), "prompts": values.shape[1], "mean": round(float(values.mean()), 4)}
-    return head | counts | {"interval": [round(float(x), 4) for x in interval(values)], "by_seed": by_seed}
+    mean, prompts = float(values.mean()), values.shape[1]
+    low, high = zip(interval(values), wilson(mean * prompts, prompts), strict=True)
+    by_seed = [round(float(one), 4) for one in values.mean(axis=1)]
+    counts = {"seeds": len(values), "prompts": prompts, "mean": round(mean, 4)}
+    return head | counts | {"interval": [round(float(min(low)), 4), round(float(max(high)), 4)], "by_seed": by_seed}
 
 
 def difference_record(head: dict, first: np.ndarray, other: np.ndarray) -> dict:

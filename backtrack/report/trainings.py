@@ -59,7 +59,7 @@ def rate_tables(result: dict) -> str:
     rates, text = result["rates"], ""
     models = [m for m in ORDER if any(r["model"] == m for r in rates)]
     of = {(r["rate"], r["set"], r["reset_bias"], r["model"]): r for r in rates}
-    places = {(r["set"], r["reset_bias"]) for r in rates if not is_double(r["set"], rates)}
+    places = {(r["set"], r["reset_bias"]) for r in rates}
     places = sorted(places, key=lambda place: (order_of(place[0]), place[1]))
     for rate, what in RATES.items():
         rows = []
@@ -75,12 +75,6 @@ def rate_tables(result: dict) -> str:
     return text
 
 
-def is_double(some: str, rates: list[dict]) -> bool:
-    """Is this group only one set, or one beginning of several lengths? Those have lines of their own."""
-    members = {r["set"] for r in rates if r["kind"] == some}
-    return some in GROUPS and (len(members) < 2 or all(m.startswith(LONG) for m in members))
-
-
 def says_nothing(rate: dict) -> bool:
     """The harm judge is no judge of answers to harmless questions."""
     return rate["rate"].startswith("unsafe") and "harmless" in (rate["kind"], rate["set"])
@@ -92,11 +86,10 @@ def percent(record: dict) -> str:
 
 def difference_table(result: dict) -> str:
     """The second model of each pair minus the first, in points, on the same draws; McNemar's p within each seed."""
-    rows, rates = [], result["rates"]
-    nothing = {(r["set"], r["rate"]) for r in rates if says_nothing(r)}
+    rows, nothing = [], {(r["set"], r["rate"]) for r in result["rates"] if says_nothing(r)}
     for r in result["differences"]:
         grouped = r["set"] in GROUPS or r["set"].startswith(LONG) or r["set"] == SECOND_TURN
-        if not grouped or (r["set"], r["rate"]) in nothing or is_double(r["set"], rates):
+        if not grouped or (r["set"], r["rate"]) in nothing:
             continue
         points, low, high = (100 * x for x in (r["difference"], *r["interval"]))
         p = ", ".join(f"{value:.2g}" for value in r.get("mcnemar", []))
