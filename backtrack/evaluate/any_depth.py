@@ -1,5 +1,7 @@
 """A control without training, Any-Depth Alignment (arXiv 2510.18081): the model is asked again in mid-answer.
 
+This is the paper's ADA-RK, which lets the model speak; its ADA-LP reads hidden states with a probe and is not here.
+
     python -m backtrack.evaluate --ckpt runs/sft-baseline --any-depth 32 --judge runs/refusal-judge …
 
 A model that was begun for it hardly turns round by itself, but the place where an answer starts is where it has learned
