@@ -17,7 +17,7 @@ G_GIVEN   := 60
 G_STEPS   := 4
 G_PAIRS   := 2
 G_LIMIT   := 4
-G_MANY    := 8
+G_FEW     := 4
 G_BEHIND  := 4
 G_TOKENS  := 32
 G_LONG    := 4 8 16
@@ -31,8 +31,8 @@ G_OWN     := 200
 G_GIVEN   := 2000
 G_STEPS   := 60
 G_PAIRS   := 6
-G_LIMIT   := 35
-G_MANY    := 100
+G_LIMIT   := 100
+G_FEW     := 35
 G_BEHIND  := 50
 G_TOKENS  := 96
 G_LONG    := 8 32 96
@@ -47,7 +47,8 @@ G_LEVEL := -2
 G_DPO_LEVEL := -1
 G_DPO   := --lr 1e-6 --beta 0.1
 
-# A training takes 13 to 16 GB, so they run one after another, with all cores.
+# A training takes 13 to 16 GB, so they run one after another, with all cores. An evaluation takes 3 GB, and most of its
+# operations are too small to share: two on one core each are nearly twice as fast as one after another on both.
 ON_CORES := GOMP_SPINCOUNT=10000 $(PY)
 # Logits of 262,144 words for 64 answers are 67 MB a step: to keep freed memory instead of returning it to the kernel makes
 # decoding 1.2 to 1.6 times as fast. (In training the pieces differ in size, and what is kept runs out of memory.)
@@ -167,16 +168,12 @@ G_TEST = --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/test-small.jsonl $(GEMMA)
 $(GEMMA)/seed-%/main.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(HARM).json
 	$(G_EVAL) $(G_TEST) --limit $(G_LIMIT)
 
-# What it costs, on more prompts.
-$(GEMMA)/seed-%/harmless.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(HARM).json
-	$(G_EVAL) --prompts $(GEMMA)/test-harmless.jsonl --limit $(G_MANY)
-
 $(GEMMA)/seed-%/long.json: $(foreach m,$(G_MODELS),$(GEMMA)/seed-%/$m.done) $(GEMMA)/long.done
 	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND)
 
 # Any-Depth Alignment, a control without training: the baseline, asked again after every 32 tokens.
 $(GEMMA)/seed-%/any-depth.json: $(GEMMA)/seed-%/sft-baseline.done $(GEMMA)/long.done
-	$(G_EVAL) $(G_TEST) --limit $(G_LIMIT) --any-depth 32
+	$(G_EVAL) $(G_TEST) --limit $(G_FEW) --any-depth 32
 
 $(GEMMA)/seed-%/any-depth-long.json: $(GEMMA)/seed-%/sft-baseline.done $(GEMMA)/long.done
 	$(G_EVAL) --prompts $(GEMMA)/long.jsonl --limit $(G_BEHIND) --any-depth 32
@@ -186,7 +183,7 @@ $(GEMMA)/seed-%/sampling.json: $(foreach m,sft-baseline sft-in-place sft,$(GEMMA
 
 $(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/sft.done $(GEMMA)/long.done
 	$(G_EVAL) --prompts $(GEMMA)/test-unsafe.jsonl $(GEMMA)/long.jsonl $(GEMMA)/test-harmless.jsonl \
-		--sets advbench-forced begun-$(lastword $(G_LONG)) alpaca_eval oasst --limit $(G_LIMIT) --reset-bias -5 -2 0 2 5
+		--sets advbench-forced begun-$(lastword $(G_LONG)) alpaca_eval oasst --limit $(G_FEW) --reset-bias -5 -2 0 2 5
 
 # Adaptive GCG. It knows about [RESET], and wants of all models the same words: 32 tokens of the helpful model's answer.
 $(GEMMA)/aims.jsonl: $(GEMMA)/long.done
@@ -204,14 +201,14 @@ $(GEMMA)/seed-%/gcg.done: $(foreach m,dpo-baseline dpo-in-place dpo,$(GEMMA)/see
 # ── The seeds together ─────────────────────────────────────────────────────────────────────────────────────────────
 
 G_SEEDS   := $(SEEDS:%=$(GEMMA)/seed-%)
-G_MEASURED := main harmless long any-depth any-depth-long sampling bias
+G_MEASURED := main long any-depth any-depth-long sampling bias
 G_RESULTS := $(G_MEASURED:%=$(RESULTS)/gemma-%.json)
 
 $(RESULTS)/gemma-%.json: $(addsuffix /%.json,$(G_SEEDS))
 	@mkdir -p $(@D)
 	$(PY) -m backtrack.evaluate.over_seeds --in $^ $(AGAINST) --out $@
 
-$(patsubst %,$(RESULTS)/gemma-%.json,main harmless long): AGAINST := --against sft-baseline:sft sft-in-place:sft \
+$(patsubst %,$(RESULTS)/gemma-%.json,main long): AGAINST := --against sft-baseline:sft sft-in-place:sft \
 	sft-baseline:sft-in-place dpo-baseline:dpo dpo-in-place:dpo dpo-baseline:dpo-in-place
 $(RESULTS)/gemma-sampling.json: AGAINST := --against sft-baseline:sft sft-in-place:sft sft-baseline:sft-in-place
 
@@ -222,7 +219,7 @@ $(RESULTS)/gemma-attacks.json: $(ATTACKED:%=$(GEMMA)/seed-%/gcg.done)
 
 # How likely is the data set's answer to harmless test questions?
 $(GEMMA)/test-rows.done: $(GEMMA)/prompts.done $(JUDGE).json
-	$(G_COLLECT) --ckpt $(GEMMA3) --prompts $(@D)/test-harmless.jsonl --limit $(G_LIMIT) --out $(@D)/test-rows.jsonl
+	$(G_COLLECT) --ckpt $(GEMMA3) --prompts $(@D)/test-harmless.jsonl --limit $(G_FEW) --out $(@D)/test-rows.jsonl
 	@touch $@
 
 $(RESULTS)/gemma-likelihoods.json: $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done)) $(GEMMA)/test-rows.done
@@ -232,6 +229,7 @@ $(RESULTS)/gemma-likelihoods.json: $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done
 # The seeds are named, or make would find the committed results new enough and add no seed to them.
 .PHONY: real-gemma3
 real-gemma3: $(VENV)/.installed-figures
-	$(MAKE) -j1 $(foreach s,$(G_SEEDS),$(G_MEASURED:%=$s/%.json))
+	$(MAKE) -j1 $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done)) $(GEMMA)/long.done
+	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(foreach s,$(G_SEEDS),$(G_MEASURED:%=$s/%.json)) $(ATTACKED:%=$(GEMMA)/seed-%/gcg.done)
 	$(MAKE) -j1 $(G_RESULTS) $(RESULTS)/gemma-likelihoods.json $(RESULTS)/gemma-attacks.json
 	$(PY) -m backtrack.report.trainings --results $(RESULTS)
