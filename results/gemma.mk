@@ -213,9 +213,9 @@ $(patsubst %,$(RESULTS)/gemma-%.json,main long): AGAINST := --against sft-baseli
 $(RESULTS)/gemma-sampling.json: AGAINST := --against sft-baseline:sft sft-in-place:sft sft-baseline:sft-in-place
 
 # A search takes a minute or two, so one seed has to do.
-ATTACKED ?= 0
-$(RESULTS)/gemma-attacks.json: $(ATTACKED:%=$(GEMMA)/seed-%/gcg.done)
-	$(PY) -m backtrack.attacks table $(foreach s,$(ATTACKED),$(GEMMA)/seed-$s/gcg-*.jsonl) --out $@
+G_ATTACKED ?= 0
+$(RESULTS)/gemma-attacks.json: $(G_ATTACKED:%=$(GEMMA)/seed-%/gcg.done)
+	$(PY) -m backtrack.attacks table $(foreach s,$(G_ATTACKED),$(GEMMA)/seed-$s/gcg-*.jsonl) --out $@
 
 # How likely is the data set's answer to harmless test questions?
 $(GEMMA)/test-rows.done: $(GEMMA)/prompts.done $(JUDGE).json
@@ -230,6 +230,6 @@ $(RESULTS)/gemma-likelihoods.json: $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done
 .PHONY: real-gemma3
 real-gemma3: $(VENV)/.installed-figures
 	$(MAKE) -j1 $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done)) $(GEMMA)/long.done
-	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(foreach s,$(G_SEEDS),$(G_MEASURED:%=$s/%.json)) $(ATTACKED:%=$(GEMMA)/seed-%/gcg.done)
+	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(foreach s,$(G_SEEDS),$(G_MEASURED:%=$s/%.json)) $(G_ATTACKED:%=$(GEMMA)/seed-%/gcg.done)
 	$(MAKE) -j1 $(G_RESULTS) $(RESULTS)/gemma-likelihoods.json $(RESULTS)/gemma-attacks.json
 	$(PY) -m backtrack.report.trainings --results $(RESULTS)
