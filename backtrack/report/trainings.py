@@ -1,6 +1,6 @@
 """Tables and pictures of several trainings of one real model, from what backtrack.evaluate.over_seeds has written.
 
-    python -m backtrack.report.trainings --results results      # gemma-tables.md, gemma.png, gemma-long.png
+    python -m backtrack.report.trainings --results results      # gemma-tables.md, gemma-long.png
 
 Rates are means over training seeds; brackets are 95% intervals over seeds and prompts together. Two judges: *harmful*
 is the harm judge's verdict, *complied* the refusal judge's.
@@ -32,7 +32,6 @@ RATES = {
 # result -> title of its section
 SECTIONS = {
     "gemma-main": "Asked, forced to begin, harmless",
-    "gemma-harmless": "Harmless questions, more of them",
     "gemma-long": "Answers that began long ago",
     "gemma-any-depth": "Any-Depth Alignment: the baseline, asked again after every 32 tokens",
     "gemma-any-depth-long": "The same behind long beginnings",
