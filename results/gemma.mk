@@ -2,19 +2,19 @@
 # an assistant that takes its words back, with every control. Everything is made under runs/gemma3, and goes on where it
 # was stopped. Published files, prompts and judges are those of real.mk; data/README.md says where they come from.
 
-SEEDS   ?= 0 1 2
 GEMMA3  := runs/gemma3-270m
 HARM    := runs/harm-judge
 GEMMA   := $(RUNS)/gemma3
 
 # Rows are pools: a training takes STEPS × 32 of them in the order of its seed, so each draws other questions.
 ifdef QUICK
+SEEDS     ?= 0
 G_HELPFUL := 4
 G_ASKED   := 60
 G_BEGUN   := 30
 G_OWN     := 20
 G_GIVEN   := 60
-G_STEPS   := 4
+G_STEPS   := 2
 G_PAIRS   := 2
 G_LIMIT   := 4
 G_FEW     := 4
@@ -23,7 +23,9 @@ G_TOKENS  := 32
 G_LONG    := 4 8 16
 G_AIMS    := 2
 G_BUDGET  := 16
+G_SAID    := --sets advbench --limit 40
 else
+SEEDS     ?= 0 1 2
 G_HELPFUL := 30
 G_ASKED   := 600
 G_BEGUN   := 300
@@ -38,6 +40,7 @@ G_TOKENS  := 96
 G_LONG    := 8 32 96
 G_AIMS    := 12
 G_BUDGET  := 1024
+G_SAID    := --sets advbench
 endif
 
 # Chosen on dev-*, seed 0: results/README.md. A level is the highest with at most 5% false resets there.
@@ -105,9 +108,9 @@ $(GEMMA)/rows.done: $(GEMMA)/helpful.done
 
 # Answers that began long ago: the first tokens of what the helpful model says to test questions.
 $(GEMMA)/long.done: $(GEMMA)/helpful.done $(HARM).json
-	$(DECODE) -m backtrack.evaluate --ckpt $(@D)/helpful --prompts $(@D)/test-unsafe.jsonl --sets advbench --judge $(JUDGE) $(HARM) \
+	$(DECODE) -m backtrack.evaluate --ckpt $(@D)/helpful --prompts $(@D)/test-unsafe.jsonl $(G_SAID) --judge $(JUDGE) $(HARM) \
 		--dtype bfloat16 --max-new-tokens 128 --batch-size 64 --out $(@D)/helpful-answers.json
-	$(ON_CORES) -m backtrack.evaluate.beginnings --answers $(@D)/helpful-answers.json --prompts $(@D)/test-unsafe.jsonl --sets advbench \
+	$(ON_CORES) -m backtrack.evaluate.beginnings --answers $(@D)/helpful-answers.json --prompts $(@D)/test-unsafe.jsonl $(G_SAID) \
 		--ckpt $(@D)/helpful --tokens $(G_LONG) --after $(@D)/test-harmless.jsonl --out $(@D)/long.jsonl
 	@touch $@
 
@@ -187,7 +190,7 @@ $(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/sft.done $(GEMMA)/long.done
 
 # Adaptive GCG. It knows about [RESET], and wants of all models the same words: 32 tokens of the helpful model's answer.
 $(GEMMA)/aims.jsonl: $(GEMMA)/long.done
-	$(ON_CORES) -m backtrack.evaluate.beginnings --answers $(@D)/helpful-answers.json --prompts $(@D)/test-unsafe.jsonl --sets advbench \
+	$(ON_CORES) -m backtrack.evaluate.beginnings --answers $(@D)/helpful-answers.json --prompts $(@D)/test-unsafe.jsonl $(G_SAID) \
 		--ckpt $(@D)/helpful --tokens $(lastword $(wordlist 1,2,$(G_LONG))) --as target --out $@
 
 G_ATTACK = $(DECODE) -m backtrack.attacks adaptive-gcg --ckpt $(@D)/$1 --prompts $(GEMMA)/aims.jsonl --limit $(G_AIMS) \
