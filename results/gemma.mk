@@ -195,7 +195,8 @@ $(GEMMA)/aims.jsonl: $(GEMMA)/long.done
 
 G_ATTACK = $(DECODE) -m backtrack.attacks adaptive-gcg --ckpt $(@D)/$1 --prompts $(GEMMA)/aims.jsonl --limit $(G_AIMS) \
 	--judge $(JUDGE) --budget $(G_BUDGET) --batch-size 16 --max-new-tokens $(G_TOKENS) --dtype bfloat16 --out $(@D)/gcg-$1.jsonl
-$(GEMMA)/seed-%/gcg.done: $(foreach m,dpo-baseline dpo-in-place dpo,$(GEMMA)/seed-%/$m.done) $(GEMMA)/aims.jsonl
+G_DPO_MODELS := dpo-baseline dpo-in-place dpo
+$(GEMMA)/seed-%/gcg.done: $(foreach m,$(G_DPO_MODELS),$(GEMMA)/seed-%/$m.done) $(GEMMA)/aims.jsonl
 	$(call G_ATTACK,dpo-baseline)
 	$(call G_ATTACK,dpo-in-place)
 	$(call G_ATTACK,dpo)
@@ -218,7 +219,7 @@ $(RESULTS)/gemma-sampling.json: AGAINST := --against sft-baseline:sft sft-in-pla
 # A search takes a minute or two, so one seed has to do.
 G_ATTACKED ?= 0
 $(RESULTS)/gemma-attacks.json: $(G_ATTACKED:%=$(GEMMA)/seed-%/gcg.done)
-	$(PY) -m backtrack.attacks table $(foreach s,$(G_ATTACKED),$(GEMMA)/seed-$s/gcg-*.jsonl) --out $@
+	$(PY) -m backtrack.attacks table $(foreach s,$(G_ATTACKED),$(G_DPO_MODELS:%=$(GEMMA)/seed-$s/gcg-%.jsonl)) --out $@
 
 # How likely is the data set's answer to harmless test questions?
 $(GEMMA)/test-rows.done: $(GEMMA)/prompts.done $(JUDGE).json
