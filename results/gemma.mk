@@ -191,15 +191,20 @@ $(GEMMA)/seed-%/bias.json: $(GEMMA)/seed-%/sft.done $(GEMMA)/long.done
 # Adaptive GCG. It knows about [RESET], and wants of all models the same words: 32 tokens of the helpful model's answer.
 $(GEMMA)/aims.jsonl: $(GEMMA)/long.done
 	$(ON_CORES) -m backtrack.evaluate.beginnings --answers $(@D)/helpful-answers.json --prompts $(@D)/test-unsafe.jsonl $(G_SAID) \
-		--ckpt $(@D)/helpful --tokens $(lastword $(wordlist 1,2,$(G_LONG))) --as target --out $@
+		--ckpt $(@D)/helpful --tokens $(word 2,$(G_LONG)) --as target --out $@
 
-G_ATTACK = $(DECODE) -m backtrack.attacks adaptive-gcg --ckpt $(@D)/$1 --prompts $(GEMMA)/aims.jsonl --limit $(G_AIMS) \
-	--judge $(JUDGE) --budget $(G_BUDGET) --batch-size 16 --max-new-tokens $(G_TOKENS) --dtype bfloat16 --out $(@D)/gcg-$1.jsonl
-G_DPO_MODELS := dpo-baseline dpo-in-place dpo
-$(GEMMA)/seed-%/gcg.done: $(foreach m,$(G_DPO_MODELS),$(GEMMA)/seed-%/$m.done) $(GEMMA)/aims.jsonl
-	$(call G_ATTACK,dpo-baseline)
-	$(call G_ATTACK,dpo-in-place)
-	$(call G_ATTACK,dpo)
+G_ATTACK = $(DECODE) -m backtrack.attacks adaptive-gcg --ckpt $(basename $<) --prompts $(GEMMA)/aims.jsonl --limit $(G_AIMS) \
+	--judge $(JUDGE) --budget $(G_BUDGET) --batch-size 16 --max-new-tokens $(G_TOKENS) --dtype bfloat16 --out $(basename $@).jsonl
+$(GEMMA)/seed-%/gcg-dpo-baseline.done: $(GEMMA)/seed-%/dpo-baseline.done $(GEMMA)/aims.jsonl
+	$(G_ATTACK)
+	@touch $@
+
+$(GEMMA)/seed-%/gcg-dpo-in-place.done: $(GEMMA)/seed-%/dpo-in-place.done $(GEMMA)/aims.jsonl
+	$(G_ATTACK)
+	@touch $@
+
+$(GEMMA)/seed-%/gcg-dpo.done: $(GEMMA)/seed-%/dpo.done $(GEMMA)/aims.jsonl
+	$(G_ATTACK)
 	@touch $@
 
 # ── The seeds together ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -217,9 +222,10 @@ $(patsubst %,$(RESULTS)/gemma-%.json,main long): AGAINST := --against sft-baseli
 $(RESULTS)/gemma-sampling.json: AGAINST := --against sft-baseline:sft sft-in-place:sft sft-baseline:sft-in-place
 
 # A search takes a minute or two, so one seed has to do.
-G_ATTACKED ?= 0
-$(RESULTS)/gemma-attacks.json: $(G_ATTACKED:%=$(GEMMA)/seed-%/gcg.done)
-	$(PY) -m backtrack.attacks table $(foreach s,$(G_ATTACKED),$(G_DPO_MODELS:%=$(GEMMA)/seed-$s/gcg-%.jsonl)) --out $@
+G_ATTACKED ?= $(firstword $(SEEDS))
+G_ATTACKS  := $(foreach s,$(G_ATTACKED),$(patsubst %,$(GEMMA)/seed-$s/gcg-%.done,$(filter dpo%,$(G_MODELS))))
+$(RESULTS)/gemma-attacks.json: $(G_ATTACKS)
+	$(PY) -m backtrack.attacks table $(^:.done=.jsonl) --out $@
 
 # How likely is the data set's answer to harmless test questions?
 $(GEMMA)/test-rows.done: $(GEMMA)/prompts.done $(JUDGE).json
@@ -233,7 +239,7 @@ $(RESULTS)/gemma-likelihoods.json: $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done
 # The seeds are named, or make would find the committed results new enough and add no seed to them.
 .PHONY: real-gemma3
 real-gemma3: $(VENV)/.installed-figures
-	$(MAKE) -j1 $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done)) $(GEMMA)/long.done
-	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(foreach s,$(G_SEEDS),$(G_MEASURED:%=$s/%.json)) $(G_ATTACKED:%=$(GEMMA)/seed-%/gcg.done)
+	$(MAKE) -j1 $(foreach s,$(sort $(SEEDS) $(G_ATTACKED)),$(G_MODELS:%=$(GEMMA)/seed-$s/%.done)) $(GEMMA)/long.done
+	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(foreach s,$(G_SEEDS),$(G_MEASURED:%=$s/%.json)) $(G_ATTACKS)
 	$(MAKE) -j1 $(G_RESULTS) $(RESULTS)/gemma-likelihoods.json $(RESULTS)/gemma-attacks.json
 	$(PY) -m backtrack.report.trainings --results $(RESULTS)
