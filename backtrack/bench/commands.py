@@ -19,18 +19,19 @@ import torch
 
 from backtrack.bench.__main__ import timed
 from backtrack.bench.limits import record, said
-from backtrack.evaluate.prompts import render, sampler_ids
+from backtrack.evaluate.prompts import sampler_ids
 from backtrack.evaluate.results import write_result
 from backtrack.generate import generate
 from backtrack.judge import Verdict
-from model import load_model, load_tokenizer
+from model import InputError, load_model, load_tokenizer
 from model.errors import positive, run
 from model.files import check_file
 
 QUESTIONS, NEW_TOKENS, BATCH = 512, 48, 64
+# What each is told besides, and how `generate` does the same.
 COMMANDS = {
-    "evaluate": [],
-    "collect": ["--benign", "own"],
+    "evaluate": ([], {}),
+    "collect": (["--benign", "own"], {"max_resets": 0}),
 }
 
 
@@ -44,21 +45,23 @@ def question(number: int) -> dict:
 
 
 def whole_command(name: str, ckpt: str, prompts: Path) -> None:
-    """Run it in a process of its own, with an --out that nobody has begun."""
+    """Run it in a process of its own, with an --out that nobody has begun. Raises InputError with what it said."""
+    flags, _ = COMMANDS[name]
     with tempfile.TemporaryDirectory() as directory:
         words = ["--ckpt", ckpt, "--prompts", prompts, "--judge", f"{__spec__.name}:no_judge", "--dtype", "bfloat16"]
         words += ["--max-new-tokens", NEW_TOKENS, "--batch-size", BATCH, "--out", f"{directory}/out.json"]
-        command = [sys.executable, "-m", f"backtrack.{name}", *map(str, words), *COMMANDS[name]]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-m", f"backtrack.{name}", *map(str, words), *flags]
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if ended.returncode != 0:
+        raise InputError(f"backtrack.{name}: {ended.stderr.strip().splitlines()[-1]}")
 
 
 def compare(name: str, ckpt: str, model, tok, repeats: int) -> dict:
     """One record, as those of backtrack.bench.limits."""
     questions = [question(number) for number in range(QUESTIONS)]
-    ids = [render(tok, {"prompt": [{"role": "user", "content": q["prompt"]}]}) for q in questions]
-    options = sampler_ids(tok) | {"max_new_tokens": NEW_TOKENS, "batch_size": BATCH}
-    if name == "collect":
-        options["max_resets"] = 0
+    ids = [tok.render([{"role": "user", "content": q["prompt"]}]) for q in questions]
+    _, as_it_does = COMMANDS[name]
+    options = sampler_ids(tok) | {"max_new_tokens": NEW_TOKENS, "batch_size": BATCH} | as_it_does
     speeds, shares = [], []
     with tempfile.TemporaryDirectory() as directory:
         prompts = Path(directory) / "prompts.jsonl"
