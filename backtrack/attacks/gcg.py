@@ -67,11 +67,10 @@ class Objective:
         wanted = logits[:, :m].gather(-1, target.expand(len(logits), m)[..., None])[..., 0]  # (N, m)
         if self.reset_id is None:
             return (logits[:, :m].logsumexp(dim=-1) - wanted).mean(dim=-1)  # − mean_t log π(y_t | …)
-        # log(1 − π) of what is left beside [RESET] is exact, even where π is 1 in fp32.
-        reset = logits[..., self.reset_id]  # (N, m + 1)
+        # All but [RESET] are summed up by themselves: 1 − π would be 0 in fp32 where π is nearly 1.
         before, after = logits[..., : self.reset_id], logits[..., self.reset_id + 1 :]
-        others = torch.logaddexp(before.logsumexp(dim=-1), after.logsumexp(dim=-1))
-        everything = torch.logaddexp(others, reset)
+        others = torch.logaddexp(before.logsumexp(dim=-1), after.logsumexp(dim=-1))  # (N, m + 1)
+        everything = torch.logaddexp(others, logits[..., self.reset_id])
         no_reset = others - everything  # log(1 − π([RESET] | …))
         return (everything[:, :m] - wanted).mean(dim=-1) - self.weight * no_reset.mean(dim=-1)
 
