@@ -177,11 +177,10 @@ def test_the_endpoint_says_what_our_sampler_says(served, tmp_path):
             assert joined(front.chunks(**body))[0] == tok.decode(g.tokens)
 
 
+@pytest.mark.parametrize("served", ["TOY"], indirect=True)  # its prompts name potions
 @torch.no_grad()
 def test_load_beside_vllms_own(served, tmp_path, capsys):
-    name, model, tok, url, there = served
-    if name != "TOY":
-        pytest.skip("the toy's prompts name potions")
+    _, model, tok, url, there = served
     count = int(os.environ.get("REQUESTS", 500))
     chats = chats_of(os.environ["TOY"], count)
     options = options_of(tok, 48, prefill=[tok.encode(opening) for _, opening in chats], batch_size=64)
