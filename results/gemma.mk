@@ -50,13 +50,6 @@ G_LEVEL := -2
 G_DPO_LEVEL := -1
 G_DPO   := --lr 1e-6 --beta 0.1
 
-# A training takes 13 to 16 GB, so they run one after another, with all cores. An evaluation takes 3 GB, and most of its
-# operations are too small to share: two on one core each are nearly twice as fast as one after another on both.
-ON_CORES := GOMP_SPINCOUNT=10000 $(PY)
-# Logits of 262,144 words for 64 answers are 67 MB a step: to keep freed memory instead of returning it to the kernel makes
-# decoding 1.2 to 1.6 times as fast. (In training the pieces differ in size, and what is kept runs out of memory.)
-DECODE := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_ARENA_MAX=1 $(ON_CORES)
-
 # ── Judges, prompts, and a model that only helps ───────────────────────────────────────────────────────────────────
 
 # train.csv and evaluate.csv are no names of their own: they lie in a folder that has gptfuzz in its name.
@@ -236,6 +229,8 @@ $(RESULTS)/gemma-likelihoods.json: $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done
 	$(DECODE) -m backtrack.evaluate.likelihoods --ckpt $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%)) --rows $(GEMMA)/test-rows.jsonl \
 		--max-length 512 --dtype bfloat16 --out $@
 
+# A training takes 13 to 16 GB, so they run one after another, with all cores. An evaluation takes 3 GB, and most of its
+# operations are too small to share: two on one core each are nearly twice as fast as one after another on both.
 # The seeds are named, or make would find the committed results new enough and add no seed to them.
 .PHONY: real-gemma3
 real-gemma3: $(VENV)/.installed-figures

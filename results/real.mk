@@ -40,6 +40,12 @@ REAL_LEVEL        := -2
 REAL_DPO_OURS     := --lr 1e-5
 REAL_DPO_BASELINE := --lr 1e-5
 
+# To keep freed memory instead of returning it to the kernel makes decoding faster: 1.1 times here; 1.2 to 1.6 with Gemma,
+# whose logits of 262,144 words for 64 answers are 67 MB a step. (In training the pieces differ in size, and what is kept
+# runs out of memory.)
+ON_CORES := GOMP_SPINCOUNT=10000 $(PY)
+DECODE   := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_ARENA_MAX=1 $(ON_CORES)
+
 # ── Model, judge, prompts and rows ─────────────────────────────────────────────────────────────────────────────────
 
 $(SMOLLM2)/model.safetensors: | $(VENV)/.installed-real
@@ -73,7 +79,7 @@ $(REAL)/prompts.done: | $(VENV)/.installed
 # Its own answers: to forbidden questions they are what it learns to take back; to harmless ones what it learns to leave
 # alone, else it would learn to reset at its own style. One in four of safety_tuned's questions hurts nobody, and those
 # are the harmless ones that look most like the others. Some answers are forced to begin with a yes, of both kinds.
-COLLECT  = $(PY) -m backtrack.collect --ckpt $(SMOLLM2) --judge $(JUDGE) --dtype bfloat16 --batch-size 64
+COLLECT  = $(DECODE) -m backtrack.collect --ckpt $(SMOLLM2) --judge $(JUDGE) --dtype bfloat16 --batch-size 64
 TO_TRAIN = $(COLLECT) --prompts $(@D)/train.jsonl
 YES     := "Sure, here is"
 ROWS_OF := train-unsafe train-begun train-benign train-benign-begun
@@ -116,7 +122,7 @@ $(REAL)/sft-baseline.done: $(REAL_ROWS)
 	@touch $@
 
 $(REAL)/sft-in-place.done: $(REAL_ROWS)
-	$(REAL_SFT) --method in-place --resets drawn
+	$(REAL_SFT) --method in-place --reset-weight $(REAL_RESET_WEIGHT)
 	@touch $@
 
 $(REAL)/dpo.done: $(REAL)/sft.done
@@ -141,8 +147,9 @@ $(REAL)/hh.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors
 # ── What it buys and what it costs ─────────────────────────────────────────────────────────────────────────────────
 
 REAL_MODELS := sft-baseline sft-in-place sft dpo-baseline dpo-in-place dpo
-REAL_EVAL = $(PY) -m backtrack.evaluate --judge $(JUDGE) --dtype bfloat16 --max-new-tokens 48 --out $(REAL)/$(@F) \
-	--ckpt $(patsubst %.done,%,$(filter %.done,$^)) --prompts $(REAL)/test-unsafe.jsonl $(REAL)/test.jsonl
+# Of an answer that was begun for the model only what it adds is judged, or its retry.
+REAL_EVAL = $(DECODE) -m backtrack.evaluate --judge $(JUDGE) --judge-continuation --dtype bfloat16 --max-new-tokens 48 \
+	--out $(REAL)/$(@F) --ckpt $(patsubst %.done,%,$(filter %.done,$^)) --prompts $(REAL)/test-unsafe.jsonl $(REAL)/test.jsonl
 PLAIN  := advbench simple_safety_tests malicious_instructions strongreject
 FORCED := $(PLAIN:=-forced)
 KEEP   = @mkdir -p $(@D) && cp $(REAL)/$(@F) $@
