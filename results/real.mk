@@ -101,7 +101,7 @@ $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).
 # ── Six models from the same rows, in as many steps ───────────────────────────────────────────────────────────────
 
 REAL_SFT = $(PY) train.py sft --init $(SMOLLM2) --data $(ROWS_OF:%=$(@D)/%.jsonl) \
-	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
+	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 8 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
 	--log-every 20 --save-every 50 --resume --out $(basename $@)
 REAL_DPO = $(PY) train.py dpo --data $(@D)/train-unsafe.jsonl $(@D)/oasst-rows.jsonl --heldout $(@D)/dev-rows.jsonl \
 	--dtype bfloat16 --batch-size 2 --grad-accum 4 --max-length 512 --steps $(REAL_PAIRS) --resume --out $(basename $@)
@@ -140,7 +140,7 @@ $(REAL)/dpo-in-place.done: $(REAL)/sft-in-place.done
 # HH-RLHF alone, as in the paper: do its labels teach what to take back?
 $(REAL)/hh.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors
 	$(PY) train.py sft --init $(SMOLLM2) --data $(@D)/hh.jsonl --heldout $(@D)/hh-valid.jsonl --dtype bfloat16 \
-		--batch-size 4 --grad-accum 2 --max-length 512 --lr 2e-4 --steps $(REAL_HH) --reset-weight $(REAL_RESET_WEIGHT) \
+		--batch-size 8 --max-length 512 --lr 2e-4 --steps $(REAL_HH) --reset-weight $(REAL_RESET_WEIGHT) \
 		--resume --out $(basename $@)
 	@touch $@
 
