@@ -198,7 +198,8 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
     """Every prompt, sample, condition and checkpoint: (the records in that order, made now or read from the file; the
     prompts that are left out)."""
     conditions = list(itertools.product(args.on_reset, args.reset_bias, args.max_resets))
-    skipped = too_long(prompts, conditions, args)
+    toks = {ckpt: load_tokenizer(ckpt) for ckpt in args.ckpt}  # once: Gemma's takes three seconds
+    skipped = too_long(prompts, toks, conditions, args)
     settings = settings_of(prompts, args)
     parallel.agree(settings | {"checkpoints": args.ckpt, "batch_size": args.batch_size})
     saved = AnswerFile(answers_file(args.out), settings, key)
@@ -213,17 +214,19 @@ def answer_all(prompts: list[Prompt], args) -> tuple[list[dict], list[dict]]:
         judge = load_judges(args.judge, args.device, getattr(torch, args.dtype), args.judge_url, args.threshold)
         refuse_seen(judge, prompts)
         judge_missing(judge, list(saved.records.values()), prompts, saved, args)
-    answer_missing(prompts, questions, conditions, judge, saved, missing, args)
+    answer_missing(prompts, toks, questions, conditions, judge, saved, missing, args)
     saved.tidy()
     return [saved.records[resolved(ckpt), *c, *q] | {"checkpoint": ckpt} for ckpt, c, q in wanted], skipped
 
 
-def answer_missing(prompts: list[Prompt], questions, conditions, judge, saved: AnswerFile, missing: int, args) -> None:
+def answer_missing(
+    prompts: list[Prompt], toks: dict, questions, conditions, judge, saved: AnswerFile, missing: int, args
+) -> None:
     """Ask every checkpoint, in every condition, for the answers that are not in the file; judge them as they come."""
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     count, ticker = 0, Ticker()
-    for ckpt in args.ckpt:
-        ask, tok = None, load_tokenizer(ckpt)
+    for ckpt, tok in toks.items():
+        ask = None
         for condition in conditions:
             todo = [q for q in questions if (resolved(ckpt), *condition, *q) not in saved.records]
             if not todo:
@@ -252,11 +255,10 @@ def settings_of(prompts: list[Prompt], args) -> dict:
     return settings | {"filter": filters.digest(args.filter) if args.filter else None}
 
 
-def too_long(prompts: list[Prompt], conditions: list[tuple], args) -> list[dict]:
+def too_long(prompts: list[Prompt], toks: dict, conditions: list[tuple], args) -> list[dict]:
     """The prompts for which a checkpoint has no room in some condition. All leave them out, or pairs would not pair."""
     found: dict[int, dict] = {}
-    for ckpt in args.ckpt:
-        tok = load_tokenizer(ckpt)
+    for ckpt, tok in toks.items():
         longest = longest_prompt(ckpt, tok, conditions, args)
         for i, length in without_room(tok, prompts, longest).items():
             reason = f"{length} tokens, and {ckpt} has positions for {longest} beside an answer"
