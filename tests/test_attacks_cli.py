@@ -269,6 +269,9 @@ def test_resuming_gives_the_same_bytes(place, tmp_path):
         assert cut.read_bytes() == data
     printed, said = command(*words("universal-gcg", place, cut))  # nothing left to do
     assert cut.read_bytes() == data and "left" not in said and "universal-gcg" in printed
+    assert list(tmp_path.glob("*.verdicts"))  # which lie beside it, and are not among the files of a table
+    again, _ = command("table", *sorted(tmp_path.glob("*.jsonl")))
+    assert "universal-gcg" in again
 
 
 def test_a_prompts_draws_depend_on_seed_and_number_only(place, tmp_path):

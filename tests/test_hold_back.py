@@ -118,7 +118,7 @@ def test_the_program_and_its_picture(place, monkeypatch):
     command(*words, "--judge", "broken:judge", "--out", out)
     first, rest = broken.asked[1:5], broken.asked[7:]  # each run begins with a question of its own
     assert json.loads(out.read_bytes())["records"] == json.loads(whole)["records"]
-    kept = [json.loads(line) for line in (place / "again.json.verdicts.jsonl").read_text().splitlines()[1:]]
+    kept = [json.loads(line) for line in (place / "again.json.verdicts").read_text().splitlines()[1:]]
     assert [r["response"] for r in kept] == first + rest and len(rest) > 5  # nothing was asked for twice
     out = place / "results" / "toy-hold-back.json"
     figure, title = figures.hold_back_figure(out.parent)

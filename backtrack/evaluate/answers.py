@@ -125,11 +125,11 @@ def judge_missing(judge: Judge, records: list[dict], prompts: list[Prompt], save
 
 @contextlib.contextmanager
 def remembering(judge: Judge, out: str | Path, name: str):
-    """The judge, its verdicts kept as they come in OUT.verdicts.jsonl: after a failure only missing ones are asked for.
+    """The judge, its verdicts kept as they come in OUT.verdicts: after a failure only missing ones are asked for.
 
     For programs that judge texts which they make anew each time. name: what --judge says.
     """
-    file, who = Path(f"{out}.verdicts.jsonl"), by_whom(name, getattr(judge, "threshold", None), False)
+    file, who = Path(f"{out}.verdicts"), by_whom(name, getattr(judge, "threshold", None), False)
 
     def key_of(prompt: list[dict], response: str) -> tuple[str, str, str]:
         return who, json.dumps(prompt), response
