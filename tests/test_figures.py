@@ -211,7 +211,8 @@ def test_the_dots_are_the_rates(drawn):
     """Three panels for the toy world, three for the other model; in each a dot for every model, from the last up."""
     fig, title = drawn["main"]
     for row, name in enumerate(("toy-main", "real-main")):
-        models = [m for m in reversed(figures.LOOKS) if m != "filter" or name == "toy-main"]
+        only = {"filter": "toy-main", "dpo-in-place": "real-main"}
+        models = [m for m in reversed(figures.LOOKS) if only.get(m, name) == name]
         asked, forced, harmless = fig.axes[3 * row : 3 * row + 3]
         assert [text.get_text() for text in asked.get_yticklabels()] == [tables.MODELS[model] for model in models]
         for ax, rate, set_name in ((asked, "unsafe", ASKED), (harmless, "helpful", HARMLESS)):

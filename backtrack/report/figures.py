@@ -38,6 +38,7 @@ LOOKS = {
     "sft-baseline": look(GREY, True, "o"),
     "dpo-baseline": look(GREY, False, "o"),
     "sft-in-place": look(GREY, True, "s"),
+    "dpo-in-place": look(GREY, False, "s"),
     "filter": look(GREY, True, "^"),
     "sft": look(BLUE, True, "o"),
     "dpo": look(BLUE, False, "o"),

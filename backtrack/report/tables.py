@@ -26,6 +26,7 @@ MODELS = {
     "sft-baseline-long": "baseline, equal tokens",
     "dpo-baseline": "baseline + DPO",
     "sft-in-place": "recovery in place",
+    "dpo-in-place": "recovery in place + DPO",
     "sft-in-place-every": "recovery in place, taught after every prefix",
     "filter-refuses": "filter that refuses",
     "filter": "filter that asks again",
