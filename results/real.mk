@@ -16,7 +16,6 @@ REAL_HH     := 4
 REAL_LIMIT  := 8
 REAL_MANY   := 16
 REAL_FEW    := 2
-REAL_BUDGET := 16
 else
 REAL_UNSAFE := 400
 REAL_BEGUN  := 250
@@ -27,7 +26,6 @@ REAL_HH     := 24
 REAL_LIMIT  := 40
 REAL_MANY   := 150
 REAL_FEW    := 8
-REAL_BUDGET := 128
 endif
 
 # The place of a published file in DATA.
@@ -71,7 +69,6 @@ $(REAL)/prompts.done: | $(VENV)/.installed
 		--exclude $(@D)/test-unsafe.jsonl $(@D)/dev-unsafe.jsonl $(call source,xstest_prompts.csv) \
 		$(call source,mt_bench_question.jsonl) --out $(@D)/train.jsonl --valid $(@D)/held.jsonl --valid-percent 30
 	$(PREPARE) prompts --in $(@D)/held.jsonl --out $(@D)/dev.jsonl --valid $(@D)/test.jsonl --valid-percent 15
-	$(PREPARE) prompts --in $(call source,mt_bench_question.jsonl) --out $(@D)/mt-bench.jsonl
 	$(PREPARE) oasst --in $(call source,en_100_tree.jsonl) --exclude $(@D)/held.jsonl --out $(@D)/oasst-rows.jsonl
 	$(PREPARE) hh --in $(call source,harmless-base_test.jsonl.gz) --out $(@D)/hh.jsonl --valid $(@D)/hh-valid.jsonl
 	@touch $@
@@ -184,30 +181,13 @@ $(RESULTS)/real-likelihoods.json: $(REAL_MODELS:%=$(REAL)/%.done) $(REAL)/test-r
 $(RESULTS)/real-hh.json: $(REAL)/hh.done
 	$(PY) -m backtrack.evaluate.likelihoods --ckpt $(REAL)/hh --rows $(REAL)/hh-valid.jsonl --max-length 512 --out $@
 
-# Answers for FastChat's judge. Nothing here judges them.
-$(REAL)/mt-bench.done: $(REAL)/sft-baseline.done $(REAL)/sft.done
-	$(PY) -m backtrack.evaluate --ckpt $(basename $^) --prompts $(@D)/mt-bench.jsonl --mt-bench $(@D)/mt-bench \
-		--dtype bfloat16 --max-new-tokens 128
-	@touch $@
-
-REAL_ATTACK = $(PY) -m backtrack.attacks $1 --ckpt $(REAL)/$2 --prompts $(REAL)/test-unsafe.jsonl --sets advbench --limit 8 \
-	--judge $(JUDGE) --budget $(REAL_BUDGET) --max-new-tokens 48 --dtype bfloat16 --out $(REAL)/attacks/$1-$2.jsonl >/dev/null
-
-$(RESULTS)/real-attacks.json: $(REAL)/sft-baseline.done $(REAL)/sft.done
-	$(call REAL_ATTACK,gcg,sft-baseline)
-	$(call REAL_ATTACK,gcg,sft)
-	$(call REAL_ATTACK,adaptive-gcg,sft-baseline)
-	$(call REAL_ATTACK,adaptive-gcg,sft)
-	$(PY) -m backtrack.attacks table $(REAL)/attacks/*.jsonl --out $@
-
 .PHONY: real real-smollm2
 MODEL ?= gemma3
 real: real-$(MODEL)  ## the paper's experiment on a real model: DATA=DIR with the files of data/README.md, MODEL=gemma3 or smollm2. QUICK=1: a small trial
 
 real-smollm2: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL_MODELS:%=$(REAL)/%.done) $(REAL)/test-rows.done $(REAL)/hh.done
-	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(REAL)/mt-bench.done \
-		$(patsubst %,$(RESULTS)/real-%.json,main resets sampling bias speed likelihoods hh attacks)
+	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(patsubst %,$(RESULTS)/real-%.json,main resets sampling bias speed likelihoods hh)
 	$(PY) -m backtrack.report.tables --results $(RESULTS)
 
 include results/gemma.mk

@@ -407,7 +407,6 @@ SECTIONS = {
         ("real-sampling", f"{OF_K} complies (worst), or all do (best)", sampling_table),
         ("real-bias", "The bias on [RESET]", real_dial_table),
         ("real-speed", "One prompt at a time", real_speed_table),
-        ("real-attacks", "Attacks, % successful", attack_table),
         ("real-likelihoods", "Held-out rows", likelihood_table),
         ("real-hh", "Held-out rows of HH-RLHF, of a model trained on it", likelihood_table),
     ),
