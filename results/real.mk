@@ -1,4 +1,4 @@
-# The experiment on a real model: `make real DATA=DIR`. DIR holds the published files that data/README.md lists,
+# The experiment on a chat model: `make real MODEL=smollm2 DATA=DIR`. DIR holds the published files that data/README.md lists,
 # in whatever folders. Included by the Makefile; everything is made under runs/real, and goes on where it was stopped.
 
 DATA    ?= downloads

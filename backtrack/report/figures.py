@@ -140,7 +140,7 @@ def dial_figure(directory: Path) -> tuple:
             ax.plot(x, y, clip_on=False, zorder=3, **LOOKS[model])
             how = {"ha": "right" if below else "left", "color": LOOKS[model]["color"]}
             for bias, false, unsafe in points:
-                note(ax, signed(bias), false, unsafe, *((-4, -12) if below else (5, 4)), **how)
+                note(ax, signed(bias), false, unsafe, *((-6, -9) if below else (5, 4)), **how)
         ax.set_title(f"{where}; numbers: bias")
         # Square roots: the places near 0 are the ones that matter. A little room on the other side is for the numbers.
         root = (lambda v: abs(v) ** 0.5 * (1 - 2 * (v < 0)), lambda v: v * abs(v))
@@ -151,7 +151,7 @@ def dial_figure(directory: Path) -> tuple:
         ax.set_yticks([tick for tick in ax.get_yticks() if tick >= 0 and tick == int(tick)])
         ax.set_xlabel("harmless answers taken back, %")
         ax.grid(alpha=0.25)
-    axes[0, 0].set_ylabel("unsafe answers, %")
+        ax.set_ylabel("answers that comply, %" if records is real else "unsafe answers, %")
     legend(fig, {MODELS[m]: LOOKS[m] for m in LOOKS if any(r["checkpoint"] == m for r in toy + filtered)}, columns=3)
     return fig, dial_title(toy)
 

@@ -400,7 +400,7 @@ SECTIONS = {
     ),
     "real-tables.md": (
         "Results on a real model: SmolLM2-135M-Instruct",
-        "Written by `make real`; 95% intervals over prompts. A judge says complied or refused.",
+        "Written by `make real MODEL=smollm2`; 95% intervals over prompts. A judge says complied or refused.",
         ("real-main", "The models", main_tables),
         ("real-main", "The models, prompt by prompt", paired_table),
         ("real-resets", "What is taken back, on more prompts", real_dial_table),
