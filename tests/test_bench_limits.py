@@ -50,3 +50,12 @@ def test_the_whole_command(tmp_path, monkeypatch):
     by_hand = bench.step_bytes(bench.random_model(TINY), 1, limits.CONTEXT + 2) / 1e10
     assert found[2]["share"] == pytest.approx(by_hand * found[2]["tokens_per_s"], rel=1e-6)
     assert found[-1]["name"] == "decoding, 3 batch rows, bfloat16"
+    assert all(r["own_products"] > 0 for r in found[2:]) and printed.count("own products") == 4
+
+
+def test_own_products_are_all_that_a_step_multiplies_with_weights():
+    model = bench.random_model(TINY)
+    with FlopCounterMode(display=False) as counter:
+        limits.own_products(model, 3)
+    weights = limits.weights_per_token(model) + model.lm_head.weight.numel()
+    assert counter.get_total_flops() == 8 * 2 * 3 * weights  # eight passes, three rows

@@ -7,6 +7,8 @@ Each line names a limit, measured in turns with the thing itself (limit, step, l
 - *products*: the FLOPs that the rows need, at the speed of a bare matrix product of the model's width.
 - *bandwidth*: every decode step has to read all weights once, and the keys and values of every batch row. With many
   batch rows the products may take longer than that; the limit is the larger of the two.
+- *a step's own products*: how much of a decode step they take, each weight times as many tokens as there are batch
+  rows, with nothing between them. No eager step can be faster, and few rows are far from the speed of 1,024.
 
 Training is SFT and DPO on row trees as long as those of HH-RLHF, of random ids, in bf16 by autocast; a step is two
 micro-batches, clipping and AdamW. Without --model it is a Llama of 125M random parameters. Shares are medians over the
@@ -30,6 +32,7 @@ from backtrack.trees import Tree, make_batch, pair_tree, view_tree
 from model import ModelConfig, Transformer, load_model
 from model.errors import positive, run
 from model.files import check_file
+from model.linear import Linear
 from train import CLIP, logprobs, make_optimizer, sft_loss
 
 TOKENS = SimpleNamespace(reset_id=3, eos_id=2)  # what examples.py asks of a tokenizer
@@ -95,25 +98,35 @@ def training(kind: str, model: Transformer, repeats: int) -> dict:
 
 
 @torch.no_grad()
+def own_products(model: Transformer, batch: int) -> float:
+    """Seconds of the matrix products of a decode step, and of nothing else: the median of eight passes."""
+    weights = [m for m in model.modules() if isinstance(m, Linear)]
+    x = {m.in_features: torch.randn(batch, m.in_features).to(model.dtype) for m in weights}
+
+    def all_of_them() -> None:
+        for m in weights:
+            m(x[m.in_features])
+
+    return statistics.median(bench.timed(all_of_them)[1] for _ in range(8))
+
+
+@torch.no_grad()
 def decoding(model: Transformer, batch: int, repeats: int) -> dict:
     """One record: tokens per second, and the share of the bandwidth's or the products' speed, whichever binds."""
-    prompts, shares, speeds = bench.random_prompts(model.config, batch, CONTEXT), [], []
+    prompts, shares, speeds, own = bench.random_prompts(model.config, batch, CONTEXT), [], [], []
     flops = 2 * batch * (weights_per_token(model) + model.lm_head.weight.numel())
     for step in range(repeats + 1):
         read, peak = bench.read_bandwidth(), product_speed(model.config, model.dtype)
+        alone = own_products(model, batch)
         answers = generate(model, prompts, reset_id=None, stop_ids=(), max_new_tokens=NEW_TOKENS)
         by = {"bandwidth": bench.step_bytes(model, batch, CONTEXT + NEW_TOKENS / 2) / read, "products": flops / peak}
         binds = max(by, key=by.get)
         if step > 0:
             shares.append(by[binds] / bench.step_seconds(answers))
             speeds.append(batch / bench.step_seconds(answers))
-    return record(
-        f"decoding, {batch} batch rows, {str(model.dtype)[6:]}",
-        speeds,
-        shares,
-        binds,
-        (read if binds == "bandwidth" else peak) / 1e9,
-    )
+            own.append(alone / bench.step_seconds(answers))
+    name, of = f"decoding, {batch} batch rows, {str(model.dtype)[6:]}", (read if binds == "bandwidth" else peak) / 1e9
+    return record(name, speeds, shares, binds, of) | {"own_products": statistics.median(own)}
 
 
 def record(name: str, speeds: list[float], shares: list[float], limit: str, of: float) -> dict:
@@ -125,7 +138,8 @@ def said(r: dict) -> dict:
     spread = "({:.0%}–{:.0%})".format(*r["range"])
     unit = {"bandwidth": "GB/s", "products": "GFLOP/s", "decoding": "tokens/s"}[r["limit"]]
     limit = f"{r['limit']} ({r['of']:,.0f} {unit})"
-    print(f"{r['name']}: {r['tokens_per_s']:,.0f} tokens/s, {r['share']:.0%} {spread} of {limit}", flush=True)
+    own = f"; {r['own_products']:.0%} of a step is its own products" if "own_products" in r else ""
+    print(f"{r['name']}: {r['tokens_per_s']:,.0f} tokens/s, {r['share']:.0%} {spread} of {limit}{own}", flush=True)
     return r
 
 
