@@ -214,9 +214,7 @@ $(patsubst %,$(RESULTS)/gemma-%.json,main long): AGAINST := --against sft-baseli
 	sft-baseline:sft-in-place dpo-baseline:dpo dpo-in-place:dpo dpo-baseline:dpo-in-place
 $(RESULTS)/gemma-sampling.json: AGAINST := --against sft-baseline:sft sft-in-place:sft sft-baseline:sft-in-place
 
-# A search takes a minute or two, so one seed has to do.
-G_ATTACKED ?= $(firstword $(SEEDS))
-G_ATTACKS  := $(foreach s,$(G_ATTACKED),$(patsubst %,$(GEMMA)/seed-$s/gcg-%.done,$(filter dpo%,$(G_MODELS))))
+G_ATTACKS := $(foreach s,$(G_SEEDS),$(patsubst %,$s/gcg-%.done,$(filter dpo%,$(G_MODELS))))
 $(RESULTS)/gemma-attacks.json: $(G_ATTACKS)
 	$(PY) -m backtrack.attacks table $(^:.done=.jsonl) --out $@
 
@@ -234,7 +232,7 @@ $(RESULTS)/gemma-likelihoods.json: $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done
 # The seeds are named, or make would find the committed results new enough and add no seed to them.
 .PHONY: real-gemma3
 real-gemma3: $(VENV)/.installed-figures
-	$(MAKE) -j1 $(foreach s,$(sort $(SEEDS) $(G_ATTACKED)),$(G_MODELS:%=$(GEMMA)/seed-$s/%.done)) $(GEMMA)/long.done
+	$(MAKE) -j1 $(foreach s,$(G_SEEDS),$(G_MODELS:%=$s/%.done)) $(GEMMA)/long.done
 	OMP_NUM_THREADS=1 $(MAKE) -j $(JOBS) $(foreach s,$(G_SEEDS),$(G_MEASURED:%=$s/%.json)) $(G_ATTACKS)
 	$(MAKE) -j1 $(G_RESULTS) $(RESULTS)/gemma-likelihoods.json $(RESULTS)/gemma-attacks.json
 	$(PY) -m backtrack.report.trainings --results $(RESULTS)
