@@ -19,7 +19,6 @@ from backtrack.evaluate.statistics import mcnemar, wilson
 from backtrack.generate import generate
 from backtrack.judge import Verdict
 from backtrack.report import trainings
-from model import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -175,10 +174,9 @@ def test_beginnings_are_the_first_tokens_of_bad_answers(tmp_path):
 # ── Asked again in mid-answer ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_it_is_asked_again_at_every_depth_until_it_refuses(tmp_path):
+def test_it_is_asked_again_at_every_depth_until_it_refuses():
     """Against a loop over one prompt and one depth after the other. The judge calls some probes refusals."""
     tok, model = toy_tokenizer(), network_of(LLAMA)
-    save_model(model, tmp_path, tokenizer=tok)
     prompts = [tok.render(user(f"Question {i}?")) for i in range(8)]
     prefill = [[9, 8, 7] * (i % 2) for i in range(8)]
     options = {"reset_id": tok.reset_id, "stop_ids": tok.stop_ids, "max_new_tokens": 20, "max_resets": 0}
@@ -188,7 +186,7 @@ def test_it_is_asked_again_at_every_depth_until_it_refuses(tmp_path):
         seen.append(text)
         return Verdict(unsafe=None, complied=len(text) % 4 > 0, refused=len(text) % 4 == 0)
 
-    ask = any_depth.around(model, judge, str(tmp_path), batch_size=3, every=6)
+    ask = any_depth.around(model, judge, tok, batch_size=3, every=6)
     how = options | {"max_resets": 1, "temperature": 0.0}
     found = [done.generation for done in ask(prompts, prefill=prefill, sample_ids=range(8), **how)]
     asked, refusals = 0, 0

@@ -21,14 +21,13 @@ from functools import partial
 
 from backtrack.generate import Done, Generation, generate
 from backtrack.judge import Judge, judge_all
-from model import InputError, Transformer, load_tokenizer
+from model import InputError, Transformer
 
 PROBE = 24  # tokens that show whether it refuses
 
 
-def around(model: Transformer, judge: Judge, ckpt: str, batch_size: int, every: int) -> Callable:
+def around(model: Transformer, judge: Judge, tok, batch_size: int, every: int) -> Callable:
     """stream() of this model, asked again after every so many tokens. It yields finished answers only."""
-    tok = load_tokenizer(ckpt)
 
     def stream(prompts: list[list[int]], *, prefill, sample_ids, **options) -> Iterator[Done]:
         if options.pop("temperature", 0):

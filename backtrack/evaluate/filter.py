@@ -66,9 +66,9 @@ def hidden_states(model: Transformer, prompt: list[int], answer: list[int]) -> t
     return model(tokens, at=positions, read=lambda hidden: hidden.float())
 
 
-def around(model: Transformer, name: str, ckpt: str, batch_size: int) -> Callable[..., Iterator[Done]]:
+def around(model: Transformer, name: str, ckpt: str, tok, batch_size: int) -> Callable[..., Iterator[Done]]:
     """stream() of this model behind the filter NAME.json. It yields finished answers only."""
-    watching, refusal = load(name, ckpt), load_tokenizer(ckpt).encode(REFUSAL)
+    watching, refusal = load(name, ckpt), tok.encode(REFUSAL)
 
     def stream(prompts: list[list[int]], *, prefill, sample_ids, **options) -> Iterator[Done]:
         for start in range(0, len(prompts), batch_size):

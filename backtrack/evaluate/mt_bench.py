@@ -44,7 +44,8 @@ def answer_all(prompts: list[Prompt], args) -> None:
 
 def answer(file: Path, path: Path, ckpt: str, prompts: list[Prompt], args) -> None:
     """Answer the questions that the file has no answers for, and write all answers to `path`."""
-    tok, ask = load_tokenizer(ckpt), sampler_of(ckpt, None, args)
+    tok = load_tokenizer(ckpt)
+    ask = sampler_of(ckpt, tok, None, args)
     condition = {name: getattr(args, name)[0] for name in CONDITION}
     longest = longest_prompt(ckpt, tok, [tuple(condition.values())], args)
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "top_p", "seed", "dtype")} | condition
