@@ -120,11 +120,11 @@ def decoding(model: Transformer, batch: int, repeats: int) -> dict:
         alone = own_products(model, batch)
         answers = generate(model, prompts, reset_id=None, stop_ids=(), max_new_tokens=NEW_TOKENS)
         by = {"bandwidth": bench.step_bytes(model, batch, CONTEXT + NEW_TOKENS / 2) / read, "products": flops / peak}
-        binds = max(by, key=by.get)
+        binds, seconds = max(by, key=by.get), bench.step_seconds(answers)
         if step > 0:
-            shares.append(by[binds] / bench.step_seconds(answers))
-            speeds.append(batch / bench.step_seconds(answers))
-            own.append(alone / bench.step_seconds(answers))
+            shares.append(by[binds] / seconds)
+            speeds.append(batch / seconds)
+            own.append(alone / seconds)
     name, of = f"decoding, {batch} batch rows, {str(model.dtype)[6:]}", (read if binds == "bandwidth" else peak) / 1e9
     return record(name, speeds, shares, binds, of) | {"own_products": statistics.median(own)}
 
