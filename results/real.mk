@@ -1,5 +1,6 @@
-# The experiment on a chat model: `make real MODEL=smollm2 DATA=DIR`. DIR holds the published files that data/README.md lists,
-# in whatever folders. Included by the Makefile; everything is made under runs/real, and goes on where it was stopped.
+# The experiment on a chat model: `make real MODEL=smollm2 DATA=DIR`. DIR holds the published files that data/README.md
+# lists, in whatever folders. Included by the Makefile; everything is made under runs/real, and goes on where it was
+# stopped.
 
 DATA    ?= downloads
 SMOLLM2 := runs/smollm2
