@@ -272,8 +272,8 @@ def attend(q, k, v, mask, scale: float, cap: float | None) -> torch.Tensor:
     B, H, T, hd = q.shape
     K, S = k.shape[1], k.shape[2]
     G = H // K
-    # The fused kernel never builds the scores. It knows no softcap; and on a CPU it takes twice as
-    # long in bf16 as two products with the scores in memory, which long texts have no room for.
+    # The fused kernel never builds the scores. It knows no softcap; and on a CPU it takes more
+    # than twice as long in bf16 as two products and scores in memory, too many for long texts.
     unfused = cap is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 768)
     if mask is None and not unfused:
         return F.scaled_dot_product_attention(
@@ -284,21 +284,20 @@ def attend(q, k, v, mask, scale: float, cap: float | None) -> torch.Tensor:
         k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     # With the G heads of a group stacked along T, one product serves them all and no key is copied.
-    q = q.reshape(B, K, G * T, hd)
     if T == 1 and cap is None:  # the G queries of a group share its one mask
+        q = q.reshape(B, K, G, hd)
         # On CUDA the result is laid out in another order than on a CPU: reshape, not view.
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(B, H, T, hd)
+    q, k, v = q.reshape(B * K, G * T, hd), k.reshape(B * K, S, hd), v.reshape(B * K, S, hd)
     if mask is None:
         mask = as_mask(torch.ones(1, 1, T, S, device=q.device).triu(1).bool(), q.dtype)
-    mask = mask[:, None].float()  # so that scores are added up in fp32
+    mask = mask.type_as(q)[:, :, None].expand(B, K, G, T, S).reshape(B * K, G * T, S)
     if cap is None:
-        scores = (q @ k.transpose(-1, -2)).view(B, K, G, T, S)
-        scores = torch.add(mask, scores, alpha=scale)
+        scores = torch.baddbmm(mask, q, k.mT, alpha=scale)  # mask + scale · q·kᵀ, rounded once
     else:
-        scores = softcap((q * scale) @ k.transpose(-1, -2), cap)
-        scores = scores.view(B, K, G, T, S) + mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(v)
-    return (weights.view(B, K, G * T, S) @ v).view(B, H, T, hd)
+        scores = softcap((q * scale) @ k.mT, cap)
+        scores = scores + mask
+    return (scores.softmax(dim=-1) @ v).view(B, H, T, hd)  # softmax adds up in fp32, in bf16 too
 
 
 class MLP(nn.Module):
