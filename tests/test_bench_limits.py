@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from command import command
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,7 +51,7 @@ def test_the_whole_command(tmp_path, monkeypatch):
     by_hand = bench.step_bytes(bench.random_model(TINY), 1, limits.CONTEXT + 2) / 1e10
     assert found[2]["share"] == pytest.approx(by_hand * found[2]["tokens_per_s"], rel=1e-6)
     assert found[-1]["name"] == "decoding, 3 batch rows, bfloat16"
-    assert all(r["own_products"] > 0 for r in found[2:]) and printed.count("own products") == 4
+    assert all(r["own_products"] > 0 for r in found) and printed.count("own products") == 6
 
 
 def test_own_products_are_all_that_a_step_multiplies_with_weights():
@@ -59,3 +60,15 @@ def test_own_products_are_all_that_a_step_multiplies_with_weights():
         limits.own_products(model, 3)
     weights = limits.weights_per_token(model) + model.lm_head.weight.numel()
     assert counter.get_total_flops() == 8 * 2 * 3 * weights  # eight passes, three rows
+
+
+def test_own_products_of_training_are_all_that_weights_take_part_in():
+    """PyTorch's count for a whole step, without what attention multiplies."""
+    model = bench.random_model(TINY).train()
+    trees = [limits.random_tree("sft", TINY, i) for i in range(5)]
+    with FlopCounterMode(display=False) as counter:
+        limits.training_products(model, trees)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as whole:
+        limits.training_step(model, limits.make_optimizer(model, 1e-6, 0.0), trees)
+    by_operation = whole.get_flop_counts()["Global"]
+    assert counter.get_total_flops() == by_operation[torch.ops.aten.mm]

@@ -7,8 +7,9 @@ Each line names a limit, measured in turns with the thing itself (limit, step, l
 - *products*: the FLOPs that the rows need, at the speed of a bare matrix product of the model's width.
 - *bandwidth*: every decode step has to read all weights once, and the keys and values of every batch row. With many
   batch rows the products may take longer than that; the limit is the larger of the two.
-- *a step's own products*: how much of a decode step they take, each weight times as many tokens as there are batch
-  rows, with nothing between them. No eager step can be faster, and few rows are far from the speed of 1,024.
+- *a step's own products*: how much of a step they take, each weight times as many tokens as the step has, in training
+  with those of the backward pass, and with nothing between them. No eager step can be faster, and few rows are far from
+  the speed of 1,024.
 
 Training is SFT and DPO on row trees as long as those of HH-RLHF, of random ids, in bf16 by autocast; a step is two
 micro-batches, clipping and AdamW. Without --model it is a Llama of 125M random parameters. Shares are medians over the
@@ -86,21 +87,41 @@ def training_step(model: Transformer, optimizer, trees: list[Tree]) -> None:
 
 def training(kind: str, model: Transformer, repeats: int) -> dict:
     """One record: tokens per second, and the share of the products' speed."""
-    optimizer, shares, speeds = make_optimizer(model, 1e-6, 0.0), [], []
+    optimizer, shares, speeds, own = make_optimizer(model, 1e-6, 0.0), [], [], []
     for step in range(repeats + 1):
         trees = [random_tree(kind, model.config, 2 * ROWS * step + i) for i in range(2 * ROWS)]
-        peak = product_speed(model.config, torch.bfloat16)
+        peak, alone = product_speed(model.config, torch.bfloat16), training_products(model, trees)
         _, seconds = bench.timed(lambda trees=trees: training_step(model, optimizer, trees))
         if step > 0:  # the first warms up
             shares.append(sum(training_flops(model, tree) for tree in trees) / peak / seconds)
             speeds.append(sum(map(len, trees)) / seconds)
-    return record(f"{kind}, 2 × {ROWS} rows a step, bfloat16", speeds, shares, "products", peak / 1e9)
+            own.append(alone / seconds)
+    return record(f"{kind}, 2 × {ROWS} rows a step, bfloat16", speeds, shares, "products", peak / 1e9, own)
+
+
+@torch.no_grad()
+def training_products(model: Transformer, trees: list[Tree]) -> float:
+    """Seconds of the products of a step with weights, forward and backward in bf16, and of nothing else."""
+    seconds = 0.0
+    for few in micro_batches(trees, ROWS):
+        batch = make_batch(few)
+        for m in linears(model):
+            tokens = len(batch.predicting) if m is model.lm_head else batch.tokens.numel()
+            x, grad = (torch.randn(tokens, n, dtype=torch.bfloat16) for n in (m.in_features, m.out_features))
+            weight = m.weight.bfloat16()
+            for a, b in ((x, weight.mT), (grad, weight), (grad.mT, x)):
+                seconds += bench.timed(lambda a=a, b=b: a @ b)[1]
+    return seconds
+
+
+def linears(model: Transformer) -> list[Linear]:
+    return [m for m in model.modules() if isinstance(m, Linear)]
 
 
 @torch.no_grad()
 def own_products(model: Transformer, batch: int) -> float:
     """Seconds of the matrix products of a decode step, and of nothing else: the median of eight passes."""
-    weights = [m for m in model.modules() if isinstance(m, Linear)]
+    weights = linears(model)
     x = {m.in_features: torch.randn(batch, m.in_features).to(model.dtype) for m in weights}
 
     def all_of_them() -> None:
@@ -126,12 +147,14 @@ def decoding(model: Transformer, batch: int, repeats: int) -> dict:
             speeds.append(batch / seconds)
             own.append(alone / seconds)
     name, of = f"decoding, {batch} batch rows, {str(model.dtype)[6:]}", (read if binds == "bandwidth" else peak) / 1e9
-    return record(name, speeds, shares, binds, of) | {"own_products": statistics.median(own)}
+    return record(name, speeds, shares, binds, of, own)
 
 
-def record(name: str, speeds: list[float], shares: list[float], limit: str, of: float) -> dict:
+def record(name: str, speeds: list[float], shares: list[float], limit: str, of: float, own: list[float] = ()) -> dict:
+    """own: the share of each round that is the step's own products."""
     middle = {"tokens_per_s": statistics.median(speeds), "share": statistics.median(shares)}
-    return {"name": name, **middle, "range": [min(shares), max(shares)], "limit": limit, "of": of}
+    found = {"name": name, **middle, "range": [min(shares), max(shares)], "limit": limit, "of": of}
+    return found | {"own_products": statistics.median(own)} if own else found
 
 
 def said(r: dict) -> dict:
