@@ -125,7 +125,8 @@ def fit(
         grad_norm = parallel.whole(grad_norm).item()
         progress.refuse_nan(run, step_loss, grad_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        # On a CPU gradients stay where they are: freed, their memory is hard to find again.
+        optimizer.zero_grad(set_to_none=run.machine.device != "cpu")
 
         position.step = step + 1
         is_last = position.step == options.steps

@@ -82,7 +82,7 @@ def training_step(model: Transformer, optimizer, trees: list[Tree]) -> None:
         (sft_loss(values, batch.weight) / divisor).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)
 
 
 def training(kind: str, model: Transformer, repeats: int) -> dict:
