@@ -246,7 +246,7 @@ figures: $(VENV)/.installed-figures  ## the pictures and tables of results/, fro
 
 bench: $(VENV)/.installed-dev runs/smollm2/model.safetensors  ## tokens per second against transformers, and what a reset costs
 	$(PY) -m backtrack.bench
-	$(KEEP) $(PY) -m backtrack.bench.limits
+	$(MEMORY) $(PY) -m backtrack.bench.limits
 	$(PY) -m backtrack.bench.commands --ckpt runs/smollm2
 
 bench-gpu: $(VENV)/.installed-dev  ## on a CUDA device: what SFT and decoding of Llama-3-8B's shape make of it

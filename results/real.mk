@@ -41,9 +41,9 @@ REAL_DPO_BASELINE := --lr 1e-5
 
 # To keep freed memory instead of returning it to the kernel makes decoding 1.1 times as fast here, 1.2 to 1.6 times with
 # Gemma, whose logits of 262,144 words for 64 answers are 67 MB a step; and training 1.2 times ("Speed" in README.md).
-KEEP     := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_ARENA_MAX=1
+MEMORY   := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_ARENA_MAX=1
 ON_CORES := GOMP_SPINCOUNT=10000 $(PY)
-DECODE   := $(KEEP) $(ON_CORES)
+DECODE   := $(MEMORY) $(ON_CORES)
 
 # ── Model, judge, prompts and rows ─────────────────────────────────────────────────────────────────────────────────
 
@@ -98,10 +98,10 @@ $(REAL)/%-rows.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors $(JUDGE).
 
 # ── Six models from the same rows, in as many steps ───────────────────────────────────────────────────────────────
 
-REAL_SFT = $(KEEP) $(PY) train.py sft --init $(SMOLLM2) --data $(ROWS_OF:%=$(@D)/%.jsonl) \
+REAL_SFT = $(MEMORY) $(PY) train.py sft --init $(SMOLLM2) --data $(ROWS_OF:%=$(@D)/%.jsonl) \
 	--heldout $(@D)/dev-rows.jsonl --dtype bfloat16 --batch-size 8 --max-length 512 --lr 2e-4 --steps $(REAL_STEPS) \
 	--log-every 20 --save-every 50 --resume --out $(basename $@)
-REAL_DPO = $(KEEP) $(PY) train.py dpo --data $(@D)/train-unsafe.jsonl $(@D)/oasst-rows.jsonl --heldout $(@D)/dev-rows.jsonl \
+REAL_DPO = $(MEMORY) $(PY) train.py dpo --data $(@D)/train-unsafe.jsonl $(@D)/oasst-rows.jsonl --heldout $(@D)/dev-rows.jsonl \
 	--dtype bfloat16 --batch-size 2 --grad-accum 4 --max-length 512 --steps $(REAL_PAIRS) --resume --out $(basename $@)
 REAL_ROWS := $(REAL)/train-rows.done $(REAL)/dev-rows.done
 
@@ -137,7 +137,7 @@ $(REAL)/dpo-in-place.done: $(REAL)/sft-in-place.done
 
 # HH-RLHF alone, as in the paper: do its labels teach what to take back?
 $(REAL)/hh.done: $(REAL)/prompts.done $(SMOLLM2)/model.safetensors
-	$(KEEP) $(PY) train.py sft --init $(SMOLLM2) --data $(@D)/hh.jsonl --heldout $(@D)/hh-valid.jsonl --dtype bfloat16 \
+	$(MEMORY) $(PY) train.py sft --init $(SMOLLM2) --data $(@D)/hh.jsonl --heldout $(@D)/hh-valid.jsonl --dtype bfloat16 \
 		--batch-size 8 --max-length 512 --lr 2e-4 --steps $(REAL_HH) --reset-weight $(REAL_RESET_WEIGHT) \
 		--resume --out $(basename $@)
 	@touch $@
