@@ -125,7 +125,7 @@ def fit(
         grad_norm = parallel.whole(grad_norm).item()
         progress.refuse_nan(run, step_loss, grad_norm)
         optimizer.step()
-        # On a CPU gradients stay where they are: freed, their memory is hard to find again.
+        # On a CPU gradients keep their memory: glibc often cannot use a freed piece again.
         optimizer.zero_grad(set_to_none=run.machine.device != "cpu")
 
         position.step = step + 1
